@@ -1,0 +1,1 @@
+"""The command line, recipes, paired statistics, figures and reports. Nothing imports this package."""

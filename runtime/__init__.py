@@ -1,0 +1,1 @@
+"""The backend on a GPU: slices, graphs, streams, meters."""

@@ -1,0 +1,1 @@
+"""What was routed: schema, store, importers, composition, synthesis, statistics. Never imports torch or simpy."""

@@ -1,0 +1,142 @@
+"""Routing in memory: one row per token beside a table of steps, or counts alone. Not the file format: see `store`.
+
+Shape letters: T tokens, S steps, L MoE layers, E experts, K top-k.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .schema import PHASES, Phase, Provenance, RoutedStep
+
+UNKNOWN = -1
+"""Stands in integer columns for a value nobody recorded; null on disk."""
+
+
+def id_dtype(num_experts: int) -> type[np.unsignedinteger]:
+    """Return the narrowest unsigned type that holds ids 0..num_experts-1."""
+    return np.uint8 if num_experts <= 256 else np.uint16 if num_experts <= 65536 else np.uint32
+
+
+def counts_of(expert_ids_TLK: NDArray[np.integer], num_experts: int) -> NDArray[np.int32]:
+    """Count the tokens of each expert in each layer.
+
+    Returns:
+        counts_LE, int32 [L, E]; each row sums to T * K.
+    """
+    num_layers = expert_ids_TLK.shape[1]
+    offset_L1 = np.arange(num_layers, dtype=np.int64)[:, None] * num_experts
+    flat = (expert_ids_TLK.astype(np.int64) + offset_L1).ravel()
+    counts = np.bincount(flat, minlength=num_layers * num_experts)
+    return counts.reshape(num_layers, num_experts).astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTable:
+    """What is known of each step; step s is row s. A column is None when nobody recorded it."""
+
+    phase_S: NDArray[np.uint8]
+    """Index into `PHASES`."""
+    segment_S: NDArray[np.uint8]
+    """Index into `segments`: which part of the recording (a checkpoint, a run) the step belongs to."""
+    segments: tuple[str, ...] = ("all",)
+    arrival_ns_S: NDArray[np.int64] | None = None
+    start_ns_S: NDArray[np.int64] | None = None
+    moe_ns_SL: NDArray[np.int64] | None = None
+    other_ns_SL: NDArray[np.int64] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.phase_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingTrace:
+    """Routing of every token, sorted by step; satisfies `StepSource`.
+
+    `phase_T` is 0 for prefill and 1 for decode; `domain_T` indexes `domains` (UNKNOWN: none). Ids stand by falling
+    router weight where the source kept that order. `gates_TLK` are the combine weights, float16, or None.
+    """
+
+    num_experts: int
+    provenance: Provenance
+    request_id_T: NDArray[np.int64]
+    position_T: NDArray[np.int32]
+    phase_T: NDArray[np.uint8]
+    step_T: NDArray[np.int64]
+    domain_T: NDArray[np.int16]
+    expert_ids_TLK: NDArray[np.integer]
+    step_table: StepTable
+    gates_TLK: NDArray[np.float16] | None = None
+    domains: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.step_T)
+
+    @property
+    def num_layers(self) -> int:
+        return self.expert_ids_TLK.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        return self.expert_ids_TLK.shape[2]
+
+    @property
+    def num_steps(self) -> int:
+        return self.step_table.num_steps
+
+    def steps(self) -> Iterator[RoutedStep]:
+        """Yield the steps in order; a step without tokens has zero counts."""
+        table = self.step_table
+        bounds = np.searchsorted(self.step_T, np.arange(table.num_steps + 1))
+        for step in range(table.num_steps):
+            ids_TLK = self.expert_ids_TLK[bounds[step] : bounds[step + 1]]
+            arrival = None if table.arrival_ns_S is None else int(table.arrival_ns_S[step])
+            yield RoutedStep(
+                step=step,
+                phase=PHASES[table.phase_S[step]],
+                counts_LE=counts_of(ids_TLK, self.num_experts),
+                arrival_ns=None if arrival == UNKNOWN else arrival,
+                num_tokens=len(ids_TLK),
+                expert_ids_TLK=ids_TLK,
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLoad:
+    """Counts alone, for sources that kept no token order; satisfies `StepSource`.
+
+    `counts_SLE` int64 [S, L, E]. `top_k` may not be in the source; importers ask for it.
+    """
+
+    top_k: int
+    provenance: Provenance
+    counts_SLE: NDArray[np.int64]
+    phase: Phase = "mixed"
+    labels: tuple[str, ...] = ()
+    """One label per step (a domain, a sequence), or empty."""
+
+    @property
+    def num_steps(self) -> int:
+        return self.counts_SLE.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return self.counts_SLE.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts_SLE.shape[2]
+
+    def steps(self) -> Iterator[RoutedStep]:
+        """Yield the steps in order."""
+        for step, counts_LE in enumerate(self.counts_SLE):
+            yield RoutedStep(
+                step=step,
+                phase=self.phase,
+                counts_LE=counts_LE.astype(np.int32),
+                num_tokens=int(counts_LE.sum(axis=1).max(initial=0)) // self.top_k,
+            )
