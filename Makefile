@@ -1,0 +1,49 @@
+# `make run` shows the product; `make test` proves it; `make check` holds the style. Each sets up what it needs.
+SHELL := /bin/sh
+PYTHON ?= python3
+RUN := .venv
+DEV := .venv-dev
+# The type checker and the import contracts see the repository root as the package `expertslice` through this link.
+LINK := .links/expertslice
+
+.PHONY: run test test-all check format no-torch clean
+
+run: $(RUN)/.ready
+	$(RUN)/bin/expertslice whatif
+
+test: $(DEV)/.ready
+	PYTHONSAFEPATH=1 $(DEV)/bin/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+test-all: $(DEV)/.ready
+	PYTHONSAFEPATH=1 $(DEV)/bin/pytest -m "not gpu" $(PYTEST_ARGS)
+
+check: $(DEV)/.ready $(LINK)
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/codespell
+	$(DEV)/bin/basedpyright
+	PYTHONPATH=.links $(DEV)/bin/lint-imports
+
+format: $(DEV)/.ready
+	$(DEV)/bin/ruff format .
+	$(DEV)/bin/ruff check --fix .
+
+# Traces, policies, the simulator and what-if must work where torch cannot be imported.
+no-torch: $(RUN)/.ready
+	PYTHONSAFEPATH=1 $(RUN)/bin/python tests/no_torch_check.py
+
+$(RUN)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(RUN)
+	$(RUN)/bin/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(DEV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/pip install --quiet --disable-pip-version-check -e '.[gpu,dev]'
+	@touch $@
+
+$(LINK):
+	@mkdir -p .links && ln -sfn .. $(LINK)
+
+clean:
+	rm -rf $(RUN) $(DEV) .links .pytest_cache .ruff_cache .hypothesis build *.egg-info
