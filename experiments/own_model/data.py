@@ -1,0 +1,93 @@
+"""The corpus as bytes, one file per domain, with held-out windows that training never touches.
+
+Every `every`-th window of a file is held out, spread over the whole file so that held-out text is
+like the rest of its domain; a training sequence lies wholly between two such windows.
+
+Shape letters: N bytes of one domain, B sequences, C positions.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .model import BOS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def read_corpus(path: Path) -> dict[str, NDArray[np.uint8]]:
+    """Read a tar of text files into bytes by short file name, sorted by name."""
+    with tarfile.open(path) as tar:
+        files = {
+            Path(member.name).stem: np.frombuffer(file.read(), np.uint8)
+            for member in tar
+            if (file := tar.extractfile(member)) is not None
+        }
+    return dict(sorted(files.items()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """How text is divided: windows of `window_bytes`, one of each `every` held out."""
+
+    window_bytes: int = 8192
+    every: int = 32
+
+    def heldout_starts(self, num_bytes: int) -> NDArray[np.int64]:
+        """Give the first byte of each held-out window; only whole windows count."""
+        num_windows = num_bytes // self.window_bytes
+        return np.arange(self.every // 2, num_windows, self.every) * self.window_bytes
+
+    def train_spans(self, num_bytes: int) -> NDArray[np.int64]:
+        """Give [start, end) of each stretch between held-out windows, int64 [spans, 2]."""
+        held = self.heldout_starts(num_bytes)
+        return np.stack([np.r_[0, held + self.window_bytes], np.r_[held, num_bytes]], axis=1)
+
+    def chunks(self, text_N: NDArray[np.uint8], length: int) -> NDArray[np.int64]:
+        """Cut held-out windows into chunks; return tokens [chunks, length] that begin with BOS."""
+        per_window = self.window_bytes // (length - 1)
+        starts = self.heldout_starts(len(text_N))[:, None] + np.arange(per_window) * (length - 1)
+        bytes_BC = text_N[starts.reshape(-1, 1) + np.arange(length - 1)]
+        return np.insert(bytes_BC.astype(np.int64), 0, BOS, axis=1)
+
+
+class Sampler:
+    """Draws training sequences uniformly within a domain, and domains by size ** `power`."""
+
+    def __init__(
+        self, corpus: dict[str, NDArray[np.uint8]], split: Split, *, length: int, power: float, seed: int
+    ) -> None:
+        self._texts = list(corpus.values())
+        self._length, self._seed = length, seed
+        spans = [split.train_spans(len(text_N)) for text_N in self._texts]
+        self._first = [span[:, 0] for span in spans]
+        # How many sequences can start in each span, as running totals to draw from.
+        room = [np.maximum(span[:, 1] - span[:, 0] - length + 1, 0) for span in spans]
+        self._ends = [r.cumsum() for r in room]
+        weight = np.array([len(text_N) for text_N in self._texts]) ** float(power)
+        self.domain_share = weight / weight.sum()
+
+    def num_starts(self, domain: int) -> int:
+        """Give the number of bytes at which a sequence may start."""
+        return int(self._ends[domain][-1])
+
+    def start(self, domain: int, draw: int) -> int:
+        """Map a draw in [0, num_starts) to the byte where that sequence starts."""
+        ends = self._ends[domain]
+        span = int(np.searchsorted(ends, draw, side="right"))
+        return int(self._first[domain][span] + draw - (ends[span - 1] if span else 0))
+
+    def batch(self, step: int, num_sequences: int) -> NDArray[np.int64]:
+        """Draw the sequences of one step, int64 [B, length + 1], each beginning with BOS."""
+        rng = np.random.default_rng([self._seed, step])
+        tokens_BC = np.full((num_sequences, self._length + 1), BOS, np.int64)
+        for row, domain in enumerate(rng.choice(len(self._texts), num_sequences, p=self.domain_share)):
+            start = self.start(domain, rng.integers(self.num_starts(domain)))
+            tokens_BC[row, 1:] = self._texts[domain][start : start + self._length]
+        return tokens_BC

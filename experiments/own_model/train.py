@@ -1,0 +1,262 @@
+"""Train the model for a given time and record its routing early, midway and at the end.
+
+    python -m expertslice.experiments.own_model.train --corpus corpus.tar.xz --out runs/own --seconds 390
+
+Writes one npz of routing per checkpoint and `training.json`. Every figure of loss is in nats per byte.
+
+Shape letters: N bytes of one domain, D domains, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as fn
+
+from .data import Sampler, Split, read_corpus
+from .evaluate import balance_statistics, evaluate
+from .model import Decoder, ModelConfig, router_losses, serving_copy
+from .record import record
+from .schedule import RecordConfig
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+NAMES = ("early", "middle", "final")
+SPLIT = Split()
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Recipe; the length is `steps`, or where that is None the time `seconds` spent in steps."""
+
+    seconds: float = 390.0
+    steps: int | None = None
+    num_sequences: int = 64
+    sequence_len: int = 1024
+    peak_lr: float = 1e-3
+    warmup_steps: int = 100
+    decay_from: float = 0.7
+    final_lr: float = 5e-5
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    balance_coef: float = 1e-3
+    z_coef: float = 1e-4
+    domain_power: float = 0.7
+    checkpoints: tuple[float, ...] = (0.05, 0.4, 1.0)
+    eval_sequences: int = 16
+    compile: bool = False
+    seed: int = 0
+
+
+class Trainer:
+    """Model, optimiser and the clock that the schedule follows."""
+
+    def __init__(self, model: Decoder, sampler: Sampler, cfg: TrainConfig) -> None:
+        self.model, self.sampler, self.cfg = model, sampler, cfg
+        self.device = model.head.device
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        vectors = [p for p in model.parameters() if p.dim() == 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=cfg.peak_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
+        )
+        self.step, self.spent_s, self.rows = 0, 0.0, []
+        if cfg.compile:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+
+    @property
+    def progress(self) -> float:
+        """Share of the training done."""
+        return self.step / self.cfg.steps if self.cfg.steps else self.spent_s / self.cfg.seconds
+
+    def lr(self) -> float:
+        """Warm up, stay, then fall linearly."""
+        cfg = self.cfg
+        fall = min(max((self.progress - cfg.decay_from) / (1 - cfg.decay_from), 0.0), 1.0)
+        return min(1.0, (self.step + 1) / cfg.warmup_steps) * (cfg.peak_lr + fall * (cfg.final_lr - cfg.peak_lr))
+
+    def backward(self) -> torch.Tensor:
+        """Accumulate gradients of one batch; return its loss, balance loss and z-loss."""
+        cfg = self.cfg
+        tokens = torch.from_numpy(self.sampler.batch(self.step, cfg.num_sequences))
+        if self.device.type == "cuda":
+            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+        logits, routings = self.model(tokens[:, :-1])
+        loss = fn.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        balance, z = router_losses(routings)
+        (loss + cfg.balance_coef * balance + cfg.z_coef * z).backward()
+        return torch.stack([loss, balance / len(routings), z / len(routings)]).detach()
+
+    def train_step(self) -> torch.Tensor:
+        """Take one step; return loss, balance loss, z-loss and gradient norm."""
+        losses = self.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return torch.cat([losses, norm[None]])
+
+    def train_until(self, progress: float, *, log_every: int = 10) -> None:
+        """Train up to a share of the whole, reading the clock and the losses every few steps."""
+        while self.progress < progress:
+            begin = time.perf_counter()
+            losses = [self.train_step() for _ in range(log_every)]
+            mean = torch.stack(losses).mean(0).tolist()  # waits for the device
+            self.spent_s += time.perf_counter() - begin
+            row = dict(zip(("loss", "balance", "z", "grad_norm"), mean, strict=True))
+            rate = log_every * self.cfg.num_sequences * self.cfg.sequence_len / (time.perf_counter() - begin)
+            row |= {"step": self.step, "seconds": self.spent_s, "lr": self.lr(), "tokens_per_s": rate}
+            self.rows.append(row | gpu_state(self.device))
+            if self.step % (10 * log_every) == 0:
+                log.info("%s", {name: round(value, 5) for name, value in self.rows[-1].items()})
+
+
+def gpu_state(device: torch.device) -> dict[str, float]:
+    """Read clock, power and temperature of the GPU; empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "sm_clock_mhz": torch.cuda.clock_rate(),
+        "power_w": torch.cuda.power_draw() / 1000,
+        "temperature_c": torch.cuda.temperature(),
+    }
+
+
+def facts(device: torch.device) -> dict[str, str | int]:
+    """Name the software and, where there is one, the GPU and its driver."""
+    named = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    if device.type != "cuda":
+        return named | {"device": platform.machine()}
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    return named | {
+        "device": torch.cuda.get_device_name(device),
+        "driver": pynvml.nvmlSystemGetDriverVersion(),
+        "cuda": torch.version.cuda or "",
+        "power_limit_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) // 1000,
+        "max_sm_clock_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
+    }
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=TrainConfig().seconds)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--balance-coef", type=float, default=TrainConfig().balance_coef)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a trial on a CPU")
+    parser.add_argument("--short", action="store_true", help="record a few steps per checkpoint")
+    parser.add_argument("--commit", default="unknown", help="written into training.json")
+    return parser.parse_args(argv)
+
+
+def configs(args: argparse.Namespace) -> tuple[ModelConfig, TrainConfig, RecordConfig]:
+    """Turn the command line into the three configurations."""
+    model, recording = ModelConfig(), RecordConfig(seed=args.seed)
+    train = TrainConfig(
+        seconds=args.seconds,
+        steps=args.steps,
+        balance_coef=args.balance_coef,
+        compile=args.compile,
+        seed=args.seed,
+    )
+    if args.short or args.tiny:
+        recording = replace(recording, wave_outputs=16, server_steps=32)
+    if args.tiny:
+        model = replace(model, num_layers=3, d_model=64, d_ff=64, num_heads=2)
+        train = replace(train, num_sequences=8, sequence_len=128, eval_sequences=2)
+        recording = replace(recording, prompt_len=128, wave_chunk=64, server_chunk=32)
+    return model, train, recording
+
+
+def provenance(args: argparse.Namespace, trainer: Trainer, corpus: dict[str, NDArray[np.uint8]]) -> dict[str, Any]:
+    """Say how this run was made."""
+    return {
+        "command": shlex.join(["python", "-m", "expertslice.experiments.own_model.train", *sys.argv[1:]]),
+        "commit": args.commit,
+        "facts": facts(trainer.device),
+        "num_parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "domain_bytes": {name: len(text_N) for name, text_N in corpus.items()},
+        "domain_share": trainer.sampler.domain_share.tolist(),
+        "model": asdict(trainer.model.cfg),
+        "train": asdict(trainer.cfg),
+        "split": asdict(SPLIT),
+    }
+
+
+def checkpoint(trainer: Trainer, corpus: dict[str, NDArray[np.uint8]], cfg: RecordConfig, path: Path) -> dict[str, Any]:
+    """Evaluate and record the model as it is now; write the routing, return the report."""
+    length, most = trainer.cfg.sequence_len + 1, trainer.cfg.eval_sequences
+    texts = [SPLIT.chunks(text_N, length)[:most] for text_N in corpus.values()]
+    losses, counts_DLE = evaluate(trainer.model, texts)
+    prompts = [SPLIT.chunks(text_N, cfg.prompt_len) for text_N in corpus.values()]
+    columns = record(serving_copy(trainer.model), prompts, cfg)
+    np.savez_compressed(path, domain_names=list(corpus), eval_counts=counts_DLE.astype(np.int32), **columns)
+    report = {
+        "step": trainer.step,
+        "training_tokens": trainer.step * trainer.cfg.num_sequences * trainer.cfg.sequence_len,
+        "training_seconds": trainer.spent_s,
+        "heldout_loss": dict(zip(corpus, losses, strict=True)),
+        "balance": balance_statistics(counts_DLE),
+        "record": asdict(cfg),
+        "recorded_tokens": len(columns["step"]),
+        "recorded_steps": len(columns["held"]),
+        "steps_held": int(columns["held"].sum()),
+        "gpu_after_recording": gpu_state(trainer.device),
+    }
+    log.info("%s: held-out loss %.4f, %s", path.stem, np.mean(losses), report["balance"])
+    return report
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, evaluate and record; files are written checkpoint by checkpoint."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    args = arguments(argv)
+    model_cfg, cfg, recording = configs(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(cfg.seed)
+    corpus = read_corpus(args.corpus)
+    sampler = Sampler(corpus, SPLIT, length=cfg.sequence_len, power=cfg.domain_power, seed=cfg.seed)
+    with device:
+        model = Decoder(model_cfg, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    trainer = Trainer(model, sampler, cfg)
+    # Compile and warm up before the clock starts.
+    trainer.backward()
+    trainer.optimizer.zero_grad()
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = provenance(args, trainer, corpus) | {"checkpoints": {}, "curve": trainer.rows}
+    brief = replace(recording, wave_outputs=recording.wave_outputs // 4, server_steps=0)
+    for name, progress in zip(NAMES, cfg.checkpoints, strict=True):
+        trainer.train_until(progress)
+        amount = recording if name == NAMES[-1] else brief
+        report["checkpoints"][name] = checkpoint(trainer, corpus, amount, args.out / f"{name}.npz")
+        if device.type == "cuda":
+            report["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        (args.out / "training.json").write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

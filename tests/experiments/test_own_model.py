@@ -1,0 +1,227 @@
+"""The small model, its hold-out and its recorder, at sizes for a CPU.
+
+Shape letters as in the modules under test.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from expertslice.experiments.own_model import evaluate, train  # noqa: E402
+from expertslice.experiments.own_model.data import Sampler, Split, read_corpus  # noqa: E402
+from expertslice.experiments.own_model.model import (  # noqa: E402
+    BOS,
+    Decoder,
+    ModelConfig,
+    grouped_product,
+    router_losses,
+    serving_copy,
+)
+from expertslice.experiments.own_model.record import Server, record  # noqa: E402
+from expertslice.experiments.own_model.schedule import RecordConfig, plan  # noqa: E402
+
+CONFIG = ModelConfig(num_layers=2, num_experts=8, top_k=3, d_model=32, d_ff=24, num_heads=2)
+RECORDING = RecordConfig(
+    num_slots=4,
+    prompt_len=32,
+    wave_chunk=16,
+    wave_width=2,
+    wave_outputs=6,
+    server_steps=20,
+    server_chunk=8,
+    server_width=2,
+)
+SPLIT = Split(window_bytes=256, every=4)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Decoder(replace(CONFIG, init_std=0.2))
+
+
+@pytest.fixture
+def corpus():
+    rng = np.random.default_rng(0)
+    letters = {"digits": b"0123456789", "vowels": b"aeiou ", "rest": b"bcdfgh "}
+    return {n: np.frombuffer(c, np.uint8)[rng.integers(len(c), size=6000)] for n, c in letters.items()}
+
+
+def test_the_corpus_is_read_by_short_name(tmp_path):
+    path = tmp_path / "mix.tar.xz"
+    with tarfile.open(path, "w:xz") as tar:
+        for name in ("b.txt", "a.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(name[:1].encode() * 3))
+    assert [(n, t.tobytes()) for n, t in read_corpus(path).items()] == [("a", b"aaa"), ("b", b"bbb")]
+
+
+@pytest.mark.parametrize("num_bytes", [100, 700, 1024, 6000])
+def test_training_spans_and_heldout_windows_cover_the_text_once(num_bytes):
+    seen_N = np.zeros(num_bytes, int)
+    for start, end in SPLIT.train_spans(num_bytes):
+        seen_N[start:end] += 1
+    for start in SPLIT.heldout_starts(num_bytes):
+        seen_N[start : start + SPLIT.window_bytes] += 1
+    assert (seen_N == 1).all()
+
+
+def test_no_training_sequence_touches_heldout_text(corpus):
+    length, texts = 50, list(corpus.values())
+    sampler = Sampler(corpus, SPLIT, length=length, power=0.5, seed=1)
+    for domain, text_N in enumerate(texts):
+        held = SPLIT.heldout_starts(len(text_N))
+        starts = np.array([sampler.start(domain, d) for d in range(sampler.num_starts(domain))])
+        apart = (starts[:, None] + length <= held) | (starts[:, None] >= held + SPLIT.window_bytes)
+        assert apart.all()
+        assert len(set(starts)) == len(starts)
+        assert starts.max() == len(text_N) - length
+
+
+def test_chunks_are_heldout_text_after_a_first_token(corpus):
+    text_N = corpus["digits"]
+    tokens_BC = SPLIT.chunks(text_N, 65)
+    assert tokens_BC.shape == (4 * len(SPLIT.heldout_starts(len(text_N))), 65)
+    assert (tokens_BC[:, 0] == BOS).all()
+    first = SPLIT.heldout_starts(len(text_N))[0]
+    np.testing.assert_array_equal(tokens_BC[1, 1:], text_N[first + 64 : first + 128])
+
+
+def test_routing_is_the_top_k_of_the_logits_in_falling_order(model):
+    routing, order_R = model.blocks[0].moe.route(torch.randn(40, CONFIG.d_model))
+    ref_TK = routing.logits_TE.sort(descending=True, stable=True).indices[:, : CONFIG.top_k]
+    torch.testing.assert_close(routing.ids_TK, ref_TK)
+    torch.testing.assert_close(routing.gates_TK.sum(-1), torch.ones(40))
+    counts_E = torch.bincount(routing.ids_TK.flatten(), minlength=CONFIG.num_experts)
+    torch.testing.assert_close(routing.ends_E.long(), counts_E.cumsum(0))
+    assert (routing.ids_TK.flatten()[order_R].diff() >= 0).all()
+
+
+def test_moe_equals_a_loop_over_tokens_in_output_and_gradient(model):
+    moe = model.blocks[0].moe
+    x_TD = torch.randn(17, CONFIG.d_model, requires_grad=True)
+    y_TD, routing = moe(x_TD)
+
+    h_TD, rows = moe.norm(x_TD), []
+    for h_D, ids_K, gates_K in zip(h_TD, routing.ids_TK, routing.gates_TK, strict=True):
+        row_D = 0
+        for e, gate in zip(ids_K, gates_K, strict=True):
+            a_F, b_F = (moe.gate_up[e] @ h_D).chunk(2)
+            row_D = row_D + gate * (moe.down[e] @ (torch.nn.functional.silu(a_F) * b_F))
+        rows.append(row_D)
+    ref_TD = torch.stack(rows)
+    torch.testing.assert_close(y_TD, ref_TD, rtol=1e-5, atol=1e-6)
+    inputs = [x_TD, moe.gate_up, moe.down, moe.router]
+    grads = torch.autograd.grad(y_TD.square().sum(), inputs, retain_graph=True)
+    refs = torch.autograd.grad(ref_TD.square().sum(), inputs)
+    for grad, ref in zip(grads, refs, strict=True):
+        torch.testing.assert_close(grad, ref, rtol=1e-4, atol=1e-5)
+
+
+def test_balance_loss_is_one_when_even_and_e_over_k_like_when_one_expert_takes_all(model):
+    _, routings = model(torch.randint(256, (2, 16)))
+    even = [r._replace(logits_TE=torch.zeros_like(r.logits_TE)) for r in routings]
+    assert router_losses(even)[0].item() == pytest.approx(len(routings))
+    hot = torch.zeros_like(routings[0].logits_TE)
+    hot[:, 0] = 50.0
+    all_rows = torch.full_like(routings[0].ends_E, routings[0].ids_TK.numel())
+    one = routings[0]._replace(logits_TE=hot, ends_E=all_rows)
+    assert router_losses([one])[0].item() == pytest.approx(CONFIG.num_experts)
+
+
+def test_training_lowers_the_loss_and_keeps_balance(model, corpus):
+    sampler = Sampler(corpus, SPLIT, length=32, power=0.5, seed=1)
+    cfg = train.TrainConfig(steps=60, num_sequences=8, sequence_len=32, warmup_steps=5, peak_lr=3e-3, balance_coef=1e-2)
+    trainer = train.Trainer(model, sampler, cfg)
+    trainer.train_until(1.0)
+    assert trainer.step == 60
+    assert trainer.rows[-1]["loss"] < 0.75 * trainer.rows[0]["loss"]
+    assert trainer.rows[-1]["balance"] < min(1.2, trainer.rows[0]["balance"])
+    losses, counts_DLE = evaluate.evaluate(model, [SPLIT.chunks(t, 33)[:4] for t in corpus.values()])
+    assert len(losses) == 3
+    assert (counts_DLE.sum(-1) == 4 * 32 * CONFIG.top_k).all()
+
+
+def test_domain_information_tells_split_experts_from_shared_ones():
+    shared = np.full((2, 1, 4), 5)
+    split = np.array([[[9, 9, 0, 0]], [[0, 0, 9, 9]]])
+    assert evaluate.balance_statistics(shared)["domain_expert_information_bit_L"] == [0.0]
+    assert evaluate.balance_statistics(split)["domain_expert_information_bit_L"] == [1.0]
+    assert evaluate.balance_statistics(split)["gini_L"] == [0.0]
+
+
+def test_served_tokens_route_as_in_one_full_forward(model, corpus):
+    prompts = [SPLIT.chunks(t, RECORDING.prompt_len) for t in corpus.values()]
+    requests, steps = plan(prompts, RECORDING)
+    server = Server(model, requests, RECORDING)
+    ids = torch.cat(server.run(steps)[0])
+    request_T = np.concatenate([s.request_T for s in steps])
+    position_T = np.concatenate([s.position_T for s in steps])
+    for request in set(request_T):
+        rows = np.flatnonzero(request_T == request)
+        np.testing.assert_array_equal(position_T[rows], np.arange(len(rows)))
+        _, routings = model(server.tokens[request : request + 1, : len(rows)])
+        ref_TLK = torch.stack([r.ids_TK for r in routings], 1).to(torch.uint8)
+        assert (ids[rows] == ref_TLK).float().mean() > 0.999
+
+
+def test_sampling_at_low_temperature_is_greedy(model, corpus):
+    cfg = replace(RECORDING, temperature=1e-4)
+    requests, steps = plan([SPLIT.chunks(t, cfg.prompt_len) for t in corpus.values()], cfg)
+    server = Server(model, requests, cfg)
+    server.run(steps)
+    end = cfg.prompt_len + cfg.wave_outputs
+    logits, _ = model(server.tokens[:1, :end])
+    ref = logits[0, cfg.prompt_len - 1 :, :256].argmax(-1)
+    torch.testing.assert_close(server.tokens[0, cfg.prompt_len : end + 1], ref)
+
+
+def test_record_holds_both_workloads_in_step_order(model, corpus):
+    prompts = [SPLIT.chunks(t, RECORDING.prompt_len) for t in corpus.values()]
+    columns = record(serving_copy(model), prompts, RECORDING)
+    num_tokens, num_steps = len(columns["step"]), len(columns["held"])
+    assert columns["expert_ids"].shape == (num_tokens, CONFIG.num_layers, CONFIG.top_k)
+    assert (np.diff(columns["step"]) >= 0).all()
+    assert columns["step"][-1] == num_steps - 1
+    assert columns["moe_ns"].shape == columns["other_ns"].shape == (num_steps, CONFIG.num_layers)
+    assert (columns["moe_ns"] > 0).all()
+    assert (np.diff(columns["step_start_ns"]) > 0).all()
+    phases = [set(columns["phase"][columns["step"] == s]) for s in range(num_steps)]
+    assert phases[:4] == [{0}] * 4
+    assert phases[4 : 4 + RECORDING.wave_outputs] == [{1}] * RECORDING.wave_outputs
+    assert {0, 1} in phases[4 + RECORDING.wave_outputs :]
+    wave = columns["request_id"] < RECORDING.num_slots
+    np.testing.assert_array_equal(columns["domain"][wave], columns["request_id"][wave] % 3)
+    pairs = np.stack([columns["request_id"], columns["position"]])
+    assert np.unique(pairs, axis=1).shape[1] == num_tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the grouped product needs a GPU")
+def test_grouped_product_on_a_gpu_matches_a_loop_in_output_and_gradient():
+    torch.manual_seed(0)
+    counts_E = torch.tensor([0, 700, 13, 1, 2048, 250, 0, 999])
+    ends_E = counts_E.cumsum(0).int()
+    x_RD = torch.randn(int(ends_E[-1]), 768, dtype=torch.bfloat16)
+    w_EFD = torch.randn(8, 1024, 768) * 0.05
+    seed_RF = torch.randn(len(x_RD), 1024)
+    ref = gradients(x_RD.double(), w_EFD.bfloat16().double(), ends_E, seed_RF.double())
+    out = gradients(x_RD.cuda(), w_EFD.cuda(), ends_E.cuda(), seed_RF.bfloat16().cuda())
+    for ref_tensor, tensor in zip(ref, out, strict=True):
+        error = (tensor.double().cpu() - ref_tensor).norm() / ref_tensor.norm()
+        assert error < 1e-2
+
+
+def gradients(x_RD, w_EFD, ends_E, seed_RF):
+    """Give a grouped product with its gradients for input and weights."""
+    x_RD, w_EFD = x_RD.requires_grad_(), w_EFD.requires_grad_()
+    y_RF = grouped_product(x_RD, w_EFD, ends_E)
+    return (y_RF, *torch.autograd.grad(y_RF, (x_RD, w_EFD), seed_RF))
