@@ -1,0 +1,243 @@
+"""Paired statistics: which differences between policies are real. Pure numpy; knows no trace, device or file.
+
+Everything rests on deviations: a bootstrap of the workload, and draws of the model's parameters, each give rows of
+"how far every policy's effect might lie from its estimate", drawn jointly so that what policies share cancels in
+their differences. Intervals are symmetric: estimate plus or minus a quantile of the absolute deviation.
+
+Shape letters: P policies, N steps of a series, B bootstrap draws, M draws of the model's parameters, C compositions.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Statistic = Literal["mean", "median"]
+
+LEVEL = 0.95
+NUM_DRAWS = 2000
+CHUNK_DRAWS = 200
+"""Draws are made in chunks, so that memory does not grow with the number of draws times the number of steps."""
+EXACT_PERCENT = 1e-9
+"""Differences below this are rounding, not effects."""
+
+
+def _correlations(series_N: Floats) -> Floats:
+    """Return the autocorrelation at lags 0 .. sqrt(n) + 5; empty for a constant or very short series."""
+    n = len(series_N)
+    centred_N = series_N - series_N.mean()
+    variance = float(centred_N @ centred_N)
+    if n < 8 or variance == 0:
+        return np.zeros(0)
+    max_lag = min(n - 1, int(np.ceil(np.sqrt(n))) + 5)
+    return np.array([float(centred_N[lag:] @ centred_N[: n - lag]) for lag in range(max_lag + 1)]) / variance
+
+
+def _window(rho: Floats, n: int) -> int:
+    """Return twice the last lag before a run of five correlations that are all inside the noise."""
+    quiet = np.abs(rho[1:]) < 2 * np.sqrt(np.log10(n) / n)
+    for lag in range(len(quiet)):
+        if quiet[lag : lag + 5].all():
+            return 2 * lag
+    return 2 * len(quiet)
+
+
+def _flat_top(rho: Floats, window: int) -> tuple[NDArray[np.int64], Floats]:
+    """Return lags and weights that keep the first half of the window whole and let the second half fade."""
+    lags = np.arange(1, min(window, len(rho) - 1) + 1)
+    return lags, np.minimum(1.0, 2.0 - 2.0 * lags / max(1, window))
+
+
+def block_length(series_N: Floats) -> int:
+    """Return the length of moving blocks for the mean of a series: Politis and White's rule with Patton's correction.
+
+    A half is added, because blocks that are too short find differences that are not there; a quarter of the series
+    is the most, so that at least four blocks remain.
+    """
+    n, rho = len(series_N), _correlations(series_N)
+    window = _window(rho, n) if len(rho) else 0
+    if window == 0:
+        return 1
+    lags, weight = _flat_top(rho, window)
+    spread = 1 + 2 * float(weight @ rho[lags])
+    slope = 2 * float(weight @ (lags * rho[lags]))
+    if spread <= 0:
+        return 1
+    length = 1.5 * (1.5 * (slope / spread) ** 2 * n) ** (1 / 3)
+    return int(np.clip(np.ceil(length), 1, max(1, n // 4)))
+
+
+def _widening(series_N: Floats, length: int) -> float:
+    """Return by how much blocks of that length understate the standard deviation of the mean, at least 1.
+
+    Blocks cut correlations at their ends, which weights lags like a triangle; the flat-top window does not.
+    """
+    n, rho = len(series_N), _correlations(series_N)
+    window = _window(rho, n) if len(rho) else 0
+    if window == 0:
+        return 1.0
+    lags, weight = _flat_top(rho, window)
+    whole = 1 + 2 * float(weight @ rho[lags])
+    inside = np.arange(1, min(length, len(rho) - 1) + 1)
+    cut = 1 + 2 * float((1 - inside / length) @ rho[inside])
+    return float(np.sqrt(max(1.0, whole / max(cut, 0.05))))
+
+
+def _paired_differences(times_PN: Floats, reference: int) -> list[Floats]:
+    return [row - times_PN[reference] for p, row in enumerate(times_PN) if p != reference]
+
+
+def common_block_length(times_PN: Floats, reference: int) -> int:
+    """Return the longest block that any policy's paired difference to the reference asks for."""
+    return max((block_length(d) for d in _paired_differences(times_PN, reference)), default=1)
+
+
+def effect_percent(times_PN: Floats, reference: int, statistic: Statistic = "mean") -> Floats:
+    """Return how much longer each policy takes than the reference, in percent; negative is faster."""
+    centre_P = times_PN.mean(axis=1) if statistic == "mean" else np.median(times_PN, axis=1)
+    return 100 * (centre_P / centre_P[reference] - 1)
+
+
+def block_bootstrap(
+    times_PN: Floats,
+    reference: int,
+    *,
+    seed: int,
+    statistic: Statistic = "mean",
+    length: int | None = None,
+    num_draws: int = NUM_DRAWS,
+) -> Floats:
+    """Return deviations [B, P] of the effect under resampling of moving blocks of steps, the same for every policy."""
+    n = times_PN.shape[1]
+    block = min(n, length or common_block_length(times_PN, reference))
+    num_blocks = -(-n // block)
+    rng = np.random.default_rng([seed, n, block])
+    resample = _mean_of_blocks if statistic == "mean" else _median_of_blocks
+    prefix_PN = np.concatenate([np.zeros((len(times_PN), 1)), np.cumsum(times_PN, axis=1)], axis=1)
+    chunks: list[Floats] = []
+    for first in range(0, num_draws, CHUNK_DRAWS):
+        size = (min(CHUNK_DRAWS, num_draws - first), num_blocks)
+        starts = rng.integers(0, n - block + 1, size=size)
+        chunks.append(resample(times_PN, prefix_PN, starts, block))
+    centre_BP = np.concatenate(chunks)
+    effect_BP = 100 * (centre_BP / centre_BP[:, [reference]] - 1)
+    # Moving blocks see the middle of the series more often than its ends; centring removes that bias.
+    deviation_BP = effect_BP - effect_BP.mean(axis=0)
+    widen = max((_widening(d, block) for d in _paired_differences(times_PN, reference)), default=1.0)
+    # Few independent blocks know their own spread badly: divide by its draw, as Student's t does.
+    freedom = max(2, num_blocks - 1)
+    return widen * deviation_BP * np.sqrt(freedom / rng.chisquare(freedom, num_draws))[:, None]
+
+
+def _mean_of_blocks(times_PN: Floats, prefix_PN: Floats, starts: NDArray[np.int64], length: int) -> Floats:
+    del times_PN  # Prefix sums are enough, and cost memory by block instead of by step.
+    return np.stack([(row[starts + length] - row[starts]).mean(axis=1) for row in prefix_PN], axis=1)
+
+
+def _median_of_blocks(times_PN: Floats, prefix_PN: Floats, starts: NDArray[np.int64], length: int) -> Floats:
+    del prefix_PN
+    offsets = np.arange(length)
+    rows = [np.median(times_PN[:, (blocks[:, None] + offsets).ravel()], axis=1) for blocks in starts]
+    return np.stack(rows)
+
+
+def t_draws(deviations_MP: Floats, *, seed: int, num_draws: int = NUM_DRAWS) -> Floats:
+    """Return [B, P] draws with the spread of a few deviations: multivariate t, wider the fewer there were.
+
+    A handful of parameter draws cannot give a 95 % quantile; their covariance and its uncertainty can.
+    """
+    m = len(deviations_MP)
+    if m == 0:
+        return np.zeros((num_draws, deviations_MP.shape[1]))
+    rng = np.random.default_rng([seed, m])
+    normal_BM = rng.standard_normal((num_draws, m))
+    scale_B = np.sqrt(m / rng.chisquare(m, num_draws))
+    return scale_B[:, None] * (normal_BM @ deviations_MP) / np.sqrt(m)
+
+
+def between_compositions(effect_CP: Floats, within_sd_CP: Floats) -> Floats:
+    """Return deviations [C, P] between compositions, less what blocks within each already explain.
+
+    `within_sd_CP` is the block bootstrap's standard deviation of each composition's effect.
+    """
+    c = len(effect_CP)
+    if c < 2:
+        return np.zeros((0, effect_CP.shape[1]))
+    deviation_CP = (effect_CP - effect_CP.mean(axis=0)) * np.sqrt(c / (c - 1))
+    total = float((deviation_CP**2).mean())
+    excess = 0.0 if total == 0 else max(0.0, 1 - float((within_sd_CP**2).mean()) / total)
+    return deviation_CP * np.sqrt(excess)
+
+
+def half_width(deviation_BP: Floats, level: float = LEVEL) -> Floats:
+    """Return the half-width of each policy's interval."""
+    return np.quantile(np.abs(deviation_BP), level, axis=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Every pair of policies: the difference in percentage points and its simultaneous half-width."""
+
+    difference_PP: Floats
+    half_width_PP: Floats
+    differ_PP: NDArray[np.bool_]
+    """Whether the pair's interval leaves out 0."""
+
+
+def compare_all(effect_P: Floats, deviation_BP: Floats, level: float = LEVEL) -> Comparison:
+    """Compare every pair so that with probability `level` no interval misses its difference (max-T)."""
+    p = len(effect_P)
+    upper = np.triu_indices(p, 1)
+    difference_PP = effect_P[:, None] - effect_P[None, :]
+    pairs_BQ = deviation_BP[:, upper[0]] - deviation_BP[:, upper[1]]
+    sd_Q = pairs_BQ.std(axis=0)
+    half_PP = np.zeros((p, p))
+    if len(sd_Q) and sd_Q.max() > 0:
+        moving = sd_Q > 0
+        largest_B = (np.abs(pairs_BQ[:, moving]) / sd_Q[moving]).max(axis=1)
+        half_PP[upper] = float(np.quantile(largest_B, level)) * sd_Q
+    half_PP = half_PP + half_PP.T
+    differ_PP = np.abs(difference_PP) > half_PP + EXACT_PERCENT
+    return Comparison(difference_PP=difference_PP, half_width_PP=half_PP, differ_PP=differ_PP)
+
+
+def holm(p_values_Q: Floats) -> Floats:
+    """Return p-values corrected for the number of tests, by Holm's step-down rule."""
+    q = len(p_values_Q)
+    order = np.argsort(p_values_Q, kind="stable")
+    stepped = np.minimum(1.0, p_values_Q[order] * np.arange(q, 0, -1))
+    adjusted_Q = np.empty(q)
+    adjusted_Q[order] = np.maximum.accumulate(stepped)
+    return adjusted_Q
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """A place in the ranking; `tied` when it is shared."""
+
+    rank: int
+    tied: bool
+
+
+def ranks_with_ties(effect_P: Floats, differ_PP: NDArray[np.bool_]) -> list[Rank]:
+    """Rank policies, fastest first; who cannot be told from the best of a group shares its rank (1, 1, 3, ...)."""
+    order = [int(p) for p in np.argsort(effect_P, kind="stable")]
+    leader_of: dict[int, int] = {}
+    leader = order[0] if order else 0
+    for p in order:
+        leader = p if differ_PP[leader, p] else leader
+        leader_of[p] = leader
+    place = {p: index + 1 for index, p in enumerate(order)}
+    sizes = [list(leader_of.values()).count(leader_of[p]) for p in range(len(effect_P))]
+    return [Rank(rank=place[leader_of[p]], tied=sizes[p] > 1) for p in range(len(effect_P))]
+
+
+def kendall_tau_b(a_P: Floats, b_P: Floats) -> float:
+    """Return the agreement of two rankings with ties, -1..1; NaN when one of them ties everything."""
+    upper = np.triu_indices(len(a_P), 1)
+    sign_a = np.sign(a_P[upper[0]] - a_P[upper[1]])
+    sign_b = np.sign(b_P[upper[0]] - b_P[upper[1]])
+    norm = np.sqrt(float(np.abs(sign_a).sum()) * float(np.abs(sign_b).sum()))
+    return float(sign_a @ sign_b) / norm if norm else float("nan")
