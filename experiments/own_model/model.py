@@ -83,11 +83,11 @@ def grouped_product(x_RD: Tensor, w_EFD: Tensor, ends_E: Tensor) -> Tensor:
     return torch.cat([fn.linear(x_RD[a:b], w_FD) for a, b, w_FD in zip([0, *ends], ends, w_EFD, strict=False)])
 
 
-def rotate(x_THW: Tensor, angle_TW: Tensor) -> Tensor:
-    """Apply rotary position embedding; angles cover half of the head width."""
+def rotate(x_THW: Tensor, turn_2TW: Tensor) -> Tensor:
+    """Apply rotary position embedding; cosines and sines cover half of the head width."""
     a_THW, b_THW = x_THW.float().chunk(2, -1)
-    cos_TW, sin_TW = angle_TW.cos()[:, None], angle_TW.sin()[:, None]
-    turned = (a_THW * cos_TW - b_THW * sin_TW, b_THW * cos_TW + a_THW * sin_TW)
+    cos_T1W, sin_T1W = turn_2TW[:, :, None]
+    turned = (a_THW * cos_T1W - b_THW * sin_T1W, b_THW * cos_T1W + a_THW * sin_T1W)
     return torch.cat(turned, -1).to(x_THW.dtype)
 
 
@@ -121,11 +121,11 @@ class Attention(nn.Module):
         self.qkv = nn.Parameter(torch.randn(3 * cfg.d_model, cfg.d_model) * cfg.init_std)
         self.out = nn.Parameter(torch.randn(cfg.d_model, cfg.d_model) * out_std)
 
-    def forward(self, x_TD: Tensor, angle_TW: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_TD: Tensor, turn_2TW: Tensor, attend: Attend) -> Tensor:
         qkv_TD = fn.linear(self.norm(x_TD), self.qkv.to(x_TD.dtype))
         q_THW, k_THW, v_THW = qkv_TD.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         q_THW, k_THW = self.q_norm(q_THW), self.k_norm(k_THW)
-        y_THW = attend(rotate(q_THW, angle_TW), rotate(k_THW, angle_TW), v_THW)
+        y_THW = attend(rotate(q_THW, turn_2TW), rotate(k_THW, turn_2TW), v_THW)
         return fn.linear(y_THW.flatten(1), self.out.to(x_TD.dtype))
 
 
@@ -175,9 +175,9 @@ class Block(nn.Module):
         self.attention = Attention(cfg)
         self.moe = Moe(cfg)
 
-    def forward(self, x_TD: Tensor, angle_TW: Tensor, num_sequences: int) -> tuple[Tensor, Routing]:
+    def forward(self, x_TD: Tensor, turn_2TW: Tensor, num_sequences: int) -> tuple[Tensor, Routing]:
         attend = partial(causal_attention, num_sequences=num_sequences)
-        x_TD = x_TD + self.attention(x_TD, angle_TW, attend)
+        x_TD = x_TD + self.attention(x_TD, turn_2TW, attend)
         y_TD, routing = self.moe(x_TD)
         return x_TD + y_TD, routing
 
@@ -194,11 +194,12 @@ class Decoder(nn.Module):
         self.norm = Norm(cfg.d_model)
         self.head = nn.Parameter(torch.randn(cfg.vocab_size, cfg.d_model) * cfg.init_std)
 
-    def angles(self, position_T: Tensor) -> Tensor:
-        """Give rotary angles, fp32 [T, W / 2], of integer positions."""
+    def turns(self, position_T: Tensor) -> Tensor:
+        """Give cosines and sines of the rotary angles, fp32 [2, T, W / 2], of integer positions."""
         half = self.cfg.d_model // self.cfg.num_heads // 2
         index_W = torch.arange(half, device=position_T.device)
-        return position_T[:, None].float() * self.cfg.rope_theta ** (-index_W.float() / half)
+        angle_TW = position_T[:, None].float() * self.cfg.rope_theta ** (-index_W.float() / half)
+        return torch.stack((angle_TW.cos(), angle_TW.sin()))
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Read fp32 next-byte logits out of the residual stream."""
@@ -207,11 +208,11 @@ class Decoder(nn.Module):
     def forward(self, token_BC: Tensor) -> tuple[Tensor, list[Routing]]:
         """Run whole sequences; return logits [B, C, V] and each layer's routing."""
         B, C = token_BC.shape
-        angle_TW = self.angles(torch.arange(C, device=token_BC.device).repeat(B))
+        turn_2TW = self.turns(torch.arange(C, device=token_BC.device).repeat(B))
         x_TD = self.embed(token_BC.flatten()).to(self.dtype)
         routings = []
         for block in self.blocks:
-            x_TD, routing = block(x_TD, angle_TW, B)
+            x_TD, routing = block(x_TD, turn_2TW, B)
             routings.append(routing)
         return self.logits(x_TD).unflatten(0, (B, C)), routings
 

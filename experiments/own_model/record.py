@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as fn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .schedule import RecordConfig, Request, StepRows, key_lengths, plan
 
@@ -111,24 +112,26 @@ class Server:
         cut = [c.split(sizes) for c in columns[:3]]
         cut.append(columns[3].split([len(s.sampled) for s in steps]))
         ids, gates = [], []
-        for rows, *uploaded in zip(steps, *cut, strict=True):
-            on_device = StepRows(*uploaded[:3], rows.num_prefill, rows.chunk, uploaded[3])
-            self.clock.begin()
-            ids_TLK, gates_TLK = self.step(on_device, key_lengths(rows))
-            self.clock.end()
-            ids.append(ids_TLK)
-            gates.append(gates_TLK)
+        # cuDNN's attention would plan anew, on the host, for every cache length.
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            for rows, *uploaded in zip(steps, *cut, strict=True):
+                on_device = StepRows(*uploaded[:3], rows.num_prefill, rows.chunk, uploaded[3])
+                self.clock.begin()
+                ids_TLK, gates_TLK = self.step(on_device, key_lengths(rows))
+                self.clock.end()
+                ids.append(ids_TLK)
+                gates.append(gates_TLK)
         return ids, gates
 
     def step(self, rows: StepRows, lengths: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Run one step (rows on the device): marks before and after each layer's two parts."""
         self.clock.mark()
-        angle_TW = self.model.angles(rows.position_T)
+        turn_2TW = self.model.turns(rows.position_T)
         x_TD = self.model.embed(self.tokens[rows.request_T, rows.position_T]).to(self.model.dtype)
         ids, gates = [], []
         for layer, block in enumerate(self.model.blocks):
             attend = partial(self._attend, layer=layer, rows=rows, lengths=lengths)
-            x_TD = x_TD + block.attention(x_TD, angle_TW, attend)
+            x_TD = x_TD + block.attention(x_TD, turn_2TW, attend)
             self.clock.mark()
             y_TD, routing = block.moe(x_TD)
             x_TD = x_TD + y_TD

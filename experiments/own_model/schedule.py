@@ -36,7 +36,7 @@ class RecordConfig:
     server_width: int = 4
     temperature: float = 0.8
     seed: int = 0
-    hold_cycles: int = 24_000_000
+    hold_cycles: int = 60_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,10 +155,14 @@ def server_requests(prompts: list[NDArray[np.int64]], cfg: RecordConfig) -> list
     return requests
 
 
-def key_lengths(rows: StepRows) -> tuple[int, int]:
-    """Give how many cached positions the prompt chunks and the decoding rows of a step can see."""
-    ends = rows.position_T + 1
-    return int(ends[: rows.num_prefill].max(initial=0)), int(ends[rows.num_prefill :].max(initial=0))
+def key_lengths(rows: StepRows, *, multiple: int = 64) -> tuple[int, int]:
+    """Give how many cached positions prompt chunks and decoding rows read, in whole multiples.
+
+    What lies behind a row's own position is masked; few lengths keep the attention kernels few.
+    """
+    groups = (rows.position_T[: rows.num_prefill], rows.position_T[rows.num_prefill :])
+    prefill, decode = (-(-(int(group.max(initial=-1)) + 1) // multiple) * multiple for group in groups)
+    return prefill, decode
 
 
 def plan(prompts: list[NDArray[np.int64]], cfg: RecordConfig) -> tuple[list[Request], list[StepRows]]:
