@@ -1,0 +1,113 @@
+"""Fixed slices and pinned experts: the paper's static baseline.
+
+Wins where loads are known, stable and even over the slices. Loses wherever they are not: a slice with little to do
+idles, and on exclusive slices nobody may use its SMs.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .allocator import place_longest_first
+from .candidates import default_tile, exclusive_slice
+from .contract import Mechanism, MigPlacement, Observation, Pinned, Plan, Setup, Slice, SliceLayout
+from .layouts import shared_slice
+from .mig import maximal_layouts, mig_layout, profile_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticState:
+    """The plan in force, and whether it waits for the first loads."""
+
+    setup: Setup
+    plan: Plan
+    placed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Static:
+    """`num_slices` equal slices; experts pinned by expert_id % num_slices, or once by the allocator on first loads."""
+
+    foresees: ClassVar[bool] = False
+    reads_clock: ClassVar[bool] = False
+
+    num_slices: int = 4
+    mechanism: Mechanism = "green_context"
+    placement: Literal["round_robin", "allocator"] = "round_robin"
+    tile: str = "auto"
+    """A tile variant; "auto": the one nearest to 64 by 128 that fits."""
+
+    def init(self, setup: Setup) -> StaticState:
+        plan = Plan(
+            layout=equal_layout(setup, self.num_slices, self.mechanism, self.tile),
+            placement=Pinned(slice_of_expert_LE=round_robin(setup, self.num_slices)),
+        )
+        return StaticState(setup=setup, plan=plan, placed=self.placement == "round_robin")
+
+    def layouts(self, setup: Setup) -> tuple[SliceLayout, ...]:
+        return (equal_layout(setup, self.num_slices, self.mechanism, self.tile),)
+
+    def plan(self, obs: Observation, state: StaticState) -> tuple[Plan, StaticState]:
+        if not state.placed and obs.counts_HLE.any():
+            load_LE = obs.counts_HLE.sum(axis=0, dtype=np.float64)
+            speed_S = np.asarray([one.sm_count for one in state.plan.layout.slices], dtype=np.float64)
+            ids_LE = place_longest_first(load_LE, speed_S, capacity=-(-load_LE.shape[1] // self.num_slices))
+            plan = replace(state.plan, placement=Pinned(slice_of_expert_LE=ids_LE))
+            state = replace(state, plan=plan, placed=True)
+        return state.plan, state
+
+
+def round_robin(setup: Setup, num_slices: int) -> NDArray[np.int16]:
+    """Return the paper's rule for every layer: expert_id % num_slices."""
+    ids_E = np.arange(setup.model.num_experts, dtype=np.int16) % np.int16(num_slices)
+    return np.tile(ids_E, (setup.model.num_layers, 1))
+
+
+def equal_layout(setup: Setup, num_slices: int, mechanism: Mechanism, tile: str) -> SliceLayout:
+    """Return `num_slices` slices as equal as the mechanism allows.
+
+    Raises:
+        ValueError: the mechanism is unknown, not in the setup, or cannot make that many slices here.
+    """
+    if mechanism not in setup.mechanisms:
+        allowed = ", ".join(sorted(setup.mechanisms)) or "none"
+        raise ValueError(f"static slices by {mechanism!r}; this setup allows {allowed}, use one of them")
+    if num_slices < 1:
+        raise ValueError(f"static with {num_slices} slices; give at least 1")
+    name = default_tile(setup) if tile == "auto" else setup.variant(tile).name
+    if mechanism == "mig":
+        return mig_layout(setup.device, _mig_placements(setup, num_slices), (name,) * num_slices)
+    if mechanism == "shared":
+        return SliceLayout(slices=(shared_slice(setup, name, name),) * num_slices)
+    return SliceLayout(slices=(_equal_slice(setup, num_slices, mechanism, name),) * num_slices)
+
+
+def _equal_slice(setup: Setup, num_slices: int, mechanism: Mechanism, tile: str) -> Slice:
+    device = setup.device
+    step = device.sm_partition_step if mechanism == "green_context" else 1
+    least = device.sm_partition_min if mechanism == "green_context" else 1
+    sms = device.sm_count // num_slices // step * step
+    if sms < least:
+        raise ValueError(
+            f"{num_slices} {mechanism} slices leave {sms} SMs each; {device.name} needs {least}, take fewer slices"
+        )
+    return exclusive_slice(device, setup.variant(tile), sms, mechanism)
+
+
+def _mig_placements(setup: Setup, num_slices: int) -> tuple[MigPlacement, ...]:
+    """Return the legal layout of that many instances whose smallest has the most SMs; ties by the sum of SMs."""
+    device = setup.device
+
+    def strength(placements: tuple[MigPlacement, ...]) -> tuple[int, int]:
+        sms = [profile_of(place.profile, device).sm_count for place in placements]
+        return min(sms), sum(sms)
+
+    fitting = [one for one in maximal_layouts(device) if len(one) == num_slices]
+    if not fitting:
+        sizes = sorted({len(one) for one in maximal_layouts(device)})
+        raise ValueError(
+            f"{device.name} has no MIG layout of {num_slices} instances; it has {sizes or 'none'}, use one"
+        )
+    return max(fitting, key=strength)
