@@ -248,6 +248,8 @@ class Control:
     plan_ns: int = 50_000
     """Host time charged for one decision in the simulator."""
     history_steps: int = 16
+    free_switches: bool = False
+    """Uploads, layout switches and captures cost nothing: only for policies that foresee, whose result is a bound."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1 or self.history_steps < 1:
@@ -326,6 +328,8 @@ class EnergyWindow:
 
     first_step: int
     last_step: int
+    duration_ns: int
+    """Idle time between the steps included; below 2 s only where the whole run is shorter."""
     energy_uj: int | None
     """None: this device or MIG slice has no counter."""
     idle_w: float

@@ -30,7 +30,7 @@ def deployable_control(policy: Policy[Any], setup: Setup) -> Setup:
     """Return the setup a policy runs under: one that foresees decides for the coming step itself, free of charge."""
     if not policy.foresees:
         return setup
-    control = replace(setup.control, every_steps=1, delay_steps=0, plan_ns=0)
+    control = replace(setup.control, every_steps=1, delay_steps=0, plan_ns=0, free_switches=True)
     return replace(setup, control=control)
 
 

@@ -1,0 +1,128 @@
+"""What one tile of an expert product costs on an SM, from the silicon's figures; not how tiles share a device.
+
+A tile of block_m rows by block_n columns walks K in steps of block_k. Per step the tensor cores multiply, the
+warpgroups read both operands from shared memory, and the next operands arrive through the SM's port to L2. The slowest
+of the three is the tile's *pipe* time: while it lasts, a second CTA on the same SM gains nothing. Filling the pipeline
+and storing the result leave the pipe idle: that is the tile's *wait*, which a second CTA can hide.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..traces.schema import DTYPE_BYTES, Product
+from .contract import DeviceSpec, TileVariant
+
+WGMMA_ROWS = 64
+"""Rows of one warpgroup instruction; narrower tiles use the warp-level one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileConstants:
+    """What the model needs beside the device's figures, each with its error. None comes from an expert kernel."""
+
+    fill_ns: float = 700.0
+    """From a tile's first load to its first multiplication: about one DRAM access (published latencies on H100 are
+    500 to 800 ns)."""
+    l2_port_bytes_per_clk: float = 64.0
+    """Per SM; long-standing width of the port between an SM and L2 (microbenchmarks since Volta)."""
+    warp_mma_flops_per_clk: float = 2540.0
+    """Per SM, of warp-level instructions; 62 % of the warpgroup rate on H100 (published microbenchmark)."""
+    rel_errors: tuple[tuple[str, float], ...] = (
+        ("fill_ns", 0.3),
+        ("l2_port_bytes_per_clk", 0.1),
+        ("warp_mma_flops_per_clk", 0.1),
+    )
+    """(field, one standard error as a fraction)."""
+
+
+class Residual(Protocol):
+    """The seam for calibration: what measured kernels take, as a multiple of the physics."""
+
+    def factor(self, variant: TileVariant, product: Product) -> float:
+        """Return measured over modelled pipe time of a tile."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileCost:
+    """One tile of one product under one variant; times at the burst clock."""
+
+    block_m: int
+    column_tiles: int
+    pipe_ns: float
+    wait_ns: float
+    flops: float
+    """As executed, padding included."""
+
+
+def matrix_rate_per_s(device: DeviceSpec, dtype: str) -> float:
+    """Return the matrix rate of the whole device in a burst; fp32 products run as tf32."""
+    return device.tf32_flops_per_s if dtype == "fp32" else device.matrix_flops_per_s
+
+
+def _clocks_per_step(variant: TileVariant, device: DeviceSpec, constants: TileConstants, dtype: str) -> float:
+    """Return the SM clocks of one step along K."""
+    size = DTYPE_BYTES[dtype]
+    peak = device.mma_flops_per_clk * 2 / size
+    a_bytes, b_bytes = variant.block_m * variant.block_k * size, variant.block_n * variant.block_k * size
+    mma = 2 * variant.block_m * variant.block_n * variant.block_k / peak
+    if variant.block_m >= WGMMA_ROWS:
+        rows = variant.block_m // WGMMA_ROWS
+        # Warpgroups beyond the rows split the columns, and each of them reads the rows again.
+        column_split = max(1, variant.num_warps // 4 // rows)
+        read, slowest = a_bytes * column_split + b_bytes * rows, mma
+    else:
+        read = a_bytes * variant.num_warps + b_bytes
+        slowest = mma * max(1.0, peak / (constants.warp_mma_flops_per_clk * 2 / size))
+    smem = (read + a_bytes + b_bytes) / device.smem_bytes_per_clk
+    port = (a_bytes + b_bytes) / constants.l2_port_bytes_per_clk
+    return max(slowest, smem, port)
+
+
+def tile_cost(
+    variant: TileVariant,
+    product: Product,
+    device: DeviceSpec,
+    constants: TileConstants,
+    dtype: str,
+    residual: Residual | None = None,
+) -> TileCost:
+    """Return the cost of one tile of a product."""
+    slowest = _clocks_per_step(variant, device, constants, dtype)
+    k_padded = -(-product.k_dim // variant.block_k) * variant.block_k
+    flops = 2.0 * variant.block_m * variant.block_n * k_padded
+    factor = 1.0 if residual is None else residual.factor(variant, product)
+    port_bytes_per_ns = constants.l2_port_bytes_per_clk * device.clock_mhz / 1e3
+    stored = variant.block_m * variant.block_n * DTYPE_BYTES[dtype] * product.out_dim / product.n_dim
+    return TileCost(
+        block_m=variant.block_m,
+        column_tiles=-(-product.n_dim // variant.block_n),
+        pipe_ns=k_padded / variant.block_k * slowest * 1e3 / device.clock_mhz * factor,
+        flops=flops,
+        wait_ns=constants.fill_ns + stored / port_bytes_per_ns,
+    )
+
+
+def read_bytes_per_ns(device: DeviceSpec, ctas: float) -> float:
+    """Return the DRAM bandwidth that so many persistent CTAs reach, by the device's read curve."""
+    xs, ys = device.read_curve_ctas, device.read_curve_bytes_per_s
+    if ctas >= xs[-1]:
+        return ys[-1] / 1e9
+    right = bisect_left(xs, ctas)
+    x0, y0 = (xs[right - 1], ys[right - 1]) if right else (0, 0.0)
+    return (y0 + (ys[right] - y0) * (ctas - x0) / (xs[right] - x0)) / 1e9
+
+
+def cta_gain(device: DeviceSpec, constants: TileConstants, ctas_per_sm: float) -> float:
+    """Return how many single CTAs an SM with several is worth to the read curve.
+
+    One CTA is bound by its bytes in flight, many by the SM's port: the latency of a request is that of an idle memory
+    plus the time its SM's own requests take through the port.
+    """
+    one = device.read_curve_bytes_per_s[0] / device.read_curve_ctas[0] / 1e9
+    port = constants.l2_port_bytes_per_clk * device.clock_mhz / 1e3
+    if ctas_per_sm <= 1 or one >= port:
+        return min(ctas_per_sm, 1.0)
+    flight = 1 / (1 / one - 1 / port)
+    return 1 / (1 / (ctas_per_sm * flight) + 1 / port) / one

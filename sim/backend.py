@@ -1,0 +1,164 @@
+"""The simulated GPU: a `Backend` whose truth is a `CostModel` and whose clock is SimPy's.
+
+The host is the caller: its waits, decisions and launches pass by running the environment, while the device's stream
+runs what was launched before. Time is integer nanoseconds; nothing here reads a clock, so equal inputs give equal
+records.
+
+Shape letters: H steps of history, L MoE layers, E routed experts, S slices.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from ..policies.contract import EnergyWindow, Observation, Plan, Setup, SliceLayout, StepRecord
+from ..policies.cost import CostModel
+from ..policies.layouts import fallback_plan
+from ..policies.validate import validate
+from ..traces.schema import RoutedStep
+from .device import Device, Launch
+from .queues import Stream
+from .reconfigure import Graphs, next_power_of_two
+
+MAX_AHEAD = 64
+"""Steps launched and not finished; a full launch queue makes the host wait."""
+
+
+class SimBackend:
+    """Carries plans out in simulated time."""
+
+    foresight: ClassVar[bool] = True
+
+    def __init__(self, truth: CostModel, *, bucket_of: Callable[[int], int] = next_power_of_two) -> None:
+        self.truth = truth
+        self.bucket_of = bucket_of
+
+    def open(self, setup: Setup, layouts: Sequence[SliceLayout]) -> None:
+        """Start at time 0 with the layouts captured and the unsliced plan in effect."""
+        self._setup = setup
+        self._env = simpy.Environment()
+        self._stream = Stream(self._env)
+        self._plan = fallback_plan(setup)
+        self._fallback: str | None = "no plan has taken effect yet"
+        self._graphs = Graphs(setup, (*layouts, self._plan.layout))
+        self._device = Device(self._env, self.truth, self._ended)
+        self._coming: deque[tuple[int, Plan]] = deque()
+        self._counts: deque[NDArray[np.int32]] = deque(
+            maxlen=setup.control.history_steps + max(setup.control.count_lag_steps, 1)
+        )
+        self._running: deque[Launch] = deque()
+        self._finished: list[StepRecord] = []
+        self._newest: StepRecord | None = None
+        self._step = 0
+        self._control_ns = 0
+        self._end_ns = 0
+
+    @property
+    def now_ns(self) -> int:
+        """Return the host's time since step 0."""
+        return int(self._env.now)
+
+    def observe(self) -> Observation:
+        """Return what the policy may see before the next step, once the counts it is due are there."""
+        control = self._setup.control
+        before = self.now_ns
+        if not control.free_switches:
+            self._wait_for(self._step - control.count_lag_steps)
+        self._control_ns += self.now_ns - before
+        shape = (self._setup.model.num_layers, self._setup.model.num_experts)
+        newest = self._newest
+        return Observation(
+            step=self._step,
+            counts_HLE=self._history(shape),
+            now_ns=self.now_ns,
+            plan_id=self._due_plan().plan_id,
+            step_ns=newest.end_ns - newest.start_ns if newest else 0,
+            busy_ns_LS=newest.busy_ns_LS if newest else np.zeros((shape[0], 0), dtype=np.int64),
+            power_w=self._device.power.average_w,
+            queued_tokens=sum(launch.step.num_tokens for launch in self._running),
+        )
+
+    def _history(self, shape: tuple[int, int]) -> NDArray[np.int32]:
+        control = self._setup.control
+        known = len(self._counts) - max(control.count_lag_steps - 1, 0)
+        first = max(0, known - control.history_steps)
+        counts = [self._counts[i] for i in range(first, known)] if known > 0 else []
+        history = np.stack(counts) if counts else np.zeros((0, *shape), dtype=np.int32)
+        history.flags.writeable = False
+        return history
+
+    def _wait_for(self, step: int) -> None:
+        """Let time pass until a step has finished."""
+        while self._running and self._running[0].step.step <= step:
+            self._env.run(until=self._running[0].done)
+
+    def apply(self, plan: Plan) -> None:
+        """Check a plan, charge its decision, and let it take effect `delay_steps` after the next step.
+
+        Raises:
+            ValueError: the device cannot hold the plan.
+        """
+        validate(plan, self._setup)
+        control = self._setup.control
+        self._control_ns += control.plan_ns
+        self._pass_ns(control.plan_ns)
+        self._coming.append((self._step + control.delay_steps, plan))
+
+    def _due_plan(self) -> Plan:
+        plan = self._plan
+        for due, coming in self._coming:
+            if due <= self._step:
+                plan = coming
+        return plan
+
+    def _pass_ns(self, ns: int) -> None:
+        if ns > 0:
+            self._env.run(until=self._env.now + ns)
+
+    def submit(self, step: RoutedStep) -> None:
+        """Launch one step; the host waits for its arrival, and for room in the launch queue."""
+        while self._coming and self._coming[0][0] <= self._step:
+            self._plan, self._fallback = self._coming.popleft()[1], None
+        if step.arrival_ns is not None:
+            self._pass_ns(step.arrival_ns - self.now_ns)
+        if len(self._running) >= MAX_AHEAD:
+            self._env.run(until=self._running[0].done)
+        bucket = self.bucket_of(step.num_tokens)
+        change = self._graphs.change_to(self._plan, bucket)
+        self._pass_ns(change.capture_ns + self._setup.device.graph_launch_ns)
+        launch = Launch(
+            step=step,
+            plan=self._plan,
+            bucket=bucket,
+            submit_ns=self.now_ns,
+            control_ns=self._control_ns,
+            reconfigure_ns=change.device_ns,
+            capture_ns=change.capture_ns,
+            fallback=self._fallback,
+        )
+        self._running.append(launch)
+        launch.done = self._stream.submit(self._device.run(launch))
+        self._counts.append(step.counts_LE)
+        self._control_ns = 0
+        self._step += 1
+
+    def drain(self, *, wait: bool = False) -> list[StepRecord]:
+        """Return the finished steps, in order; all of them when `wait`."""
+        if wait:
+            self._wait_for(self._step)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def close(self) -> list[EnergyWindow]:
+        """Finish and return the energy windows; only a run of less than 2 s has a shorter one."""
+        self._wait_for(self._step)
+        return self._device.windows(self._step - 1)
+
+    def _ended(self, record: StepRecord) -> None:
+        self._running.popleft()
+        self._finished.append(record)
+        self._newest = record

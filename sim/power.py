@@ -1,0 +1,98 @@
+"""Clock and power as state, and energy windows.
+
+Power is what idles, plus energy per byte, plus energy per FLOP that falls with the square of the clock. The constants
+follow from four figures of the device: power while streaming, while multiplying at the sustained rate, and both rates.
+Firmware watches a moving average: a burst runs at the full clock, and once the average nears the limit the clock falls
+until the sustained rate is left; idle time lets it recover.
+"""
+
+from math import cbrt, exp, floor
+
+from ..policies.contract import DeviceSpec, EnergyWindow
+
+AVERAGE_NS = 30_000_000
+"""Time constant of the moving average: a burst of 20 ms keeps its clock, 100 ms of rest restore it."""
+GAIN = 20.0
+"""How far above the limit power may go for each watt that the average lies below it."""
+CLOCK_STEPS = 256
+LEAST_CLOCK = 0.25
+WINDOW_NS = 2_000_000_000
+
+
+class Power:
+    """Follows what the device draws; `clock` is a part of the burst clock."""
+
+    def __init__(self, device: DeviceSpec) -> None:
+        self._device = device
+        # The regulator holds the mean just below the limit: at what the sustained product was measured to draw.
+        self._held_w = min(device.matrix_w, device.limit_w)
+        top = max(device.read_curve_bytes_per_s)
+        self._joule_per_byte = (device.stream_w - device.idle_w) / top
+        sustained = device.sustained_flops_per_s / device.matrix_flops_per_s
+        self._joule_per_flop = (self._held_w - device.idle_w) / device.sustained_flops_per_s / sustained**2
+        self.clock = 1.0
+        self.average_w = device.idle_w
+
+    def spend(self, duration_ns: int, hbm_bytes: float, flops: float) -> float:
+        """Account for a stretch of work and set the clock of the next; return its energy in joules."""
+        if duration_ns <= 0:
+            return 0.0
+        seconds = duration_ns / 1e9
+        memory_w = self._device.idle_w + self._joule_per_byte * hbm_bytes / seconds
+        matrix_w = self._joule_per_flop * flops / seconds * self.clock**2
+        drawn_w = memory_w + matrix_w
+        self.average_w += (drawn_w - self.average_w) * (1 - exp(-duration_ns / AVERAGE_NS))
+        self.clock = self._next_clock(memory_w, matrix_w / self.clock**3)
+        return drawn_w * seconds
+
+    def _next_clock(self, memory_w: float, matrix_w: float) -> float:
+        """Return the clock at which the last stretch would draw what is allowed; its rate follows the clock."""
+        allowed_w = self._held_w + GAIN * (self._held_w - self.average_w)
+        if memory_w + matrix_w <= allowed_w:
+            return 1.0
+        clock = cbrt(max(0.0, allowed_w - memory_w) / matrix_w)
+        return max(LEAST_CLOCK, min(1.0, floor(clock * CLOCK_STEPS) / CLOCK_STEPS))
+
+
+class EnergyMeter:
+    """Cuts a run into windows of at least 2 s; only a run shorter than that has a shorter one."""
+
+    def __init__(self, device: DeviceSpec) -> None:
+        self._device = device
+        self._closed: list[EnergyWindow] = []
+        self._pending: tuple[int, int, float, float, int] | None = None
+        self._open = (0, 0.0, 0.0, 0)
+
+    def add(self, step: int, duration_ns: int, joules: float, clock: float) -> None:
+        """Add the time up to the end of a step, its energy and its mean clock."""
+        first, energy, clocks, ns = self._open
+        if not ns:
+            first = step
+        energy, clocks, ns = energy + joules, clocks + clock * duration_ns, ns + duration_ns
+        self._open = (first, energy, clocks, ns)
+        if ns >= WINDOW_NS:
+            if self._pending is not None:
+                self._closed.append(self._window(self._pending))
+            self._pending = (first, step, energy, clocks, ns)
+            self._open = (step + 1, 0.0, 0.0, 0)
+
+    def windows(self, last_step: int) -> list[EnergyWindow]:
+        """Return all windows; the rest of the run is part of the last one."""
+        first, energy, clocks, ns = self._open
+        if self._pending is not None:
+            before = self._pending
+            rest = (before[0], max(before[1], last_step), before[2] + energy, before[3] + clocks, before[4] + ns)
+            return [*self._closed, self._window(rest)]
+        return [self._window((first, last_step, energy, clocks, ns))] if ns else []
+
+    def _window(self, raw: tuple[int, int, float, float, int]) -> EnergyWindow:
+        first, last, energy, clocks, ns = raw
+        return EnergyWindow(
+            first_step=first,
+            last_step=last,
+            duration_ns=ns,
+            energy_uj=round(energy * 1e6),
+            idle_w=self._device.idle_w,
+            sm_clock_mhz=clocks / ns * self._device.clock_mhz,
+            temperature_c=None,
+        )
