@@ -85,6 +85,8 @@ class DeviceSpec:
     name: str
     title: str
     status: Literal["provisional", "calibrated"]
+    compute_capability: int
+    """Major times ten plus minor: 90 is 9.0. Says which compiled tile variants apply."""
     sm_count: int
     sm_partition_min: int
     sm_partition_step: int

@@ -77,8 +77,19 @@ def _profile_from(entry: dict[str, Any]) -> MigProfile:
 
 
 @cache
-def load_variants() -> tuple[TileVariant, ...]:
-    """Return the shipped tile variants, smallest block_m first."""
+def load_variants(compute_capability: int = 90) -> tuple[TileVariant, ...]:
+    """Return the shipped tile variants as compiled for a compute capability (90 is 9.0), smallest block_m first.
+
+    Raises:
+        ValueError: they were not compiled for that one.
+    """
     table = tomllib.loads((files(__package__) / "tiles.toml").read_text(encoding="utf-8"))
-    variants = [TileVariant(**entry) for entry in table["variants"]]
-    return tuple(sorted(variants, key=lambda v: (v.block_m, v.block_n, v.block_k, v.num_stages)))
+    shapes = {f.name for f in fields(TileVariant)}
+    target = f"sm_{compute_capability}"
+    compiled = sorted(set(table["variants"][0]) - shapes)
+    if target not in compiled:
+        raise ValueError(f"tile variants are not compiled for {target}; there are {', '.join(compiled)}, use one of them")
+    variants = [
+        TileVariant(**{k: v for k, v in entry.items() if k in shapes}, **entry[target]) for entry in table["variants"]
+    ]
+    return tuple(sorted(variants, key=lambda v: (v.block_m, v.block_n, v.block_k, v.num_warps, v.num_stages)))

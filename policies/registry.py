@@ -124,7 +124,7 @@ def _checked_kind(kind: type, value: object, where: str) -> object:
         return float(value)
     # A bool is an int to Python, but never what a count means.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{where} is {value!r}; give a value of type {_type_name(kind)}")  # noqa: TRY004
+        raise ValueError(f"{where} is {value!r}; give a value of type {_type_name(kind)}")
     return value
 
 
