@@ -39,13 +39,25 @@ def gap(ns: float) -> Segment:
     return Segment(ns, 0.0, 0.0, 0.0, 0.0, GAP)
 
 
+class Theft(NamedTuple):
+    """One slice's offer to drain another's queue of one product."""
+
+    segment: Segment
+    """The whole queue at the thief's own cost."""
+    victim_ns: float
+    """The whole queue alone at its owner's."""
+    least_ns: float
+    """Nothing smaller is worth taking: one tile."""
+
+
+Thefts = list[list[list[Theft | None]]]
+"""[thief][victim][kernel]."""
+
+
 def water_level(demands: Sequence[float], weights: Sequence[float], capacity: float) -> float:
     """Return the level at which min(demand, weight * level) fills the capacity; inf when all demands fit."""
-    if sum(demands) <= capacity:
-        return inf
-    order = sorted(range(len(demands)), key=lambda i: demands[i] / weights[i])
     left, weight = capacity, sum(weights)
-    for i in order:
+    for i in sorted(range(len(demands)), key=lambda i: demands[i] / weights[i]):
         level = left / weight
         if demands[i] > weights[i] * level:
             return level
@@ -54,92 +66,92 @@ def water_level(demands: Sequence[float], weights: Sequence[float], capacity: fl
     return inf
 
 
-def rates(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> list[float]:
-    """Return each running segment's speed, 0..1, in the order given; `ids` are their slices."""
-    count = len(ids)
-    if count == 1:
-        return [1.0]
-    over: list[tuple[list[float], float]] = []
-    if shares.pooled:
-        pipe = [s.pipe for s in segments]
-        if sum(pipe) > 1.0:
-            over.append((pipe, 1.0))
-    flops = [s.flops for s in segments]
+Load = tuple[list[float], float]
+"""What each slice asks of a resource, and how much there is."""
+
+
+def _overloads(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> list[Load]:
+    over: list[Load] = []
+    _, pipe, l2, flops, dram, _ = zip(*segments, strict=True)
+    if shares.pooled and sum(pipe) > 1.0:
+        over.append((list(pipe), 1.0))
     if sum(flops) > 1.0:
-        over.append((flops, 1.0))
+        over.append((list(flops), 1.0))
     if not shares.own_memory:
-        l2 = [s.l2 for s in segments]
         if sum(l2) > 1.0:
-            over.append((l2, 1.0))
+            over.append((list(l2), 1.0))
         mask = 0
         for i in ids:
             mask |= 1 << i
-        dram, cap = [s.dram for s in segments], shares.read_cap(mask)
+        cap = shares.read_cap(mask)
         if sum(dram) > cap:
-            over.append((dram, cap))
+            over.append((list(dram), cap))
+    return over
+
+
+def rates(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> list[float]:
+    """Return each running segment's speed, 0..1, in the order given; `ids` are their slices."""
+    speeds = [1.0] * len(ids)
+    over = _overloads(ids, segments, shares) if len(ids) > 1 else []
     if not over:
-        return [1.0] * count
+        return speeds
     weights = [shares.weights[i] for i in ids]
-    return _divide(over, weights, count)
-
-
-def _divide(over: list[tuple[list[float], float]], weights: list[float], count: int) -> list[float]:
-    """Divide overloaded resources: what one resource withholds, the others need not give."""
-    limits = [[1.0] * count for _ in over]
-    for _ in range(1 if len(over) == 1 else 4):
-        for r, (demands, capacity) in enumerate(over):
-            asked = [
-                d * min((limits[q][i] for q in range(len(over)) if q != r), default=1.0) for i, d in enumerate(demands)
-            ]
-            level = water_level(asked, weights, capacity)
-            limits[r] = [min(1.0, w * level / d) if d else 1.0 for d, w in zip(demands, weights, strict=True)]
-    speeds = [min(column) for column in zip(*limits, strict=True)]
     for demands, capacity in over:
-        used = sum(d * y for d, y in zip(demands, speeds, strict=True))
-        if used > capacity:
-            # The division above converges from outside: what is left over is scaled away.
-            speeds = [y * capacity / used if d else y for d, y in zip(demands, speeds, strict=True)]
+        asked = [d * y for d, y in zip(demands, speeds, strict=True)]
+        level = water_level(asked, weights, capacity)
+        for i, ask in enumerate(asked):
+            if ask > weights[i] * level:
+                speeds[i] *= weights[i] * level / ask
+    if len(over) > 1:
+        _grow(speeds, over)
     return speeds
+
+
+def _grow(speeds: list[float], over: list[Load]) -> None:
+    """Hand on what one resource has left because another holds its users back."""
+    for i in range(len(speeds)):
+        room = 1.0
+        for demands, capacity in over:
+            if demands[i]:
+                others = sum(map(float.__mul__, demands, speeds)) - demands[i] * speeds[i]
+                room = min(room, (capacity - others) / demands[i])
+        speeds[i] = max(speeds[i], room)
 
 
 class Fluid:
     """The slices of one layout, each draining a queue of segments in integer nanoseconds; no clock of its own."""
 
-    def __init__(self, shares: Shares) -> None:
+    def __init__(self, shares: Shares, thefts: Thefts | None = None) -> None:
         count = len(shares.slices)
+        self._thefts = thefts
         self.shares = shares
         self.busy_ns = [0] * count
         self.first_ns: list[int | None] = [None] * count
         """When each slice's first kernel started."""
-        self._now = 0
+        self.now_ns = 0
         self._queue: list[list[Segment]] = [[] for _ in range(count)]
+        """Last first."""
         self._left = [0.0] * count
-        self._speed = [0.0] * count
+        self._speed = [1.0] * count
         self._running: list[int] = []
         self._blocked: list[tuple[int, int, int]] = []
         self._holds = 0
         """Bit mask of slices whose CTAs are on the SMs."""
         self._arrivals = 0
 
-    @property
-    def idle(self) -> bool:
-        """Return whether nothing runs or waits."""
-        return not self._running and not self._blocked
-
     def push(self, slice_id: int, segments: Sequence[Segment]) -> None:
         """Append segments to a slice's queue; it starts at once if the slice is idle."""
         queue = self._queue[slice_id]
         was_idle = not queue
-        queue.extend(reversed(segments)) if was_idle else queue.__setitem__(slice(0, 0), list(reversed(segments)))
-        if was_idle:
+        queue[:0] = reversed(segments)
+        if was_idle and queue:
             self._start(slice_id, GAP)
             self._solve()
 
     def load(self, chains: Sequence[Sequence[Segment]]) -> None:
         """Give every slice a queue at once; all slices must be idle."""
         for i, chain in enumerate(chains):
-            if chain:
-                self._queue[i] = list(reversed(chain))
+            self._queue[i] = list(reversed(chain))
         for i, chain in enumerate(chains):
             if chain:
                 self._start(i, GAP)
@@ -149,18 +161,19 @@ class Fluid:
         """Return the time until some segment ends; None when nothing runs."""
         if not self._running:
             return None
-        soonest = min(self._left[i] / self._speed[i] for i in self._running)
+        left, speed = self._left, self._speed
+        soonest = min([left[i] / speed[i] for i in self._running])
         return max(1, ceil(soonest - EPSILON_NS))
 
     def advance(self, dt_ns: int) -> None:
         """Let time pass, at most until the next segment ends, and start what follows."""
-        self._now += dt_ns
+        self.now_ns += dt_ns
         ended: list[int] = []
         for i in self._running:
-            self._left[i] -= self._speed[i] * dt_ns
+            left = self._left[i] = self._left[i] - self._speed[i] * dt_ns
             if self._queue[i][-1].kernel >= 0:
                 self.busy_ns[i] += dt_ns
-            if self._left[i] <= EPSILON_NS:
+            if left <= EPSILON_NS:
                 ended.append(i)
         if ended:
             for i in ended:
@@ -169,18 +182,43 @@ class Fluid:
 
     def _end(self, i: int) -> None:
         self._running.remove(i)
-        kernel = self._queue[i].pop().kernel
-        if self.shares.queues and (not self._queue[i] or self._queue[i][-1].kernel != kernel):
+        queue = self._queue[i]
+        kernel = queue.pop().kernel
+        if self._thefts and kernel >= 0 and (not queue or queue[-1].kernel != kernel):
+            self._steal(i, kernel, self._thefts[i])
+        if self.shares.queues and (not queue or queue[-1].kernel != kernel):
             self._holds &= ~(1 << i)
             self._unblock()
-        if self._queue[i]:
+        if queue:
             self._start(i, kernel)
+
+    def _steal(self, i: int, kernel: int, offers: list[list[Theft | None]]) -> None:
+        """Take a part of the longest queue left of the same product, so that both slices end together."""
+        best: tuple[float, int, Theft] | None = None
+        for j in self._running:
+            offer = offers[j][kernel] if kernel < len(offers[j]) else None
+            if offer and self._queue[j][-1].kernel == kernel:
+                rest = self._left[j] + sum(s.solo_ns for s in self._queue[j][:-1] if s.kernel == kernel)
+                if best is None or rest > best[0]:
+                    best = (rest, j, offer)
+        if best is None:
+            return
+        rest, j, offer = best
+        whole = offer.segment.solo_ns * rest / offer.victim_ns
+        part = rest / (rest + whole)
+        if part * rest < offer.least_ns:
+            return
+        self._left[j] *= 1 - part
+        queue = self._queue[j]
+        for at, segment in enumerate(queue[:-1]):
+            if segment.kernel == kernel:
+                queue[at] = segment._replace(solo_ns=segment.solo_ns * (1 - part))
+        self._queue[i].append(offer.segment._replace(solo_ns=whole * part))
 
     def _start(self, i: int, previous_kernel: int) -> None:
         segment = self._queue[i][-1]
-        starts_kernel = segment.kernel not in (GAP, previous_kernel)
-        if starts_kernel and self.shares.queues:
-            if not self.shares.admits(self._holds & ~(1 << i), i):
+        if self.shares.queues and segment.kernel not in (GAP, previous_kernel):
+            if self._blocked or not self.shares.admits(self._holds & ~(1 << i), i):
                 self._arrivals += 1
                 heappush(self._blocked, (self.shares.slices[i].priority, self._arrivals, i))
                 return
@@ -189,7 +227,7 @@ class Fluid:
 
     def _run(self, i: int, segment: Segment) -> None:
         if segment.kernel >= 0 and self.first_ns[i] is None:
-            self.first_ns[i] = self._now
+            self.first_ns[i] = self.now_ns
         self._left[i] = segment.solo_ns
         self._running.append(i)
 
@@ -202,6 +240,7 @@ class Fluid:
     def _solve(self) -> None:
         # Order by slice, so that equal states give equal sums whatever happened before.
         self._running.sort()
-        speeds = rates(self._running, [self._queue[i][-1] for i in self._running], self.shares) if self._running else []
-        for i, speed in zip(self._running, speeds, strict=True):
+        working = [i for i in self._running if self._queue[i][-1].kernel >= 0]
+        speeds = rates(working, [self._queue[i][-1] for i in working], self.shares)
+        for i, speed in zip(working, speeds, strict=True):
             self._speed[i] = speed

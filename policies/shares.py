@@ -95,7 +95,7 @@ class Shares:
         return fits
 
     @cached_property
-    def read_table_SC(self) -> NDArray[np.float64]:
+    def read_per_ns(self) -> NDArray[np.float64]:
         """Return DRAM bytes per ns of each slice [S, C + 1] by its active CTAs."""
         most = max(share.ctas for share in self.slices)
         table = np.ones((len(self.slices), most + 1))

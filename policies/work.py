@@ -1,9 +1,9 @@
 """From a plan and true counts to segments: the waves of each slice's persistent grids, all layers of a step at once.
 
-A grid of C CTAs takes its queue C tiles at a time, and a wave lasts as long as the slowest of its tiles' arithmetic, its
-L2 traffic and its DRAM traffic. Neighbours within a wave hide each other's traffic, neighbours in different waves do
-not. Waves bound by arithmetic and waves bound by memory become one segment each, since they compete differently with
-what runs beside them.
+A grid of C CTAs takes its queue C tiles at a time, and a wave lasts as long as the slowest of its tiles' arithmetic,
+its L2 traffic and its DRAM traffic. Neighbours within a wave hide each other's traffic, neighbours in different waves
+do not. Waves bound by arithmetic and waves bound by memory become one segment each, since they compete differently
+with what runs beside them.
 
 Shape letters: L MoE layers, E routed experts, S slices, P products, N queued experts (product, layer, slice, expert),
 W waves, G groups (product, layer, slice).
@@ -19,7 +19,7 @@ from ..traces.schema import DTYPE_BYTES, MoeSpec, Product
 from .contract import TileOrder
 from .fluid import Segment
 from .shares import Shares
-from .tiles import Residual, tile_cost
+from .tiles import Residual, TileCost, tile_cost
 
 FIELDS = ("scaled_ns", "fixed_ns", "dram_ns", "pipe_ns", "l2_bytes", "dram_bytes", "flops")
 """Of a segment: time that scales with the clock, time that does not, time that its own DRAM bandwidth asks for, SM pipe
@@ -68,7 +68,7 @@ def tables_of(model: MoeSpec, shares: Shares, residual: Residual | None) -> Tabl
     )
 
 
-def _cost(product: Product, is_last: bool, shares: Shares, s: int, dtype: str, residual: Residual | None):  # noqa: ANN202
+def _cost(product: Product, is_last: bool, shares: Shares, s: int, dtype: str, residual: Residual | None) -> TileCost:
     variant = shares.slices[s].tiles[int(is_last)]
     return tile_cost(variant, product, shares.device, shares.constants, dtype, residual)
 
@@ -146,7 +146,7 @@ def segment_sums(
         cost_slice: price all tiles, CTAs and bandwidth as this slice's instead of the owner's.
 
     Returns:
-        [7, L, S, P, 2]: `FIELDS`, then layer, slice, product, and 0 for waves bound by arithmetic, 1 for memory.
+        [L, S, P, 2, 7]: layer, slice, product, 0 for waves bound by arithmetic and 1 for memory, `FIELDS`.
     """
     num_products, num_slices = tables.rows_PS.shape
     shape = (num_products, len(counts_LE), num_slices, 2)
@@ -158,7 +158,7 @@ def segment_sums(
         size = out[0].size
         for i, column in enumerate(sums):
             out[i] = np.bincount(bound_W, column, size).reshape(shape)
-    return out.transpose(0, 2, 3, 1, 4)
+    return out.transpose(2, 3, 1, 4, 0)
 
 
 def _waves(
@@ -188,7 +188,7 @@ def _waves(
     l2_W = l2 / (shares.l2_bytes_per_ns * l2_part_S[slice_W])
     scaled_W, fixed_W = np.where(lone, tile_W, stacked_W), np.where(lone, wait_W, 0.0)
     scaled_W = np.maximum(scaled_W, np.maximum(l2_W, flops / shares.flops_per_ns) - fixed_W)
-    dram_W = dram / shares.read_table_SC[slice_W, tiles_W]
+    dram_W = dram / shares.read_per_ns[slice_W, tiles_W]
     return group_G[of_W], [scaled_W, fixed_W, dram_W, pipe, l2, dram, flops]
 
 
@@ -202,29 +202,42 @@ def _between(queue: _Queue, end_W: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.diff(reached, axis=1, prepend=0.0)
 
 
-def segments_of(
-    sums: NDArray[np.float64], order: TileOrder, shares: Shares, clock: float
-) -> list[list[list[list[Segment]]]]:
-    """Return [layer][slice][product] lists of segments at a clock, as a part of the burst clock."""
-    scaled, fixed, dram_ns, pipe, l2, dram, flops = sums
-    solo = np.maximum(scaled / clock + fixed, dram_ns)
-    parts = np.stack(
-        [
-            solo,
-            pipe / (clock * shares.device.sm_count),
-            l2 / (clock * shares.l2_bytes_per_ns),
-            flops / (clock * shares.flops_per_ns),
-            dram,
-        ]
-    )
-    if order == "expert":
-        # Both kinds of waves alternate in such a queue, and what runs beside it meets their mean.
-        parts = parts.sum(axis=-1, keepdims=True)
-    elif order == "light":
-        parts = parts[..., ::-1]
-    parts[1:] /= np.where(parts[0] > 0, parts[0], 1.0)
-    rows = np.moveaxis(parts, 0, -1).tolist()
-    return [
-        [[[Segment(*s, p) for s in bound if s[0] > 0.0] for p, bound in enumerate(products)] for products in slices]
-        for slices in rows
-    ]
+def segments_of(sums: list[list[list[float]]], order: TileOrder, shares: Shares, clock: float) -> list[list[Segment]]:
+    """Return each product's segments of one slice in one layer at a clock, a part of the burst clock.
+
+    Args:
+        sums: [P][2][7], as `segment_sums` orders them.
+        order: of the slice's queue.
+        shares: the layout.
+        clock: 1 for a burst.
+    """
+    pipe_part = 1.0 / (clock * shares.device.sm_count)
+    l2_part, flops_part = 1.0 / (clock * shares.l2_bytes_per_ns), 1.0 / (clock * shares.flops_per_ns)
+    products: list[list[Segment]] = []
+    for p, bounds in enumerate(sums):
+        kernel: list[Segment] = []
+        for scaled, fixed, dram_ns, pipe, l2, dram, flops in bounds:
+            solo = max(scaled / clock + fixed, dram_ns)
+            if solo > 0.0:
+                per = 1.0 / solo
+                kernel.append(
+                    Segment(solo, pipe * pipe_part * per, l2 * l2_part * per, flops * flops_part * per, dram * per, p)
+                )
+        products.append(_ordered(kernel, order))
+    return products
+
+
+def _ordered(kernel: list[Segment], order: TileOrder) -> list[Segment]:
+    if len(kernel) < 2 or order == "heavy":
+        return kernel
+    if order == "light":
+        return kernel[::-1]
+    # Both kinds of waves alternate in such a queue, and what runs beside it meets their mean.
+    return [merged(kernel)]
+
+
+def merged(kernel: list[Segment]) -> Segment:
+    """Return one segment that does the work of several, with their mean demands."""
+    total = sum(s.solo_ns for s in kernel)
+    pipe, l2, flops, dram = (sum(s[field] * s.solo_ns for s in kernel) / total for field in range(1, 5))
+    return Segment(total, pipe, l2, flops, dram, kernel[0].kernel)

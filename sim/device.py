@@ -79,13 +79,13 @@ class Device:
         self._finish(launch, start_ns, needs.hbm_bytes, needs.flops, times)
 
     def _layer(self, work: StepWork, layer: int, times: _Times) -> Job:
-        machine = Machine(self._env, work.shares)
+        fluid, chains = work.fluid(layer, self.power.clock)
         entered_ns = int(self._env.now)
-        ended = machine.load(work.chains(layer, self.power.clock))
+        ended = Machine(self._env, fluid).load(chains)
         if ended is not None:
             yield ended
-        times.start_ns_LS.append([entered_ns + (first or 0) for first in machine.fluid.first_ns])
-        times.busy_ns_LS.append(machine.fluid.busy_ns)
+        times.start_ns_LS.append([entered_ns + (first or 0) for first in fluid.first_ns])
+        times.busy_ns_LS.append(fluid.busy_ns)
         self._entered_ns = entered_ns
 
     def _spend(self, gap_ns: int, moved_bytes: float, flops: float, times: _Times) -> None:

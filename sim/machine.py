@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import simpy
 
 from ..policies.fluid import Fluid, Segment
-from ..policies.shares import Shares
 
 
 class Machine:
@@ -15,8 +14,8 @@ class Machine:
     stale completion does nothing.
     """
 
-    def __init__(self, env: simpy.Environment, shares: Shares) -> None:
-        self.fluid = Fluid(shares)
+    def __init__(self, env: simpy.Environment, fluid: Fluid) -> None:
+        self.fluid = fluid
         self._env = env
         self._since_ns: int = int(env.now)
         self._version = 0

@@ -1,0 +1,155 @@
+"""One step under one plan, layer by layer: what runs before, beside and after the slices.
+
+Shape letters: L MoE layers, E routed experts, S slices, P products.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..traces.schema import DTYPE_BYTES, MoeSpec, OtherWork
+from .contract import Pinned, Plan
+from .fluid import Fluid, Segment, Theft, gap
+from .front import combined_bytes, head_ns, hop_ns, tail_ns
+from .shares import Shares
+from .work import Tables, merged, segment_sums, segments_of
+
+Chains = list[list[Segment]]
+Sums = list[list[list[list[list[float]]]]]
+"""[L][S][P][2][7]."""
+EMPTY_NS = 1.0
+"""A kernel that finds its queue empty, where it may look into others'."""
+
+
+class LayerTimes(NamedTuple):
+    """What one layer takes, ns from its start."""
+
+    ns: int
+    start_ns_S: list[int]
+    busy_ns_S: list[int]
+
+
+def owners(plan: Plan, counts_LE: NDArray[np.integer], first_layer: int = 0) -> NDArray[np.int16]:
+    """Return the slice of every expert under true counts."""
+    placement = plan.placement
+    if isinstance(placement, Pinned):
+        return placement.slice_of_expert_LE[first_layer : first_layer + len(counts_LE)]
+    # One rule serves every layer, so that all of them can be looked up at once.
+    return placement.slice_of_expert_E(0, counts_LE)
+
+
+class StepWork:
+    """What a step consists of; times are those of the device, launch and control plane apart."""
+
+    def __init__(
+        self,
+        spec: MoeSpec,
+        shares: Shares,
+        tables: Tables,
+        plan: Plan,
+        counts_LE: NDArray[np.integer],
+        other_L: Sequence[Sequence[OtherWork]],
+        first_layer: int,
+    ) -> None:
+        self.shares = shares
+        self._spec, self._tables, self._plan, self._other_L = spec, tables, plan, other_L
+        owner_LE = owners(plan, counts_LE, first_layer)
+        sums = segment_sums(counts_LE, owner_LE, plan.tile_order, shares, tables)
+        self._sums: Sums = sums.tolist()
+        self._moved_bytes_L: list[float] = sums[..., 5].sum(axis=(1, 2, 3)).tolist()
+        self._rows_L: list[int] = counts_LE.sum(axis=1).tolist()
+        self._remote_rows_LS = _remote_rows(counts_LE, owner_LE, shares)
+        self._stolen_sums: list[Sums] = []
+        """Of each thief: every queue at that slice's prices."""
+        if plan.steal:
+            self._stolen_sums = [
+                segment_sums(counts_LE, owner_LE, plan.tile_order, shares, tables, cost_slice=s).tolist()
+                for s in range(len(shares.slices))
+            ]
+
+    def _other(self, layer: int) -> Sequence[OtherWork]:
+        return self._other_L[layer] if self._other_L else ()
+
+    def head_ns(self, layer: int, clock: float = 1.0) -> int:
+        """Return the time before the slices start."""
+        return head_ns(self._rows_L[layer], self._other(layer), self._spec, self.shares, clock)
+
+    def tail_ns(self, layer: int) -> int:
+        """Return the time after the slices have joined."""
+        return tail_ns(self._rows_L[layer], self._spec, self.shares)
+
+    def moved_bytes(self, layer: int) -> float:
+        """Return the bytes that a layer's kernels move to and from DRAM."""
+        other = sum(work.hbm_bytes for work in self._other(layer))
+        return self._moved_bytes_L[layer] + combined_bytes(self._rows_L[layer], self._spec) + other
+
+    def fluid(self, layer: int, clock: float = 1.0) -> tuple[Fluid, Chains]:
+        """Return a layer's slices, idle, and the chain to give each of them."""
+        kernels_S = [segments_of(sums, self._plan.tile_order, self.shares, clock) for sums in self._sums[layer]]
+        thefts = self._thefts(layer, clock, kernels_S) if self._stolen_sums else None
+        chains = [self._chain(layer, s, kernels, clock) for s, kernels in enumerate(kernels_S)]
+        return Fluid(self.shares, thefts), chains
+
+    def _chain(self, layer: int, s: int, kernels: list[list[Segment]], clock: float) -> list[Segment]:
+        node = gap(self.shares.device.graph_node_ns)
+        chain: list[Segment] = []
+        if self._remote_rows_LS and self._remote_rows_LS[layer][s]:
+            chain.append(gap(hop_ns(self._remote_rows_LS[layer][s], self._spec, self.shares)))
+        for work in self._other(layer):
+            if work.slice_id == s:
+                chain += [self._beside(work, s, len(kernels), clock), node]
+        for p, segments in enumerate(kernels):
+            if p:
+                chain.append(node)
+            chain += segments
+            if not segments and self._stolen_sums:
+                chain.append(Segment(EMPTY_NS, 0.0, 0.0, 0.0, 0.0, p))
+        return chain
+
+    def _beside(self, work: OtherWork, s: int, kernel: int, clock: float) -> Segment:
+        share, device = self.shares.slices[s], self.shares.device
+        peak = device.mma_flops_per_clk * device.clock_mhz / 1e3 * clock * 2 / DTYPE_BYTES[self._spec.dtype]
+        device_ns = work.flops / (self.shares.flops_per_ns * clock)
+        dram_ns = work.hbm_bytes / float(self.shares.read_per_ns[s, share.ctas])
+        solo = max(work.flops / peak / share.sms, device_ns, dram_ns, 1.0)
+        pipe = work.flops / peak / device.sm_count / solo
+        return Segment(solo, pipe, 0.0, device_ns / solo, work.hbm_bytes / solo, kernel)
+
+    def _thefts(self, layer: int, clock: float, kernels_S: list[list[list[Segment]]]) -> list[list[list[Theft | None]]]:
+        """Return [thief][victim][product]."""
+        tile_ns_PS = self._tables.pipe_ns_PSD.max(axis=2) / clock
+        stolen = [
+            [segments_of(sums, self._plan.tile_order, self.shares, clock) for sums in of_thief[layer]]
+            for of_thief in self._stolen_sums
+        ]
+        return [
+            [
+                [
+                    Theft(merged(stolen[i][j][p]), sum(s.solo_ns for s in kernel), float(tile_ns_PS[p, j]))
+                    if i != j and kernel
+                    else None
+                    for p, kernel in enumerate(kernels)
+                ]
+                for j, kernels in enumerate(kernels_S)
+            ]
+            for i in range(len(kernels_S))
+        ]
+
+    def layer_times(self, layer: int, clock: float = 1.0) -> LayerTimes:
+        """Return what a layer takes when nothing else runs."""
+        head = self.head_ns(layer, clock)
+        fluid, chains = self.fluid(layer, clock)
+        fluid.load(chains)
+        while (dt_ns := fluid.next_ns()) is not None:
+            fluid.advance(dt_ns)
+        starts = [head + (first or 0) for first in fluid.first_ns]
+        return LayerTimes(head + fluid.now_ns + self.tail_ns(layer), starts, fluid.busy_ns)
+
+
+def _remote_rows(counts_LE: NDArray[np.integer], owner_LE: NDArray[np.int16], shares: Shares) -> list[list[int]] | None:
+    if not any(share.remote for share in shares.slices):
+        return None
+    rows = [np.where(owner_LE == s, counts_LE, 0).sum(axis=1) * share.remote for s, share in enumerate(shares.slices)]
+    return np.stack(rows, axis=1).tolist()
