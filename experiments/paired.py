@@ -18,8 +18,8 @@ Statistic = Literal["mean", "median"]
 
 LEVEL = 0.95
 NUM_DRAWS = 2000
-CHUNK_DRAWS = 200
-"""Draws are made in chunks, so that memory does not grow with the number of draws times the number of steps."""
+CHUNK_BLOCKS = 100_000
+"""Blocks drawn at once: memory does not grow with the number of draws times the number of steps."""
 EXACT_PERCENT = 1e-9
 """Differences below this are rounding, not effects."""
 
@@ -117,8 +117,9 @@ def block_bootstrap(
     resample = _mean_of_blocks if statistic == "mean" else _median_of_blocks
     prefix_PN = np.concatenate([np.zeros((len(times_PN), 1)), np.cumsum(times_PN, axis=1)], axis=1)
     chunks: list[Floats] = []
-    for first in range(0, num_draws, CHUNK_DRAWS):
-        size = (min(CHUNK_DRAWS, num_draws - first), num_blocks)
+    chunk = max(1, CHUNK_BLOCKS // num_blocks)
+    for first in range(0, num_draws, chunk):
+        size = (min(chunk, num_draws - first), num_blocks)
         starts = rng.integers(0, n - block + 1, size=size)
         chunks.append(resample(times_PN, prefix_PN, starts, block))
     centre_BP = np.concatenate(chunks)

@@ -1,0 +1,242 @@
+"""One policy over one list of steps in the simulator, kept small: sums, and 8 bytes a step. Knows no ranking.
+
+Shape letters: L MoE layers, E experts, S slices, N steps.
+"""
+
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..policies.contract import (
+    MECHANISMS,
+    Control,
+    DeviceSpec,
+    EnergyWindow,
+    Mechanism,
+    Observation,
+    Plan,
+    Policy,
+    Setup,
+    SliceLayout,
+    StepRecord,
+)
+from ..policies.cost import CostModel
+from ..policies.data import load_variants
+from ..policies.layouts import fallback_plan
+from ..policies.loop import drive
+from ..sim.backend import SimBackend
+from ..traces.schema import PHASES, MoeSpec, RoutedStep
+from .records import RecordWriter
+
+KNOWN_PLANS = 64
+"""Plans remembered to find a record's layout; records lag decisions by a few steps."""
+REPORT_EVERY_STEPS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What every policy of a comparison shares."""
+
+    device: DeviceSpec
+    model: MoeSpec
+    mechanisms: frozenset[Mechanism] = frozenset(MECHANISMS)
+    control: Control = Control()
+    seed: int = 0
+
+    def truth(self, draw: int | None = None) -> CostModel:
+        """Return the simulator's cost model: nominal, or under one draw of its errors."""
+        truth = CostModel(device=self.device, model=self.model, variants=load_variants(), detail="tiles")
+        return truth if draw is None else truth.perturbed(draw)
+
+    def setup(self, *, foresees: bool, truth: CostModel) -> Setup:
+        """Return what a policy may know: the plain belief about the nominal device, or the truth for a bound."""
+        belief = CostModel(device=self.device, model=self.model, variants=load_variants(), detail="roofline")
+        return Setup(
+            device=self.device,
+            model=self.model,
+            variants=load_variants(),
+            mechanisms=self.mechanisms,
+            belief=truth if foresees else belief,
+            control=self.control,
+            seed=self.seed,
+        )
+
+
+@dataclass(slots=True)
+class LayoutUse:
+    """How much one layout was used, and how long each of its slices was busy."""
+
+    steps: int = 0
+    step_ns: int = 0
+    busy_ns_S: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def add(self, step_ns: int, busy_ns_S: NDArray[np.int64]) -> None:
+        """Add one step."""
+        self.steps += 1
+        self.step_ns += step_ns
+        self.busy_ns_S = busy_ns_S + (self.busy_ns_S if len(self.busy_ns_S) else 0)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run leaves in memory."""
+
+    policy: str
+    step_ns: array = field(default_factory=lambda: array("q"))
+    phases: array = field(default_factory=lambda: array("b"))
+    tokens: int = 0
+    makespan_ns: int = 0
+    reconfigurations: int = 0
+    reconfigure_ns: int = 0
+    captures: int = 0
+    capture_ns: int = 0
+    stall_ns: int = 0
+    hbm_bytes: int = 0
+    flops: int = 0
+    fallback_steps: int = 0
+    unsliced_steps: int = 0
+    layer_ns_L: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    layouts: dict[SliceLayout, LayoutUse] = field(default_factory=dict[SliceLayout, LayoutUse])
+    energy: tuple[EnergyWindow, ...] = ()
+    energy_tokens: int = 0
+
+    @property
+    def times_N(self) -> NDArray[np.float64]:
+        """Return the step times, ns."""
+        return np.frombuffer(self.step_ns, dtype=np.int64).astype(np.float64)
+
+    @property
+    def phase_N(self) -> NDArray[np.int8]:
+        """Return each step's index into `PHASES`."""
+        return np.frombuffer(self.phases, dtype=np.int8)
+
+
+class Collector:
+    """Sums records as they come; a step lasts from when its work is there and the step before it has ended."""
+
+    def __init__(self, policy: str, setup: Setup) -> None:
+        self.outcome = Outcome(policy=policy)
+        fallback = fallback_plan(setup)
+        self._plans: OrderedDict[str, SliceLayout] = OrderedDict({fallback.plan_id: fallback.layout})
+        self._submitted: deque[RoutedStep] = deque()
+        self._end_ns = 0
+
+    def watch(self, steps: Iterable[RoutedStep]) -> Iterator[RoutedStep]:
+        """Pass steps on, remembering those whose records are still to come."""
+        for step in steps:
+            self._submitted.append(step)
+            yield step
+
+    def on_decision(self, obs: Observation, plan: Plan) -> None:
+        """Remember which layout a plan has."""
+        del obs
+        plan_id = plan.plan_id
+        self._plans[plan_id] = plan.layout
+        self._plans.move_to_end(plan_id)
+        if len(self._plans) > KNOWN_PLANS:
+            self._plans.popitem(last=False)
+
+    def on_record(self, record: StepRecord) -> None:
+        """Add one finished step."""
+        step, out = self._submitted.popleft(), self.outcome
+        step_ns = record.end_ns - max(self._end_ns, step.arrival_ns or 0)
+        self._end_ns = record.end_ns
+        out.step_ns.append(step_ns)
+        out.phases.append(PHASES.index(step.phase))
+        out.tokens += step.num_tokens
+        out.makespan_ns = record.end_ns
+        out.reconfigurations += record.reconfigure_ns > 0
+        out.reconfigure_ns += record.reconfigure_ns
+        out.captures += record.capture_ns > 0
+        out.capture_ns += record.capture_ns
+        out.stall_ns += record.control_stall_ns
+        out.hbm_bytes += record.hbm_bytes
+        out.flops += record.flops
+        out.fallback_steps += record.fallback is not None
+        out.unsliced_steps += record.busy_ns_LS.shape[1] == 1
+        self._add_layers(record, step_ns)
+
+    def _add_layers(self, record: StepRecord, step_ns: int) -> None:
+        begin_L = layer_starts(record)
+        spans_L = np.diff(begin_L, append=record.end_ns)
+        out = self.outcome
+        out.layer_ns_L = spans_L + (out.layer_ns_L if len(out.layer_ns_L) else 0)
+        layout = self._plans.get(record.plan_id)
+        if layout is not None:
+            use = out.layouts.setdefault(layout, LayoutUse())
+            use.add(step_ns, record.busy_ns_LS.sum(axis=0))
+
+
+def layer_starts(record: StepRecord) -> NDArray[np.int64]:
+    """Return when each layer's time begins: with its first busy slice; the first layer's with the step."""
+    busy_LS = record.busy_ns_LS > 0
+    begin_L = np.where(busy_LS, record.start_ns_LS, record.end_ns).min(axis=1, initial=record.end_ns)
+    begin_L[0] = record.start_ns
+    return np.minimum.accumulate(begin_L[::-1])[::-1]
+
+
+def simulate(
+    name: str,
+    policy: Policy[Any],
+    steps: Iterable[RoutedStep],
+    world: World,
+    *,
+    draw: int | None = None,
+    records: Path | None = None,
+    on_steps: Callable[[int], None] = lambda done: None,
+) -> Outcome:
+    """Drive one policy over steps and return its sums.
+
+    Args:
+        name: of the policy.
+        policy: it.
+        steps: to run.
+        world: device, model and control plane.
+        draw: of the model's errors; None is the nominal model.
+        records: Parquet file for the StepRecords.
+        on_steps: told now and then how many steps are done.
+    """
+    truth = world.truth(draw)
+    setup = world.setup(foresees=policy.foresees, truth=truth)
+    collector = Collector(name, setup)
+    writer = RecordWriter(records) if records else None
+
+    def on_record(record: StepRecord) -> None:
+        collector.on_record(record)
+        if writer:
+            writer.append(record)
+        if record.step % REPORT_EVERY_STEPS == 0:
+            on_steps(record.step)
+
+    try:
+        result = drive(
+            policy,
+            SimBackend(truth),
+            collector.watch(_with_other_work(steps, world.model)),
+            setup,
+            on_record=on_record,
+            on_decision=collector.on_decision,
+        )
+        if writer:
+            writer.close()
+    except BaseException:
+        if writer:
+            writer.abandon()
+        raise
+    collector.outcome.energy = result.energy
+    on_steps(result.num_steps)
+    return collector.outcome
+
+
+def _with_other_work(steps: Iterable[RoutedStep], model: MoeSpec) -> Iterator[RoutedStep]:
+    """Number steps from 0, add the work beside the experts that the model declares, and leave ids behind."""
+    for index, step in enumerate(steps):
+        other = model.other_work(step.num_tokens)
+        other_L = step.other_L or ((other,) * model.num_layers if other else ())
+        yield replace(step, step=index, other_L=other_L, expert_ids_TLK=None)

@@ -1,0 +1,143 @@
+"""What binds each layer's experts under an unsliced launch, in figures; `why` puts them into words.
+
+An expert is *cold* where its bytes take longer than its padded arithmetic on the whole device, else *hot*. Shares are
+of the unsliced step's time under the simulator's truth.
+
+Shape letters: L MoE layers, E experts, P products.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..policies.contract import Plan
+from ..policies.cost import CostModel, floor_ns
+from ..traces.schema import RoutedStep
+
+MOSTLY = 0.85
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTerms:
+    """One layer's mean over the sampled steps; shares are of its own time."""
+
+    layer: int
+    ns: float
+    cold_experts: float
+    hot_experts: float
+    cold_tokens: float
+    """Tokens of a cold expert."""
+    hot_tokens: float
+    cold_share: float
+    hot_share: float
+    launch_share: float
+    """Routing, scheduling, combining and the gaps between kernels."""
+    other_share: float
+    overlap_share: float
+    """The most that running memory and arithmetic side by side could save."""
+    floor_share: float
+    """The physical floor of its bytes and FLOP over its time."""
+    max_over_mean: float
+
+    @property
+    def bound(self) -> str:
+        """Return what binds the layer, in a word or two."""
+        experts = self.cold_share + self.hot_share
+        if self.launch_share > 0.5:
+            return "launches"
+        if self.other_share > 0.5:
+            return "other work"
+        if self.cold_share >= MOSTLY * experts:
+            return "memory"
+        return "arithmetic" if self.hot_share >= MOSTLY * experts else "memory beside arithmetic"
+
+
+def layer_terms(truth: CostModel, plan: Plan, steps: Iterable[RoutedStep]) -> list[LayerTerms]:
+    """Return each layer's terms under an unsliced plan."""
+    rows = [_step_terms(truth, plan, step) for step in steps if step.counts_LE.any()]
+    means = {name: np.mean([row[name] for row in rows], axis=0) for name in rows[0]}
+    ns_L, cold_L, hot_L = means["ns"], means["cold_ns"], means["hot_ns"]
+    return [
+        LayerTerms(
+            layer=layer,
+            ns=float(ns_L[layer]),
+            cold_experts=float(means["cold"][layer]),
+            hot_experts=float(means["hot"][layer]),
+            cold_tokens=_ratio(means["cold_tokens"][layer], means["cold"][layer]),
+            hot_tokens=_ratio(means["hot_tokens"][layer], means["hot"][layer]),
+            cold_share=float(cold_L[layer] / ns_L[layer]),
+            hot_share=float(hot_L[layer] / ns_L[layer]),
+            launch_share=float(means["launch_ns"][layer] / ns_L[layer]),
+            other_share=float(means["other_ns"][layer] / ns_L[layer]),
+            overlap_share=float(means["overlap_ns"][layer] / ns_L[layer]),
+            floor_share=float(means["floor_ns"][layer] / ns_L[layer]),
+            max_over_mean=float(means["skew"][layer]),
+        )
+        for layer in range(len(ns_L))
+    ]
+
+
+def _ratio(total: float, count: float) -> float:
+    return float(total / count) if count else 0.0
+
+
+def _step_terms(truth: CostModel, plan: Plan, step: RoutedStep) -> dict[str, NDArray[np.float64]]:
+    other = truth.model.other_work(step.num_tokens)
+    other_L = step.other_L or ((other,) * len(step.counts_LE) if other else ())
+    work, bare = truth.work(plan, step.counts_LE, other_L), truth.work(plan, step.counts_LE)
+    layers = range(len(step.counts_LE))
+    ns_L = np.array([work.layer_times(layer).ns for layer in layers], dtype=float)
+    launch_L = np.array([bare.head_ns(layer) + bare.tail_ns(layer) for layer in layers], dtype=float)
+    other_ns_L = np.array([work.head_ns(layer) - bare.head_ns(layer) for layer in layers], dtype=float)
+    memory_LE, pipe_LE, bytes_L, flops_L = _expert_ns(truth, plan, step.counts_LE)
+    cold_LE = (memory_LE > pipe_LE) & (step.counts_LE > 0)
+    hot_LE = (step.counts_LE > 0) & ~cold_LE
+    longer_LE = np.maximum(memory_LE, pipe_LE)
+    ideal_L = np.maximum(longer_LE.sum(axis=1), 1.0)
+    experts_L = np.maximum(ns_L - launch_L - other_ns_L, 0.0)
+    saved_L = 1 - np.maximum(memory_LE.sum(axis=1), pipe_LE.sum(axis=1)) / ideal_L
+    floors = zip(bytes_L, flops_L, strict=True)
+    dtype, device = truth.model.dtype, truth.device
+    return {
+        "ns": ns_L,
+        "launch_ns": launch_L,
+        "other_ns": other_ns_L,
+        "cold_ns": experts_L * (longer_LE * cold_LE).sum(axis=1) / ideal_L,
+        "hot_ns": experts_L * (longer_LE * hot_LE).sum(axis=1) / ideal_L,
+        "overlap_ns": experts_L * saved_L,
+        "floor_ns": np.array([floor_ns(hbm_bytes=b, flops=f, device=device, dtype=dtype) for b, f in floors]),
+        "cold": cold_LE.sum(axis=1),
+        "hot": hot_LE.sum(axis=1),
+        "cold_tokens": (step.counts_LE * cold_LE).sum(axis=1),
+        "hot_tokens": (step.counts_LE * hot_LE).sum(axis=1),
+        "skew": step.counts_LE.max(axis=1) / np.maximum(step.counts_LE.mean(axis=1), 1e-9),
+    }
+
+
+def _expert_ns(truth: CostModel, plan: Plan, counts_LE: NDArray[np.int32]) -> tuple[NDArray[np.float64], ...]:
+    """Return each expert's memory and arithmetic time on the whole device, and each layer's bytes and FLOP."""
+    tables, device, model = truth.tables(plan.layout), truth.device, truth.model
+    wide = (len(tables.weight_bytes_PD), model.num_experts)
+    weight_PE = np.broadcast_to(tables.weight_bytes_PD, wide)
+    row_PE = np.broadcast_to(tables.row_bytes_PD, wide)
+    tiles_PE = np.broadcast_to(tables.columns_PSD[:, 0] * tables.pipe_ns_PSD[:, 0], wide)
+    n_PLE = counts_LE[None].astype(float)
+    bytes_LE = (np.where(n_PLE > 0, weight_PE[:, None], 0.0) + n_PLE * row_PE[:, None]).sum(axis=0)
+    row_tiles_PLE = np.ceil(n_PLE / tables.rows_PS[:, :1, None])
+    pipe_LE = (row_tiles_PLE * tiles_PE[:, None]).sum(axis=0) / device.sm_count
+    memory_LE = bytes_LE / max(device.read_curve_bytes_per_s) * 1e9
+    widths = [model.products(model.d_ff_of(e)) for e in range(model.num_experts)]
+    flops_E = np.array([sum(2.0 * p.k_dim * p.n_dim for p in products) for products in widths])
+    return memory_LE, pipe_LE, bytes_LE.sum(axis=1), counts_LE @ flops_E
+
+
+def weighted(terms: Sequence[LayerTerms], name: str) -> float:
+    """Return a share of the whole step from shares of its layers."""
+    return sum(t.ns * getattr(t, name) for t in terms) / sum(t.ns for t in terms)
+
+
+def mean(terms: Sequence[LayerTerms], name: str) -> float:
+    """Return the mean over layers."""
+    return sum(getattr(t, name) for t in terms) / len(terms)

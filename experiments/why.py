@@ -1,0 +1,154 @@
+"""Why a ranking is as it is, in sentences. Every figure is computed from the terms and the outcomes.
+
+Shape letters: L MoE layers.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..policies.contract import Plan
+from ..policies.cost import CostModel
+from ..traces.schema import RoutedStep
+from .ranking import REFERENCE, Evidence, Ranking
+from .terms import LayerTerms, layer_terms, mean, weighted
+
+BESIDE = 0.1
+"""Hot and cold stand side by side in a layer when each takes at least this part of its experts' time."""
+GAIN_WORTH = 0.5
+"""Percent by which a layer must be faster to count as one where something was gained."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Why:
+    """The reasons, as figures and as sentences."""
+
+    terms: tuple[LayerTerms, ...]
+    best: str | None
+    """The fastest deployable policy that is no worse than unsliced, other than unsliced itself."""
+    layer_gain_percent: tuple[float, ...]
+    """How much faster the best policy is in each layer."""
+    sentences: tuple[str, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        layers = [
+            asdict(t) | {"bound": t.bound, "gain_percent": g}
+            for t, g in zip(self.terms, self.layer_gain_percent, strict=True)
+        ]
+        return {"best": self.best, "sentences": list(self.sentences), "layers": layers}
+
+
+def explain(ranking: Ranking, evidence: Evidence, truth: CostModel, plan: Plan, steps: Iterable[RoutedStep]) -> Why:
+    """Return why the ranking is as it is."""
+    terms = layer_terms(truth, plan, steps)
+    best = _best(ranking)
+    ours, theirs = evidence.main[best or REFERENCE].layer_ns_L, evidence.main[REFERENCE].layer_ns_L
+    gain_L = [float(100 * (1 - a / b)) if b else 0.0 for a, b in zip(ours, theirs, strict=True)]
+    sentences = [_where_time_goes(terms), _room(terms), *_outcome(ranking, evidence, best, terms, gain_L)]
+    sentences += _losers(ranking, evidence)
+    return Why(
+        terms=tuple(terms),
+        best=best,
+        layer_gain_percent=tuple(gain_L),
+        sentences=tuple(s for s in sentences if s),
+    )
+
+
+def _best(ranking: Ranking) -> str | None:
+    others = [p for p, place in enumerate(ranking.ranks) if place is not None and ranking.names[p] != REFERENCE]
+    return ranking.names[min(others, key=lambda p: ranking.effect_P[p])] if others else None
+
+
+def _where_time_goes(terms: Sequence[LayerTerms]) -> str:
+    parts = [
+        f"{weighted(terms, 'cold_share'):.0%} of an unsliced step's time goes to {mean(terms, 'cold_experts'):.1f} "
+        f"cold experts a layer, bound by memory ({mean(terms, 'cold_tokens'):.1f} tokens each)",
+        f"{weighted(terms, 'hot_share'):.0%} to {mean(terms, 'hot_experts'):.1f} hot ones, bound by arithmetic"
+        + (f" ({mean(terms, 'hot_tokens'):.0f} tokens each)" if mean(terms, "hot_experts") else ""),
+        f"{weighted(terms, 'launch_share'):.0%} to routing, launches and combining",
+    ]
+    if weighted(terms, "other_share"):
+        parts.append(f"{weighted(terms, 'other_share'):.0%} to attention and other dense work")
+    return ", ".join(parts[:-1]) + f" and {parts[-1]}."
+
+
+def _room(terms: Sequence[LayerTerms]) -> str:
+    beside = [t for t in terms if min(t.cold_share, t.hot_share) >= BESIDE * (t.cold_share + t.hot_share) > 0]
+    overlap, floor = weighted(terms, "overlap_share"), weighted(terms, "floor_share")
+    where = f"in {layer_words([t.layer for t in beside])}" if beside else "in no layer"
+    return (
+        f"Both kinds stand side by side {where}; overlapping them perfectly would save {overlap:.1%} of the step, "
+        f"and the experts' physical floor is {floor:.0%} of it."
+    )
+
+
+def layer_words(layers: Sequence[int]) -> str:
+    """Return layers as ranges: "layers 0-2 and 5"."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    words = [f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    joined = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"layer{'s' if len(layers) > 1 else ''} {joined}"
+
+
+def _outcome(
+    ranking: Ranking, evidence: Evidence, best: str | None, terms: Sequence[LayerTerms], gain_L: Sequence[float]
+) -> list[str]:
+    if best is None:
+        return ["No other deployable policy was asked for."]
+    p = ranking.names.index(best)
+    effect, half = ranking.effect_P[p], ranking.half_P[p]
+    if effect + half >= 0:
+        return [
+            f"Nothing to gain that can be told from noise: the best sliced policy, {best}, lies at {effect:+.1f} % ± "
+            f"{half:.1f} against unsliced, and {_dominant(terms)}."
+        ]
+    outcome = evidence.main[best]
+    sliced = 1 - outcome.unsliced_steps / len(outcome.step_ns)
+    gained = [layer for layer, gain in enumerate(gain_L) if gain >= GAIN_WORTH]
+    flat = [layer for layer, gain in enumerate(gain_L) if gain < GAIN_WORTH]
+    said = [f"{best} gains {-effect:.1f} % ± {half:.1f}, slicing {sliced:.0%} of the steps"]
+    if gained:
+        average = sum(gain_L[layer] for layer in gained) / len(gained)
+        bounds = sorted({terms[layer].bound for layer in gained})
+        said.append(f"it is {average:.1f} % faster in {layer_words(gained)}, bound by {' or '.join(bounds)}")
+    sentences = [": ".join(said) + "."]
+    if flat and gained:
+        bounds = sorted({terms[layer].bound for layer in flat})
+        sentences.append(f"Nothing to gain in {layer_words(flat)} (bound by {' or '.join(bounds)}).")
+    return sentences
+
+
+def _dominant(terms: Sequence[LayerTerms]) -> str:
+    shares = {
+        "memory binds": weighted(terms, "cold_share"),
+        "arithmetic binds": weighted(terms, "hot_share"),
+        "routing, launches and combining take": weighted(terms, "launch_share"),
+        "attention and other dense work take": weighted(terms, "other_share"),
+    }
+    what = max(shares, key=lambda name: shares[name])
+    return (
+        f"{what} {shares[what]:.0%} of the time, which no slice changes" if shares[what] > 0.5 else "no term dominates"
+    )
+
+
+def _losers(ranking: Ranking, evidence: Evidence) -> list[str]:
+    """Say why the slowest policy loses, when it does."""
+    placed = [p for p, place in enumerate(ranking.ranks) if place is not None]
+    p = max(placed, key=lambda q: ranking.effect_P[q])
+    effect, half = ranking.effect_P[p], ranking.half_P[p]
+    outcome = evidence.main[ranking.names[p]]
+    if ranking.names[p] == REFERENCE or effect <= half or not outcome.layouts:
+        return []
+    use = max(outcome.layouts.values(), key=lambda u: u.steps)
+    busy = ", ".join(f"{share:.0%}" for share in use.busy_ns_S / use.step_ns)
+    lost = outcome.reconfigure_ns + outcome.capture_ns + outcome.stall_ns
+    return [
+        f"{ranking.names[p]} loses {effect:.1f} % ± {half:.1f}: its slices are busy {busy} of the time, and changing "
+        f"plans costs {lost / outcome.makespan_ns:.1%}."
+    ]

@@ -1,0 +1,206 @@
+"""What is simulated: the trace's own steps, samples of them, and independent batches of the same requests.
+
+Shape letters: N steps, L MoE layers, E experts, T tokens.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..traces.compose import ComposedSource, Composition
+from ..traces.schema import PHASES, MoeSpec, Phase, Provenance, RoutedStep, StepSource
+from ..traces.synth import SynthSource
+from ..traces.trace import RoutingTrace
+
+LEAST_REQUESTS = 8
+"""Re-batching fewer requests than this says nothing about other batches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedSteps:
+    """A few steps in memory, counts alone; satisfies `StepSource`."""
+
+    top_k: int
+    provenance: Provenance
+    counts_NLE: NDArray[np.int32]
+    phases: tuple[Phase, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_layers(self) -> int:
+        return self.counts_NLE.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts_NLE.shape[2]
+
+    def steps(self) -> Iterator[RoutedStep]:
+        """Yield the steps in order."""
+        for step, (phase, tokens) in enumerate(zip(self.phases, self.tokens, strict=True)):
+            yield RoutedStep(step=step, phase=phase, counts_LE=self.counts_NLE[step].copy(), num_tokens=tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limited:
+    """The first steps of a source; satisfies `StepSource`."""
+
+    source: StepSource
+    limit: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.source.num_layers
+
+    @property
+    def num_experts(self) -> int:
+        return self.source.num_experts
+
+    @property
+    def top_k(self) -> int:
+        return self.source.top_k
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.source.provenance
+
+    @property
+    def num_steps(self) -> int:
+        return min(self.source.num_steps, self.limit)
+
+    def steps(self) -> Iterator[RoutedStep]:
+        """Yield the first steps, in order."""
+        return itertools.islice(self.source.steps(), self.limit)
+
+
+def fixed(steps: Iterator[RoutedStep], source: StepSource) -> FixedSteps:
+    """Hold steps of a source in memory."""
+    kept = list(steps)
+    return FixedSteps(
+        top_k=source.top_k,
+        provenance=source.provenance,
+        counts_NLE=np.stack([step.counts_LE for step in kept]),
+        phases=tuple(step.phase for step in kept),
+        tokens=tuple(step.num_tokens for step in kept),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """One pass over a source: its mean load and a few windows of consecutive steps, spread evenly."""
+
+    num_steps: int
+    num_tokens: int
+    steps_of_phase: dict[str, int]
+    tokens_of_phase: dict[str, int]
+    mean_LE: NDArray[np.float64]
+    """Mean tokens of each expert per step."""
+    windows: FixedSteps
+
+
+def survey(source: StepSource, *, num_windows: int, window_steps: int) -> Survey:
+    """Look at every step once, holding the windows alone.
+
+    Raises:
+        ValueError: the source has no step, or none with a token.
+    """
+    starts = np.linspace(0, max(0, source.num_steps - window_steps), num_windows).astype(int)
+    wanted = {int(s) + i for s in starts for i in range(window_steps)}
+    kept: list[RoutedStep] = []
+    total_LE = np.zeros((source.num_layers, source.num_experts), dtype=np.int64)
+    steps, tokens = dict.fromkeys(PHASES, 0), dict.fromkeys(PHASES, 0)
+    for index, step in enumerate(source.steps()):
+        total_LE += step.counts_LE
+        steps[step.phase] += 1
+        tokens[step.phase] += step.num_tokens
+        if index in wanted:
+            kept.append(replace(step, expert_ids_TLK=None))
+    num_steps = sum(steps.values())
+    if not total_LE.any():
+        raise ValueError(f"the trace has {num_steps} steps and no token in them; record or choose another part of it")
+    return Survey(
+        num_steps=num_steps,
+        num_tokens=sum(tokens.values()),
+        steps_of_phase=steps,
+        tokens_of_phase=tokens,
+        mean_LE=total_LE / num_steps,
+        windows=fixed(iter(kept), source),
+    )
+
+
+def composition_like(trace: RoutingTrace, num_steps: int) -> Composition | None:
+    """Return how a trace's requests were batched, as far as it shows; None when it has too few requests.
+
+    Batches hold as many requests as a busy step of the trace does, and no more tokens than its largest step.
+    """
+    step_request = np.unique(np.stack([trace.step_T, trace.request_id_T]), axis=1)
+    if len(np.unique(trace.request_id_T)) < LEAST_REQUESTS:
+        return None
+    requests_N = np.bincount(step_request[0], minlength=trace.num_steps)
+    tokens_N = np.bincount(trace.step_T, minlength=trace.num_steps)
+    return Composition(
+        batch_size=max(1, int(np.quantile(requests_N[requests_N > 0], 0.9))),
+        max_tokens_per_step=int(tokens_N.max()),
+        prefill_chunk_tokens=_chunk(trace),
+        num_steps=num_steps,
+    )
+
+
+def _chunk(trace: RoutingTrace) -> int | None:
+    """Return the longest stretch of one prompt inside a mixed step; None when the trace mixes no phases."""
+    mixed_T = trace.step_table.phase_S[trace.step_T] == PHASES.index("mixed")
+    prompt_T = mixed_T & (trace.phase_T == 0)
+    if not prompt_T.any():
+        return None
+    pairs = np.stack([trace.step_T[prompt_T], trace.request_id_T[prompt_T]])
+    return int(np.unique(pairs, axis=1, return_counts=True)[1].max())
+
+
+def rebatched(
+    source: StepSource, trace: RoutingTrace | None, *, count: int, num_steps: int, seed: int
+) -> list[FixedSteps]:
+    """Return independent batches of the source's requests; none where it has no requests to batch anew."""
+    if isinstance(source, Limited):
+        return rebatched(source.source, trace, count=count, num_steps=num_steps, seed=seed)
+    if isinstance(source, SynthSource):
+        others = [replace(source, seed=seed + i + 1, composition=replace(source.composition, num_steps=num_steps,
+                  seed=seed + i + 1)) for i in range(count)]  # fmt: skip
+        return [fixed(other.steps(), other) for other in others]
+    composition = None if trace is None else composition_like(trace, num_steps)
+    if trace is None or composition is None:
+        return []
+    composed = [ComposedSource(trace=trace, composition=replace(composition, seed=seed + i + 1)) for i in range(count)]
+    return [fixed(one.steps(), one) for one in composed]
+
+
+def shape_of(source: StepSource) -> str:
+    """Return a source's shape in words."""
+    return f"{source.num_layers} layers, {source.num_experts} experts, top-{source.top_k}"
+
+
+def match_model(source: StepSource, model: MoeSpec) -> MoeSpec:
+    """Return the model cut to the layers that the source has.
+
+    Raises:
+        ValueError: experts or top-k differ.
+    """
+    if (model.num_experts, model.top_k) != (source.num_experts, source.top_k) or model.num_layers < source.num_layers:
+        raise ValueError(
+            f"model {model.name} has {model.num_layers} layers, {model.num_experts} experts, top-{model.top_k}, and "
+            f"the trace {shape_of(source)}; leave the trace out and add --fit-routing with it to synthesise routing "
+            "for that model"
+        )
+    return replace(model, num_layers=source.num_layers)
+
+
+def is_parquet(path: Path) -> bool:
+    """Return whether a file is Parquet by its first bytes."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
