@@ -1,0 +1,147 @@
+"""Matching one layer's moments: draw the layer, compare with the trace, correct, and again.
+
+The likelihood knows each token's past; a generator has only what it drew itself, so small errors feed back. The
+corrections make the drawn statistics equal the recorded ones.
+
+Shape letters: P positions, R requests, E experts, K top-k, G lags, H memories.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .choice import F32, Ids, LayerChoice, Shape, choose, multi_hot
+from .dependence import conditional_recall, information_bias_bits, joint_counts, mutual_information_bits
+
+LAGS_G = (1, 4, 8, 16)
+GAIN_H = (1.0, 2.0, 3.0)
+"""Memory gain per unit of log-odds of overlap, by memory: the slower, the less one unit moves the overlap."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """What is matched; shares of tokens, float64."""
+
+    inside_E: NDArray[np.float64]
+    first_E: NDArray[np.float64]
+    together_E: NDArray[np.float64]
+    """Share of the pairs of tokens of one request that both chose the expert."""
+    overlap_G: NDArray[np.float64]
+    """Share of a token's experts that the token `LAGS_G` before it chose; nan where no request is that long."""
+    overlap_any: float
+    """The same for any two tokens of a request."""
+    information_bits: float | None = None
+    recall_first: float | None = None
+    recall_set: float | None = None
+
+
+def moments(ids_PRK: Ids, shape: Shape, below_PRK: Ids | None, num_experts: int) -> Moments:
+    """Measure one layer, given what the layer below chose for the same tokens."""
+    k = ids_PRK.shape[2]
+    hot_NE = multi_hot(ids_PRK.reshape(-1, k), num_experts)
+    hot_PRE = hot_NE.reshape(*ids_PRK.shape[:2], num_experts)
+    tokens, sum_RE = int(shape.tokens_R.sum()), hot_PRE.sum(axis=0)
+    num_pairs = max(int((shape.tokens_R * (shape.tokens_R - 1)).sum()), 1)
+    together_E = ((sum_RE.astype(np.float64) ** 2).sum(axis=0) - sum_RE.sum(axis=0)) / num_pairs
+    alive_N = shape.alive.ravel()
+    return Moments(
+        inside_E=sum_RE.sum(axis=0, dtype=np.float64) / tokens,
+        first_E=np.bincount(ids_PRK[..., 0].ravel()[alive_N], minlength=num_experts) / tokens,
+        together_E=together_E,
+        overlap_G=np.array([_overlap(hot_PRE, shape, lag, k) for lag in LAGS_G]),
+        overlap_any=float(together_E.sum() / k),
+        **({} if below_PRK is None else _across(ids_PRK, hot_NE, shape, below_PRK)),
+    )
+
+
+def _overlap(hot_PRE: F32, shape: Shape, lag: int, k: int) -> float:
+    pairs = int(np.maximum(shape.tokens_R - lag, 0).sum())
+    return float(np.vdot(hot_PRE[lag:], hot_PRE[:-lag])) / (pairs * k) if pairs else np.nan
+
+
+def _across(ids_PRK: Ids, hot_NE: F32, shape: Shape, below_PRK: Ids) -> dict[str, float | None]:
+    """Measure the dependence on the layer below; learnt on every other request, judged on the rest."""
+    k, num_experts = ids_PRK.shape[2], hot_NE.shape[1]
+    alive_N = shape.alive.ravel()
+    hot_NE, below_NK = hot_NE[alive_N], below_PRK.reshape(-1, k)[alive_N]
+    counts_EE = joint_counts(below_NK[:, 0], ids_PRK[..., 0].ravel()[alive_N], num_experts)
+    learn_N = np.broadcast_to(np.arange(len(shape.tokens_R)) % 2 == 0, shape.alive.shape).ravel()[alive_N]
+    return {
+        "information_bits": mutual_information_bits(counts_EE) - information_bias_bits(counts_EE),
+        "recall_first": conditional_recall(multi_hot(below_NK[:, :1], num_experts), hot_NE, learn_N, k),
+        "recall_set": conditional_recall(multi_hot(below_NK, num_experts), hot_NE, learn_N, k),
+    }
+
+
+def _log_odds(share: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    inside = np.clip(share, 1e-4, 1 - 1e-4)
+    return np.log(inside / (1 - inside))
+
+
+def _log_weight(share: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the logit under which an expert is chosen that often, up to a constant: see `spec.logits_of_load`."""
+    return np.log(-np.log1p(-np.clip(share, 1e-5, 1 - 1e-3)))
+
+
+def _ratio(wanted: float | None, seen: float | None, least: float) -> float:
+    return 1.0 if wanted is None or seen is None else float(np.clip((wanted + least) / (max(seen, 0) + least), 0.5, 2))
+
+
+def _memory_step(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
+    """Return the change of the memories' gains: fast from lag 1 against 4, middle from 4 against 16, slow from 8."""
+    gap_G = _log_odds(wanted.overlap_G) - _log_odds(seen.overlap_G)
+    gap_any = float(_log_odds(wanted.overlap_any) - _log_odds(seen.overlap_any))
+    gaps = np.array([gap_G[0] - gap_G[1], gap_G[1] - gap_G[3], gap_G[2] - gap_any])
+    return np.nan_to_num(gaps) * GAIN_H
+
+
+def _tilt_ratio(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
+    """Return by how much each expert's variance between requests should grow; rare experts follow the rest."""
+    extra_E, seen_E = wanted.together_E - wanted.inside_E**2, seen.together_E - seen.inside_E**2
+    floor = max(float(extra_E.mean()), 1e-9) / 10
+    return np.clip((np.maximum(extra_E, 0) + floor) / (np.maximum(seen_E, 0) + floor), 0.3, 3)
+
+
+def _corrected(layer: LayerChoice, wanted: Moments, seen: Moments, gain: float) -> LayerChoice:
+    logit_E = np.clip(_log_weight(wanted.inside_E) - _log_weight(seen.inside_E), -2, 2)
+    first_E = np.clip(_log_weight(wanted.first_E) - _log_weight(seen.first_E), -2, 2) - logit_E
+    memory_H1 = gain * _memory_step(wanted, seen)[:, None]
+    first_scale = _ratio(wanted.recall_first, seen.recall_first, 0.02) ** (2 * gain)
+    rest_scale = _ratio(wanted.recall_set, seen.recall_set, 0.02) ** (2 * gain)
+    sharpness = layer.sharpness * _ratio(wanted.information_bits, seen.information_bits, 0.02) ** (0.7 * gain)
+    return replace(
+        layer,
+        # What a memory adds on average leaves the logit again, or the load would shift.
+        logit_E=(layer.logit_E + gain * logit_E - memory_H1.sum() * wanted.inside_E).astype(np.float32),
+        first_E=(layer.first_E + 0.8 * gain * first_E).astype(np.float32),
+        memory_HE=(layer.memory_HE + memory_H1).astype(np.float32),
+        below_first_EE=layer.below_first_EE * np.float32(first_scale),
+        below_rest_EE=layer.below_rest_EE * np.float32(rest_scale),
+        sharpness=float(np.clip(sharpness, 0.2, 5)),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matched:
+    """A layer whose drawn moments match, what was drawn last, and the factor on its tilt."""
+
+    layer: LayerChoice
+    ids_PRK: Ids
+    tilt_scale_E: F32
+
+
+def match(
+    layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | None, wanted: Moments, gains: tuple[float, ...]
+) -> Matched:
+    """Correct a layer once per gain; `tilt_RE` and `below_PRK` stay the same, the noise is drawn anew each time."""
+    k = round(float(wanted.inside_E.sum()))
+    scale_E = np.ones(tilt_RE.shape[1], np.float32)
+    for turn, gain in enumerate((*gains, 0.0)):
+        rng = np.random.default_rng([turn, 0 if below_PRK is None else 1])
+        ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, rng)
+        if gain:
+            seen = moments(ids_PRK, shape, below_PRK, tilt_RE.shape[1])
+            layer = _corrected(layer, wanted, seen, gain)
+            scale_E = np.clip(scale_E * _tilt_ratio(wanted, seen) ** (0.5 * gain), 0.02, 8).astype(np.float32)
+    return Matched(layer=layer, ids_PRK=ids_PRK, tilt_scale_E=scale_E)

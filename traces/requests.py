@@ -1,0 +1,121 @@
+"""Requests inside a trace: which rows are whose, in reading order; picking rows; splitting by request.
+
+Shape letters: T tokens, S steps, R requests, L MoE layers, K top-k.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .schema import PHASES
+from .trace import RoutingTrace, StepTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grouping:
+    """Rows of a trace ordered by request, then position; request r owns `order_T[offsets_R[r] : offsets_R[r + 1]]`."""
+
+    order_T: NDArray[np.int64]
+    offsets_R: NDArray[np.int64]
+    """One entry more than there are requests."""
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.offsets_R) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets_R)
+
+    @property
+    def request_of(self) -> NDArray[np.int64]:
+        """Return the request index of each ordered row."""
+        return np.repeat(np.arange(self.num_requests), self.lengths)
+
+    def rows(self) -> Iterator[NDArray[np.int64]]:
+        """Yield the trace rows of each request, in reading order."""
+        for start, stop in zip(self.offsets_R[:-1], self.offsets_R[1:], strict=True):
+            yield self.order_T[start:stop]
+
+
+def group_requests(trace: RoutingTrace) -> Grouping:
+    """Group a trace by request; one id in two segments (two checkpoints of one model) makes two requests."""
+    if not trace.num_tokens:
+        raise ValueError("the trace has no tokens; record or import at least one request first")
+    segment_T = trace.step_table.segment_S[trace.step_T]
+    order_T = np.lexsort((trace.position_T, trace.request_id_T, segment_T))
+    ids_T, segments_T = trace.request_id_T[order_T], segment_T[order_T]
+    new_T = np.flatnonzero((np.diff(ids_T) != 0) | (np.diff(segments_T) != 0)) + 1
+    return Grouping(order_T=order_T, offsets_R=np.concatenate([[0], new_T, [len(order_T)]]).astype(np.int64))
+
+
+def prompt_lengths(trace: RoutingTrace, groups: Grouping) -> NDArray[np.int64]:
+    """Return how many leading tokens of each request are prefill, int64 [R]."""
+    decode_T = trace.phase_T[groups.order_T] != 0
+    index_T = np.arange(len(decode_T))
+    first_decode_T = np.where(decode_T, index_T, len(decode_T))
+    first_R = np.minimum.reduceat(first_decode_T, groups.offsets_R[:-1])
+    return np.minimum(first_R, groups.offsets_R[1:]) - groups.offsets_R[:-1]
+
+
+def select_rows(trace: RoutingTrace, rows_N: NDArray[np.int64]) -> RoutingTrace:
+    """Return the trace of the given rows (ascending), its steps renumbered to those that still hold a token.
+
+    Measured times are dropped: they belong to the whole step.
+    """
+    kept_S, step_N = np.unique(trace.step_T[rows_N], return_inverse=True)
+    table = trace.step_table
+    arrival_ns_S = None if table.arrival_ns_S is None else table.arrival_ns_S[kept_S]
+    return replace(
+        trace,
+        request_id_T=trace.request_id_T[rows_N],
+        position_T=trace.position_T[rows_N],
+        phase_T=trace.phase_T[rows_N],
+        step_T=step_N.astype(np.int64),
+        domain_T=trace.domain_T[rows_N],
+        expert_ids_TLK=trace.expert_ids_TLK[rows_N],
+        gates_TLK=None if trace.gates_TLK is None else trace.gates_TLK[rows_N],
+        step_table=StepTable(
+            phase_S=phases_of(trace.phase_T[rows_N], step_N, len(kept_S)),
+            segment_S=table.segment_S[kept_S],
+            segments=table.segments,
+            arrival_ns_S=arrival_ns_S,
+        ),
+    )
+
+
+def phases_of(phase_T: NDArray[np.uint8], step_T: NDArray[np.int64], num_steps: int) -> NDArray[np.uint8]:
+    """Return each step's index into `PHASES` from its tokens' phases; a step without tokens counts as decode."""
+    tokens_S = np.bincount(step_T, minlength=num_steps)
+    decode_S = np.bincount(step_T, weights=phase_T != 0, minlength=num_steps)
+    pure_S = np.where(decode_S == 0, PHASES.index("prefill"), PHASES.index("mixed"))
+    return np.where(decode_S == tokens_S, PHASES.index("decode"), pure_S).astype(np.uint8)
+
+
+def select_segment(trace: RoutingTrace, name: str) -> RoutingTrace:
+    """Return the part of a trace that was recorded as one segment (a checkpoint, a run)."""
+    segments = trace.step_table.segments
+    if name not in segments:
+        raise ValueError(f"no segment {name!r} in the trace; it has {', '.join(segments)}")
+    chosen_T = trace.step_table.segment_S[trace.step_T] == segments.index(name)
+    return select_rows(trace, np.flatnonzero(chosen_T))
+
+
+def split_requests(trace: RoutingTrace, fraction: float, seed: int) -> tuple[RoutingTrace, RoutingTrace]:
+    """Split a trace by requests, to learn on the first part (`fraction` of them) and judge on the second.
+
+    Each part has at least one request; the same seed gives the same parts.
+    """
+    groups = group_requests(trace)
+    if not 0 < fraction < 1 or groups.num_requests < 2:
+        raise ValueError(
+            f"cannot split {groups.num_requests} request(s) at fraction {fraction}; "
+            "give a fraction between 0 and 1 and a trace of at least two requests"
+        )
+    num_first = min(max(round(fraction * groups.num_requests), 1), groups.num_requests - 1)
+    chosen_R = np.random.default_rng([seed, groups.num_requests]).permutation(groups.num_requests) < num_first
+    first_T = chosen_R[groups.request_of]
+    learn, judge = (select_rows(trace, np.sort(groups.order_T[part_T])) for part_T in (first_T, ~first_T))
+    return learn, judge

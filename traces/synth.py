@@ -1,0 +1,224 @@
+"""Drawing synthetic requests from a specification: in memory as a trace, or endlessly as batches.
+
+Each request has a domain and a tilt of its own (which experts its topic likes, shared over layers); its tokens then
+choose layer by layer and position by position: see `choice`. `fit.fit` makes a specification from a trace,
+`zipf_spec` from a few numbers. Random streams are keyed by seed, block of requests and layer.
+
+Shape letters: T tokens, S steps, R requests, L MoE layers, E experts, K top-k, F factors of the tilt, P positions.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .choice import F32, Ids, Shape, choose
+from .compose import Composition, Request, composed_provenance, routed_steps
+from .requests import phases_of
+from .schema import Provenance, RoutedStep
+from .spec import SynthSpec, zipf_spec
+from .trace import UNKNOWN, RoutingTrace, StepTable, id_dtype
+
+__all__ = ["SynthSource", "SynthSpec", "synthesise", "zipf_spec"]
+
+BLOCK_ENTRIES = 6_000_000
+"""Logits held at once: bounds memory while blocks of requests are drawn."""
+
+
+def draw_tilt(spec: SynthSpec, domain_R: NDArray[np.int64], factor_RF: F32, own_RLE: F32) -> F32:
+    """Return the tilt of requests from their domain and their standard normal draws, float32 [R, L, E]."""
+    tilt_RLE = np.tensordot(factor_RF, spec.factor_FLE, axes=1)
+    tilt_RLE += spec.own_LE * own_RLE
+    tilt_RLE += spec.domain_DLE[domain_R]
+    return tilt_RLE
+
+
+def choose_layers(spec: SynthSpec, tilt_RLE: F32, shape: Shape, key: list[int]) -> Ids:
+    """Draw all layers of some requests, longest first, each layer with its own random stream."""
+    below_PRK: Ids | None = None
+    chosen: list[Ids] = []
+    for level, layer in enumerate(spec.layers):
+        rng = np.random.default_rng([*key, level])
+        below_PRK = choose(layer, tilt_RLE[:, level], shape, below_PRK, spec.top_k, rng)
+        chosen.append(below_PRK)
+    return np.stack(chosen, axis=2)
+
+
+def _bursts(spec: SynthSpec, num_requests: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Say for each request whether it arrives with the one before it, so that `burst_share` are in bursts."""
+    if spec.burst_size == 1 or not spec.burst_share:
+        return np.zeros(num_requests, np.bool_)
+    starts = spec.burst_share / (spec.burst_share + spec.burst_size * (1 - spec.burst_share))
+    groups = np.where(rng.random(num_requests) < starts, spec.burst_size, 1)
+    leads_R = np.isin(np.arange(num_requests), np.concatenate([[0], np.cumsum(groups)]))
+    return ~leads_R
+
+
+def requests_per_block(spec: SynthSpec) -> int:
+    """Return how many requests are drawn side by side."""
+    return int(np.clip(BLOCK_ENTRIES // (int(spec.tokens.max()) * spec.num_experts), 8, 512))
+
+
+def _pairs(spec: SynthSpec, seed: int, first: int, num_requests: int) -> NDArray[np.int64]:
+    """Return the lengths' indices of consecutive requests: each pair comes once in every round of all pairs."""
+    num_pairs = len(spec.tokens)
+    rounds, places_R = np.divmod(np.arange(first, first + num_requests), num_pairs)
+    order_of = {int(r): np.random.default_rng([seed, int(r), 2]).permutation(num_pairs) for r in np.unique(rounds)}
+    return np.array([order_of[int(r)][place] for r, place in zip(rounds, places_R, strict=True)], np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Topics:
+    """What is decided of some requests before their first token."""
+
+    prompt_R: NDArray[np.int64]
+    tokens_R: NDArray[np.int64]
+    domain_R: NDArray[np.int64]
+    with_previous_R: NDArray[np.bool_]
+    tilt_RLE: F32
+
+
+def _topics(spec: SynthSpec, seed: int, block: int, num_requests: int) -> _Topics:
+    rng = np.random.default_rng([seed, block, 0])
+    with_previous_R = _bursts(spec, num_requests, rng)
+    lead_R = np.maximum.accumulate(np.where(with_previous_R, 0, np.arange(num_requests)))
+    pair_R = _pairs(spec, seed, block * requests_per_block(spec), num_requests)
+    domain_R = rng.choice(len(spec.weight_D), num_requests, p=spec.weight_D / spec.weight_D.sum())[lead_R]
+    factor_RF = rng.standard_normal((num_requests, len(spec.factor_FLE)), np.float32)[lead_R]
+    own_RLE = rng.standard_normal((num_requests, spec.num_layers, spec.num_experts), np.float32)[lead_R]
+    return _Topics(
+        prompt_R=spec.prompt_tokens_Q[pair_R],
+        tokens_R=spec.tokens[pair_R],
+        domain_R=domain_R,
+        with_previous_R=with_previous_R,
+        tilt_RLE=draw_tilt(spec, domain_R, factor_RF, own_RLE),
+    )
+
+
+def _walk(spec: SynthSpec, key: list[int], steps: float, num_requests: int) -> F32:
+    """Return the drift's steps from request to request, float32 [R, L, E], where each takes `steps`."""
+    rng = np.random.default_rng(key)
+    shape = (num_requests, spec.num_layers, spec.num_experts)
+    return rng.standard_normal(shape, np.float32) * np.float32(spec.drift_per_step * steps**0.5)
+
+
+def _token_ids(spec: SynthSpec, topics: _Topics, tilt_RLE: F32, key: list[int]) -> Iterator[NDArray[np.integer]]:
+    """Yield each request's ids [T, L, K], in the order of `topics`."""
+    order_R = np.argsort(-topics.tokens_R, kind="stable")
+    shape = Shape(tokens_R=topics.tokens_R[order_R], prompt_R=topics.prompt_R[order_R])
+    ids_PRLK = choose_layers(spec, tilt_RLE[order_R], shape, key)
+    for column, tokens in zip(np.argsort(order_R), topics.tokens_R, strict=True):
+        yield ids_PRLK[:tokens, column].astype(id_dtype(spec.num_experts))
+
+
+def synth_requests(
+    spec: SynthSpec, seed: int, *, batch_size: int = 1, num_requests: int | None = None
+) -> Iterator[Request]:
+    """Yield requests, without end unless `num_requests` is given; with `batch_size` at once, drift is slower."""
+    walk_LE = np.zeros((spec.num_layers, spec.num_experts), np.float32)
+    per_block, steps = requests_per_block(spec), float(spec.tokens.mean()) / batch_size
+    for first in itertools.count(0, per_block):
+        here = per_block if num_requests is None else min(per_block, num_requests - first)
+        if here <= 0:
+            return
+        block = first // per_block
+        topics, tilt_RLE = (drawn := _topics(spec, seed, block, here)), drawn.tilt_RLE
+        if spec.drift_per_step:
+            walk_RLE = walk_LE + _walk(spec, [seed, block, 3], steps, here).cumsum(axis=0)
+            walk_LE, tilt_RLE = walk_RLE[-1], tilt_RLE + walk_RLE
+        for r, ids_TLK in enumerate(_token_ids(spec, topics, tilt_RLE, [seed, block, 1])):
+            yield Request(
+                request_id=first + r,
+                prompt_tokens=int(topics.prompt_R[r]),
+                expert_ids_TLK=ids_TLK,
+                rows_T=np.arange(len(ids_TLK)),
+                domain=int(topics.domain_R[r]) if spec.domains else UNKNOWN,
+                with_previous=bool(topics.with_previous_R[r]),
+            )
+
+
+def synth_provenance(spec: SynthSpec, seed: int) -> Provenance:
+    """Return where synthetic routing comes from."""
+    return Provenance(source="synthesised", seed=seed, notes=spec.source)
+
+
+def _step_of_tokens(requests: list[Request]) -> NDArray[np.int64]:
+    """Lay requests one after another, bursts side by side: a prompt is one step, each decode token another."""
+    start, stop, step_T = 0, 0, list[NDArray[np.int64]]()
+    for request in requests:
+        start = start if request.with_previous else stop
+        prompt = request.prompt_tokens
+        since_T = np.maximum(request.rows_T - prompt + (prompt > 0), 0)
+        step_T.append(start + since_T)
+        stop = max(stop, start + int(since_T[-1]) + 1)
+    return np.concatenate(step_T)
+
+
+def synthesise(spec: SynthSpec, num_requests: int, seed: int) -> RoutingTrace:
+    """Draw requests that run one at a time (bursts: side by side), as a trace; `compose` makes batches of them."""
+    if num_requests < 1:
+        raise ValueError(f"{num_requests} requests to synthesise; give at least 1")
+    requests = list(synth_requests(spec, seed, num_requests=num_requests))
+    step_T = _step_of_tokens(requests)
+    order_T = np.argsort(step_T, kind="stable")
+    lengths = [len(request.rows_T) for request in requests]
+    position_T = np.concatenate([request.rows_T for request in requests])
+    phase_T = position_T >= np.repeat([request.prompt_tokens for request in requests], lengths)
+    num_steps = int(step_T.max()) + 1
+    return RoutingTrace(
+        num_experts=spec.num_experts,
+        provenance=synth_provenance(spec, seed),
+        request_id_T=np.repeat(np.arange(num_requests), lengths)[order_T],
+        position_T=position_T[order_T].astype(np.int32),
+        phase_T=phase_T[order_T].astype(np.uint8),
+        step_T=step_T[order_T],
+        domain_T=np.repeat([request.domain for request in requests], lengths)[order_T].astype(np.int16),
+        expert_ids_TLK=np.concatenate([request.expert_ids_TLK for request in requests])[order_T],
+        step_table=StepTable(
+            phase_S=phases_of(phase_T.astype(np.uint8), step_T, num_steps), segment_S=np.zeros(num_steps, np.uint8)
+        ),
+        domains=spec.domains,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SynthSource:
+    """Synthetic requests in continuous batches, one step at a time, in bounded memory; satisfies `StepSource`.
+
+    The composition says how requests arrive and must name `num_steps`; `seed` is the generator's own.
+    """
+
+    spec: SynthSpec
+    composition: Composition
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.composition.num_steps is None:
+            raise ValueError("a synthetic source never ends by itself; give the composition num_steps")
+
+    @property
+    def num_layers(self) -> int:
+        return self.spec.num_layers
+
+    @property
+    def num_experts(self) -> int:
+        return self.spec.num_experts
+
+    @property
+    def top_k(self) -> int:
+        return self.spec.top_k
+
+    @property
+    def num_steps(self) -> int:
+        return self.composition.num_steps or 0
+
+    @property
+    def provenance(self) -> Provenance:
+        return composed_provenance(synth_provenance(self.spec, self.seed), self.composition)
+
+    def steps(self) -> Iterator[RoutedStep]:
+        """Yield the steps in order; each call starts anew and gives the same steps."""
+        requests = synth_requests(self.spec, self.seed, batch_size=self.composition.batch_size)
+        return routed_steps(requests, self.composition, self.num_experts)
