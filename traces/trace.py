@@ -3,8 +3,8 @@
 Shape letters: T tokens, S steps, L MoE layers, E experts, K top-k.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,15 +88,15 @@ class RoutingTrace:
     def num_steps(self) -> int:
         return self.step_table.num_steps
 
-    def steps(self) -> Iterator[RoutedStep]:
-        """Yield the steps in order; a step without tokens has zero counts."""
+    def steps(self, *, first_step: int = 0) -> Iterator[RoutedStep]:
+        """Yield the steps in order, numbered from `first_step`; a step without tokens has zero counts."""
         table = self.step_table
         bounds = np.searchsorted(self.step_T, np.arange(table.num_steps + 1))
         for step in range(table.num_steps):
             ids_TLK = self.expert_ids_TLK[bounds[step] : bounds[step + 1]]
             arrival = None if table.arrival_ns_S is None else int(table.arrival_ns_S[step])
             yield RoutedStep(
-                step=step,
+                step=first_step + step,
                 phase=PHASES[table.phase_S[step]],
                 counts_LE=counts_of(ids_TLK, self.num_experts),
                 arrival_ns=None if arrival == UNKNOWN else arrival,
@@ -131,12 +131,79 @@ class ExpertLoad:
     def num_experts(self) -> int:
         return self.counts_SLE.shape[2]
 
-    def steps(self) -> Iterator[RoutedStep]:
-        """Yield the steps in order."""
-        for step, counts_LE in enumerate(self.counts_SLE):
+    def steps(self, *, first_step: int = 0) -> Iterator[RoutedStep]:
+        """Yield the steps in order, numbered from `first_step`."""
+        for step, counts_LE in enumerate(self.counts_SLE, first_step):
             yield RoutedStep(
                 step=step,
                 phase=self.phase,
                 counts_LE=counts_LE.astype(np.int32),
                 num_tokens=int(counts_LE.sum(axis=1).max(initial=0)) // self.top_k,
             )
+
+
+TOKEN_COLUMNS = ("request_id_T", "position_T", "phase_T", "domain_T", "expert_ids_TLK", "gates_TLK")
+STEP_COLUMNS = ("phase_S", "segment_S", "arrival_ns_S", "start_ns_S", "moe_ns_SL", "other_ns_SL")
+
+
+def slice_steps(trace: RoutingTrace, first: int, last: int) -> RoutingTrace:
+    """Return steps first..last-1 as a trace of its own, renumbered from 0; arrays are views."""
+    begin, end = np.searchsorted(trace.step_T, (first, last))
+    tokens = slice(int(begin), int(end))
+    return _picked(trace, tokens, slice(first, last), trace.step_T[tokens] - first)
+
+
+def take_steps(trace: RoutingTrace, keep_S: NDArray[np.bool_]) -> RoutingTrace:
+    """Return the steps where `keep_S` is true, renumbered from 0."""
+    keep_T = keep_S[trace.step_T]
+    return _picked(trace, keep_T, keep_S, (np.cumsum(keep_S) - 1)[trace.step_T[keep_T]])
+
+
+def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
+    """Join traces of one model end to end: steps are renumbered, requests keep their ids.
+
+    Names of domains and segments, and the provenance, are the last one's: each trace may only add to the names of
+    the one before. Step columns that nobody recorded come back as None.
+    """
+    offsets = np.cumsum([0, *(trace.num_steps for trace in traces)])
+    steps = [trace.step_T + offset for trace, offset in zip(traces, offsets, strict=False)]
+    tokens = {name: _joined([getattr(trace, name) for trace in traces]) for name in TOKEN_COLUMNS}
+    table = concat_tables([trace.step_table for trace in traces], traces[0].num_layers)
+    return replace(traces[-1], step_T=np.concatenate(steps), step_table=table, **tokens)
+
+
+def concat_tables(tables: Sequence[StepTable], num_layers: int) -> StepTable:
+    """Join step tables end to end; a column that nobody recorded comes back as None."""
+    columns = {name: _joined([step_column(table, name, num_layers) for table in tables]) for name in STEP_COLUMNS}
+    return replace(tables[-1], **{name: None if _unknown(column) else column for name, column in columns.items()})
+
+
+def _picked(
+    trace: RoutingTrace, tokens: slice | NDArray[np.bool_], steps: slice | NDArray[np.bool_], step_T: NDArray[np.int64]
+) -> RoutingTrace:
+    columns = {name: column[tokens] for name in TOKEN_COLUMNS if (column := getattr(trace, name)) is not None}
+    return replace(trace, step_T=step_T, step_table=pick_rows(trace.step_table, steps), **columns)
+
+
+def pick_rows(table: StepTable, steps: slice | NDArray[np.bool_]) -> StepTable:
+    """Return some rows of a step table."""
+    rows = {name: column[steps] for name in STEP_COLUMNS if (column := getattr(table, name)) is not None}
+    return replace(table, **rows)
+
+
+def _joined(columns: list[NDArray[np.generic] | None]) -> NDArray[np.generic] | None:
+    arrays = [column for column in columns if column is not None]
+    return np.concatenate(arrays) if len(arrays) == len(columns) else None
+
+
+def step_column(table: StepTable, name: str, num_layers: int) -> NDArray[np.integer]:
+    """Return a column of the step table, UNKNOWN where it is missing."""
+    column: NDArray[np.integer] | None = getattr(table, name)
+    if column is not None:
+        return column
+    shape = (table.num_steps, num_layers) if name.endswith("_SL") else (table.num_steps,)
+    return np.full(shape, UNKNOWN, dtype=np.int64)
+
+
+def _unknown(column: NDArray[np.generic] | None) -> bool:
+    return column is None or (column.dtype == np.int64 and bool((column == UNKNOWN).all()))

@@ -1,0 +1,132 @@
+"""What a trace must satisfy, and the one exception for files and traces that do not. Opens no file.
+
+Shape letters: T tokens, S steps, L MoE layers, E experts, K top-k.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .schema import PHASES
+from .trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable
+
+MAX_COUNT = np.iinfo(np.int32).max
+
+
+class TraceError(ValueError):
+    """A trace or a file of routing records cannot be used; the message is one sentence for its owner."""
+
+
+@contextmanager
+def reading(path: Path) -> Generator[None]:
+    """Turn whatever a malformed file provokes into a `TraceError` that names the file."""
+    try:
+        yield
+    except TraceError as error:
+        if str(path) in str(error):
+            raise
+        raise TraceError(f"{path} cannot be used: {error}") from error
+    except FileNotFoundError as error:
+        raise TraceError(f"{path} does not exist; check the path") from error
+    except OSError as error:
+        raise TraceError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
+    except Exception as error:
+        raise TraceError(f"{path} is damaged or of another kind: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_trace(trace: RoutingTrace) -> None:
+    """Raise `TraceError` unless the trace is whole: shapes agree, steps are sorted, ids and gates are sound."""
+    _check_shapes(trace)
+    _check_columns(trace)
+    _check_ids(trace.expert_ids_TLK, trace.num_experts)
+    if trace.gates_TLK is not None and not np.isfinite(trace.gates_TLK).all():
+        token, layer, _ = np.argwhere(~np.isfinite(trace.gates_TLK))[0]
+        raise TraceError(f"the gates of token {token} in layer {layer} are not finite; record them again or drop gates")
+    _check_step_table(trace.step_table, trace.num_layers)
+
+
+def check_load(load: ExpertLoad) -> None:
+    """Raise `TraceError` unless counts are [S, L, E], at least one step, non-negative and within 31 bits."""
+    counts_SLE = load.counts_SLE
+    if counts_SLE.ndim != 3 or 0 in counts_SLE.shape:
+        raise TraceError(f"counts of shape {counts_SLE.shape} are no [steps, layers, experts]; give all three")
+    if not 1 <= load.top_k <= load.num_experts:
+        raise TraceError(f"top_k is {load.top_k} with {load.num_experts} experts; allowed are 1 to {load.num_experts}")
+    if counts_SLE.min() < 0 or counts_SLE.max() > MAX_COUNT:
+        raise TraceError(f"counts span {counts_SLE.min()} to {counts_SLE.max()}; allowed are 0 to {MAX_COUNT}")
+    if load.labels and len(load.labels) != load.num_steps:
+        raise TraceError(f"{len(load.labels)} labels for {load.num_steps} steps; give one for each step or none")
+    if load.phase not in PHASES:
+        raise TraceError(f"phase {load.phase!r} is unknown; allowed are {', '.join(PHASES)}")
+
+
+def _check_shapes(trace: RoutingTrace) -> None:
+    ids_TLK = trace.expert_ids_TLK
+    if ids_TLK.ndim != 3 or 0 in ids_TLK.shape[1:]:
+        raise TraceError(f"expert ids of shape {ids_TLK.shape} are no [tokens, layers, top-k]; give all three")
+    if trace.top_k > trace.num_experts:
+        raise TraceError(f"top-{trace.top_k} routing cannot come from {trace.num_experts} experts; check num_experts")
+    for name in ("request_id_T", "position_T", "phase_T", "step_T", "domain_T"):
+        if getattr(trace, name).shape != (len(ids_TLK),):
+            raise TraceError(f"{name} has shape {getattr(trace, name).shape}; {len(ids_TLK)} tokens need that many")
+    if trace.gates_TLK is not None and trace.gates_TLK.shape != ids_TLK.shape:
+        raise TraceError(f"gates have shape {trace.gates_TLK.shape} and ids {ids_TLK.shape}; the two must agree")
+
+
+def _check_columns(trace: RoutingTrace) -> None:
+    if len(set(trace.domains)) < len(trace.domains):
+        raise TraceError(f"domains {trace.domains} name one twice; give each name once")
+    if np.any(np.diff(trace.step_T) < 0):
+        raise TraceError("token rows are not sorted by step; sort them")
+    for name, low, high in (
+        ("step_T", 0, trace.num_steps),
+        ("phase_T", 0, 2),
+        ("domain_T", UNKNOWN, len(trace.domains)),
+        ("position_T", 0, None),
+    ):
+        _check_range(name, getattr(trace, name), low, high)
+
+
+def _check_range(name: str, values: NDArray[np.integer], low: int, high: int | None) -> None:
+    """Refuse values outside low..high-1 (None: no upper end)."""
+    if values.size and (values.min() < low or (high is not None and values.max() >= high)):
+        allowed = f"at least {low}" if high is None else f"{low} to {high - 1}"
+        raise TraceError(f"{name} spans {values.min()} to {values.max()}; allowed is {allowed}")
+
+
+def _check_ids(expert_ids_TLK: NDArray[np.integer], num_experts: int) -> None:
+    if not expert_ids_TLK.size:
+        return
+    _check_range("expert ids", expert_ids_TLK, 0, num_experts)
+    sorted_TLK = np.sort(expert_ids_TLK, axis=2)
+    twice_TL = (sorted_TLK[:, :, 1:] == sorted_TLK[:, :, :-1]).any(axis=2)
+    if twice_TL.any():
+        token, layer = np.argwhere(twice_TL)[0]
+        ids = expert_ids_TLK[token, layer].tolist()
+        raise TraceError(
+            f"token {token} names an expert twice in layer {layer} ({ids}); a token's experts are distinct"
+        )
+
+
+def _check_step_table(table: StepTable, num_layers: int) -> None:
+    steps = table.num_steps
+    if not steps:
+        raise TraceError("the trace has no steps; record at least one")
+    _check_range("phase_S", table.phase_S, 0, len(PHASES))
+    _check_range("segment_S", table.segment_S, 0, len(table.segments))
+    shapes = {"segment_S": (steps,), "arrival_ns_S": (steps,), "start_ns_S": (steps,)}
+    shapes |= {"moe_ns_SL": (steps, num_layers), "other_ns_SL": (steps, num_layers)}
+    for name, shape in shapes.items():
+        values: NDArray[np.integer] | None = getattr(table, name)
+        if values is not None and values.shape != shape:
+            raise TraceError(f"{name} has shape {values.shape}; the step table needs {shape}")
+        if values is not None:
+            _check_range(name, values, UNKNOWN, None)
