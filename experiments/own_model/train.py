@@ -186,9 +186,9 @@ def configs(args: argparse.Namespace) -> tuple[ModelConfig, TrainConfig, RecordC
     if args.short or args.tiny:
         recording = replace(recording, wave_outputs=16, server_steps=32)
     if args.tiny:
-        model = replace(model, num_layers=3, d_model=64, d_ff=64, num_heads=2)
+        model = replace(model, num_layers=3, num_experts=8, d_model=64, d_ff=64, num_heads=2)
         train = replace(train, num_sequences=8, sequence_len=128, eval_sequences=2)
-        recording = replace(recording, prompt_len=128, wave_chunk=64, server_chunk=32)
+        recording = replace(recording, num_slots=16, prompt_len=128, wave_chunk=64, server_chunk=32)
     return model, train, recording
 
 

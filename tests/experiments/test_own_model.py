@@ -6,6 +6,7 @@ Shape letters as in the modules under test.
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from dataclasses import replace
 
@@ -54,13 +55,17 @@ def corpus():
     return {n: np.frombuffer(c, np.uint8)[rng.integers(len(c), size=6000)] for n, c in letters.items()}
 
 
+def write_tar(path, texts):
+    with tarfile.open(path, "w:xz") as tar:
+        for name, text in texts.items():
+            info = tarfile.TarInfo(f"{name}.txt")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+
+
 def test_the_corpus_is_read_by_short_name(tmp_path):
     path = tmp_path / "mix.tar.xz"
-    with tarfile.open(path, "w:xz") as tar:
-        for name in ("b.txt", "a.txt"):
-            info = tarfile.TarInfo(name)
-            info.size = 3
-            tar.addfile(info, io.BytesIO(name[:1].encode() * 3))
+    write_tar(path, {"b": b"bbb", "a": b"aaa"})
     assert [(n, t.tobytes()) for n, t in read_corpus(path).items()] == [("a", b"aaa"), ("b", b"bbb")]
 
 
@@ -202,6 +207,21 @@ def test_record_holds_both_workloads_in_step_order(model, corpus):
     np.testing.assert_array_equal(columns["domain"][wave], columns["request_id"][wave] % 3)
     pairs = np.stack([columns["request_id"], columns["position"]])
     assert np.unique(pairs, axis=1).shape[1] == num_tokens
+
+
+@pytest.mark.slow
+def test_the_entry_writes_three_recordings_and_a_report_without_text(tmp_path, corpus):
+    path, out = tmp_path / "mix.tar.xz", tmp_path / "out"
+    write_tar(path, {name: np.tile(text_N, 40).tobytes() for name, text_N in corpus.items()})
+    train.main(["--corpus", str(path), "--out", str(out), "--steps", "20", "--tiny"])
+    report = json.loads((out / "training.json").read_text())
+    for name, at in report["checkpoints"].items():
+        with np.load(out / f"{name}.npz") as columns:
+            assert len(columns["step"]) == at["recorded_tokens"]
+            assert list(columns["domain_names"]) == sorted(corpus)
+            assert not {"tokens", "token_ids", "text"} & set(columns)
+    assert [at["step"] for at in report["checkpoints"].values()] == [10, 10, 20]
+    assert report["curve"][-1]["step"] == 20
 
 
 @pytest.mark.gpu
