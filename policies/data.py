@@ -1,29 +1,19 @@
 """Device facts, tile variants and MIG profiles as data: the one place in `policies` that reads files."""
 
-import difflib
 import tomllib
-from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..traces.names import nearest
 from .contract import DeviceSpec, MigProfile, TileVariant
 
 PROVENANCE_FIELDS = frozenset({"mig_profiles", "sources", "rel_errors"})
 
 
-def nearest(kind: str, given: str, known: Iterable[str]) -> str:
-    """Return the sentence that refuses an unknown name and suggests the nearest one."""
-    names = sorted(known)
-    close = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
-    return f"{kind} {given!r} is unknown; {hint}"
-
-
 def _devices_folder() -> Path:
-    return Path(str(files(__package__) / "devices"))
+    return Path(__file__).with_name("devices")
 
 
 def device_names() -> tuple[str, ...]:
@@ -67,13 +57,16 @@ def _device_from(table: dict[str, Any], where: str) -> DeviceSpec:
         sources.append((name, entry["source"]))
         if entry.get("rel_error"):
             rel_errors.append((name, float(entry["rel_error"])))
-    profiles = tuple(_profile_from(p) for p in table.get("mig_profiles", ()))
+    profiles = tuple(_profile_from(entry, where) for entry in table.get("mig_profiles", ()))
     return DeviceSpec(**values, mig_profiles=profiles, sources=tuple(sources), rel_errors=tuple(rel_errors))
 
 
-def _profile_from(entry: dict[str, Any]) -> MigProfile:
+def _profile_from(entry: dict[str, Any], where: str) -> MigProfile:
     known = {f.name for f in fields(MigProfile)}
-    return MigProfile(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in known})
+    if missing := sorted((known | {"source"}) - set(entry)):
+        raise ValueError(f"device file {where}: MIG profile {entry.get('name', '')!r} lacks {missing}; give them")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in known}
+    return MigProfile(**values)
 
 
 @cache
@@ -83,12 +76,14 @@ def load_variants(compute_capability: int = 90) -> tuple[TileVariant, ...]:
     Raises:
         ValueError: they were not compiled for that one.
     """
-    table = tomllib.loads((files(__package__) / "tiles.toml").read_text(encoding="utf-8"))
+    table = tomllib.loads(Path(__file__).with_name("tiles.toml").read_text(encoding="utf-8"))
     shapes = {f.name for f in fields(TileVariant)}
     target = f"sm_{compute_capability}"
     compiled = sorted(set(table["variants"][0]) - shapes)
     if target not in compiled:
-        raise ValueError(f"tile variants are not compiled for {target}; there are {', '.join(compiled)}, use one of them")
+        raise ValueError(
+            f"tile variants are not compiled for {target}; there are {', '.join(compiled)}, use one of them"
+        )
     variants = [
         TileVariant(**{k: v for k, v in entry.items() if k in shapes}, **entry[target]) for entry in table["variants"]
     ]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
+from ..traces.names import nearest
 from .contract import Policy
-from .data import nearest
 from .hot_cold import HotCold
 from .static import Static
 from .unsliced import Unsliced
@@ -92,7 +92,7 @@ def build_policy(cls: type[Policy[Any]], params: Mapping[str, object]) -> Policy
 def parameter_types(cls: type) -> dict[str, Any]:
     """Return the constructor's parameters and their types."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+    return {f.name: hints[f.name] for f in dataclasses.fields(typing.cast("Any", cls)) if f.init}
 
 
 def _read_as(kind: Any, value: object, where: str) -> object:
@@ -145,7 +145,7 @@ def describe(name: str) -> dict[str, Any]:
             "type": _type_name(hints[f.name]),
             "default": None if f.default is dataclasses.MISSING else f.default,
         }
-        for f in dataclasses.fields(cls)
+        for f in dataclasses.fields(typing.cast("Any", cls))
         if f.init
     ]
     return {
