@@ -6,6 +6,7 @@ its fair part gets all it asks for. The closed form and the simulator both call 
 they agree to the nanosecond when nothing else happens.
 """
 
+from bisect import insort
 from collections.abc import Sequence
 from heapq import heappop, heappush
 from math import ceil, inf
@@ -56,6 +57,8 @@ Thefts = list[list[list[Theft | None]]]
 
 def water_level(demands: Sequence[float], weights: Sequence[float], capacity: float) -> float:
     """Return the level at which min(demand, weight * level) fills the capacity; inf when all demands fit."""
+    if len(demands) == 2:
+        return _level_of_two(demands[0], demands[1], weights[0], weights[1], capacity)
     left, weight = capacity, sum(weights)
     for i in sorted(range(len(demands)), key=lambda i: demands[i] / weights[i]):
         level = left / weight
@@ -64,6 +67,15 @@ def water_level(demands: Sequence[float], weights: Sequence[float], capacity: fl
         left -= demands[i]
         weight -= weights[i]
     return inf
+
+
+def _level_of_two(d0: float, d1: float, w0: float, w1: float, capacity: float) -> float:
+    if d0 + d1 <= capacity:
+        return inf
+    level = capacity / (w0 + w1)
+    if d0 <= w0 * level:
+        return (capacity - d0) / w1
+    return (capacity - d1) / w0 if d1 <= w1 * level else level
 
 
 Load = tuple[list[float], float]
@@ -123,17 +135,21 @@ class Fluid:
 
     def __init__(self, shares: Shares, thefts: Thefts | None = None) -> None:
         count = len(shares.slices)
-        self._thefts = thefts
         self.shares = shares
+        self.now_ns = 0
         self.busy_ns = [0] * count
+        """Of each slice's kernels, gaps between them left out."""
         self.first_ns: list[int | None] = [None] * count
         """When each slice's first kernel started."""
-        self.now_ns = 0
+        self._thefts = thefts
         self._queue: list[list[Segment]] = [[] for _ in range(count)]
         """Last first."""
         self._left = [0.0] * count
         self._speed = [1.0] * count
+        self._since = [0] * count
+        """When each slice's current segment started."""
         self._running: list[int] = []
+        """Rising, so that equal states give equal sums whatever happened before."""
         self._blocked: list[tuple[int, int, int]] = []
         self._holds = 0
         """Bit mask of slices whose CTAs are on the SMs."""
@@ -168,12 +184,11 @@ class Fluid:
     def advance(self, dt_ns: int) -> None:
         """Let time pass, at most until the next segment ends, and start what follows."""
         self.now_ns += dt_ns
+        left, speed = self._left, self._speed
         ended: list[int] = []
         for i in self._running:
-            left = self._left[i] = self._left[i] - self._speed[i] * dt_ns
-            if self._queue[i][-1].kernel >= 0:
-                self.busy_ns[i] += dt_ns
-            if left <= EPSILON_NS:
+            left[i] -= speed[i] * dt_ns
+            if left[i] <= EPSILON_NS:
                 ended.append(i)
         if ended:
             for i in ended:
@@ -181,16 +196,24 @@ class Fluid:
             self._solve()
 
     def _end(self, i: int) -> None:
-        self._running.remove(i)
         queue = self._queue[i]
         kernel = queue.pop().kernel
-        if self._thefts and kernel >= 0 and (not queue or queue[-1].kernel != kernel):
-            self._steal(i, kernel, self._thefts[i])
-        if self.shares.queues and (not queue or queue[-1].kernel != kernel):
-            self._holds &= ~(1 << i)
-            self._unblock()
+        self._running.remove(i)
+        if kernel >= 0:
+            self.busy_ns[i] += self.now_ns - self._since[i]
+            if not queue or queue[-1].kernel != kernel:
+                self._end_kernel(i, kernel)
         if queue:
             self._start(i, kernel)
+
+    def _end_kernel(self, i: int, kernel: int) -> None:
+        if self._thefts:
+            self._steal(i, kernel, self._thefts[i])
+            if self._queue[i] and self._queue[i][-1].kernel == kernel:
+                return
+        if self.shares.queues:
+            self._holds &= ~(1 << i)
+            self._unblock()
 
     def _steal(self, i: int, kernel: int, offers: list[list[Theft | None]]) -> None:
         """Take a part of the longest queue left of the same product, so that both slices end together."""
@@ -216,31 +239,37 @@ class Fluid:
         self._queue[i].append(offer.segment._replace(solo_ns=whole * part))
 
     def _start(self, i: int, previous_kernel: int) -> None:
-        segment = self._queue[i][-1]
-        if self.shares.queues and segment.kernel not in (GAP, previous_kernel):
+        kernel = self._queue[i][-1].kernel
+        if self.shares.queues and kernel not in (GAP, previous_kernel):
             if self._blocked or not self.shares.admits(self._holds & ~(1 << i), i):
                 self._arrivals += 1
                 heappush(self._blocked, (self.shares.slices[i].priority, self._arrivals, i))
                 return
             self._holds |= 1 << i
-        self._run(i, segment)
+        self._run(i)
 
-    def _run(self, i: int, segment: Segment) -> None:
+    def _run(self, i: int) -> None:
+        segment = self._queue[i][-1]
         if segment.kernel >= 0 and self.first_ns[i] is None:
             self.first_ns[i] = self.now_ns
         self._left[i] = segment.solo_ns
-        self._running.append(i)
+        self._since[i] = self.now_ns
+        insort(self._running, i)
 
     def _unblock(self) -> None:
         while self._blocked and self.shares.admits(self._holds, self._blocked[0][2]):
             i = heappop(self._blocked)[2]
             self._holds |= 1 << i
-            self._run(i, self._queue[i][-1])
+            self._run(i)
 
     def _solve(self) -> None:
-        # Order by slice, so that equal states give equal sums whatever happened before.
-        self._running.sort()
-        working = [i for i in self._running if self._queue[i][-1].kernel >= 0]
-        speeds = rates(working, [self._queue[i][-1] for i in working], self.shares)
-        for i, speed in zip(working, speeds, strict=True):
-            self._speed[i] = speed
+        queue, speed = self._queue, self._speed
+        working: list[int] = []
+        for i in self._running:
+            speed[i] = 1.0
+            if queue[i][-1].kernel >= 0:
+                working.append(i)
+        if len(working) > 1:
+            speeds = rates(working, [queue[i][-1] for i in working], self.shares)
+            for i, y in zip(working, speeds, strict=True):
+                speed[i] = y

@@ -54,7 +54,7 @@ def roofs(
     """Return what every layer of a step takes."""
     device, slices = shares.device, shares.slices
     moved_PLE, flops_PLE = _expert_loads(counts_LE, owner_LE, spec, shares)
-    read_S = np.array([shares.read_per_ns[s, share.ctas] for s, share in enumerate(slices)])
+    read_S = np.array([shares.read_per_ns_SC[s, share.ctas] for s, share in enumerate(slices)])
     rate_S = np.array([shares.flops_per_ns * share.sms / device.sm_count for share in slices])
     slice_LS = np.zeros((len(counts_LE), len(slices)))
     for s in range(len(slices)):

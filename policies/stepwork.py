@@ -58,7 +58,7 @@ class StepWork:
         owner_LE = owners(plan, counts_LE, first_layer)
         sums = segment_sums(counts_LE, owner_LE, plan.tile_order, shares, tables)
         self._sums: Sums = sums.tolist()
-        self._moved_bytes_L: list[float] = sums[..., 5].sum(axis=(1, 2, 3)).tolist()
+        self._moved_bytes_L: list[float] = sums[..., 6].sum(axis=(1, 2, 3)).tolist()
         self._rows_L: list[int] = counts_LE.sum(axis=1).tolist()
         self._remote_rows_LS = _remote_rows(counts_LE, owner_LE, shares)
         self._stolen_sums: list[Sums] = []
@@ -112,14 +112,15 @@ class StepWork:
         share, device = self.shares.slices[s], self.shares.device
         peak = device.mma_flops_per_clk * device.clock_mhz / 1e3 * clock * 2 / DTYPE_BYTES[self._spec.dtype]
         device_ns = work.flops / (self.shares.flops_per_ns * clock)
-        dram_ns = work.hbm_bytes / float(self.shares.read_per_ns[s, share.ctas])
+        dram_ns = work.hbm_bytes / float(self.shares.read_per_ns_SC[s, share.ctas])
         solo = max(work.flops / peak / share.sms, device_ns, dram_ns, 1.0)
         pipe = work.flops / peak / device.sm_count / solo
-        return Segment(solo, pipe, 0.0, device_ns / solo, work.hbm_bytes / solo, kernel)
+        l2 = work.hbm_bytes / (self.shares.l2_bytes_per_ns * clock)
+        return Segment(solo, pipe, l2 / solo, device_ns / solo, work.hbm_bytes / solo, kernel)
 
     def _thefts(self, layer: int, clock: float, kernels_S: list[list[list[Segment]]]) -> list[list[list[Theft | None]]]:
         """Return [thief][victim][product]."""
-        tile_ns_PS = self._tables.pipe_ns_PSD.max(axis=2) / clock
+        tile_ns_PS = self._tables.tile_PSD[0].max(axis=2) / clock
         stolen = [
             [segments_of(sums, self._plan.tile_order, self.shares, clock) for sums in of_thief[layer]]
             for of_thief in self._stolen_sums

@@ -5,11 +5,10 @@ its L2 traffic and its DRAM traffic. Neighbours within a wave hide each other's 
 do not. Waves bound by arithmetic and waves bound by memory become one segment each, since they compete differently
 with what runs beside them.
 
-Shape letters: L MoE layers, E routed experts, S slices, P products, N queued experts (product, layer, slice, expert),
-W waves, G groups (product, layer, slice).
+Shape letters: L MoE layers, E routed experts, S slices, P products, D widths (1 where experts are alike), N queued
+experts (product, layer, slice, expert), W waves, G groups (product, layer, slice).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,21 +20,20 @@ from .fluid import Segment
 from .shares import Shares
 from .tiles import Residual, TileCost, tile_cost
 
-FIELDS = ("scaled_ns", "fixed_ns", "dram_ns", "pipe_ns", "l2_bytes", "dram_bytes", "flops")
+FIELDS = ("scaled_ns", "fixed_ns", "dram_ns", "pipe_ns", "l2_bytes", "flops", "dram_bytes")
 """Of a segment: time that scales with the clock, time that does not, time that its own DRAM bandwidth asks for, SM pipe
-time over all its SMs, bytes, and FLOP as executed."""
+time over all its SMs, L2 bytes, FLOP as executed, and DRAM bytes."""
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What every tile of a layout and model costs; D is 1 where experts are alike, else the number of experts."""
+    """What every tile of a layout and model costs."""
 
     rows_PS: NDArray[np.int64]
     columns_PSD: NDArray[np.int64]
     """Tiles across the columns."""
-    pipe_ns_PSD: NDArray[np.float64]
-    wait_ns_PSD: NDArray[np.float64]
-    flops_PSD: NDArray[np.float64]
+    tile_PSD: NDArray[np.float64]
+    """[3, P, S, D]: pipe ns, wait ns and FLOP of a tile."""
     weight_bytes_PD: NDArray[np.float64]
     row_bytes_PD: NDArray[np.float64]
     """Of one row, in and out."""
@@ -44,33 +42,28 @@ class Tables:
 
 def tables_of(model: MoeSpec, shares: Shares, residual: Residual | None) -> Tables:
     """Return the tables of a model under a layout."""
-    experts = [model.products(width) for width in model.d_ff]
-    num_products, size = len(experts[0]), DTYPE_BYTES[model.dtype]
-    costs = [
-        [[_cost(products[p], p == num_products - 1, shares, s, model.dtype, residual) for products in experts]
-         for s in range(len(shares.slices))]
-        for p in range(num_products)
-    ]  # fmt: skip
+    by_width = [model.products(width) for width in model.d_ff]
+    by_product = list(zip(*by_width, strict=True))
+    size = DTYPE_BYTES[model.dtype]
 
-    def per_product(value: "Sequence[Sequence[float]]") -> NDArray[np.float64]:
-        return np.array(value, dtype=np.float64)
+    def cost(product: Product, p: int, s: int) -> TileCost:
+        variant = shares.slices[s].tiles[int(p == len(by_product) - 1)]
+        return tile_cost(variant, product, shares.device, shares.constants, model.dtype, residual)
 
-    by_p = [[products[p] for products in experts] for p in range(num_products)]
+    slices = range(len(shares.slices))
+    costs = [[[cost(product, p, s) for product in widths] for s in slices] for p, widths in enumerate(by_product)]
+    tile = np.array([[[(c.pipe_ns, c.wait_ns, c.flops) for c in of_s] for of_s in of_p] for of_p in costs])
+    bytes_3PD = size * np.array(
+        [[(d.k_dim * d.n_dim, d.k_dim + d.out_dim, d.k_dim) for d in widths] for widths in by_product]
+    ).transpose(2, 0, 1).astype(np.float64)
     return Tables(
-        rows_PS=np.array([[c[0].block_m for c in of_s] for of_s in costs], dtype=np.int64),
-        columns_PSD=np.array([[[d.column_tiles for d in c] for c in of_s] for of_s in costs], dtype=np.int64),
-        pipe_ns_PSD=np.array([[[d.pipe_ns for d in c] for c in of_s] for of_s in costs]),
-        wait_ns_PSD=np.array([[[d.wait_ns for d in c] for c in of_s] for of_s in costs]),
-        flops_PSD=np.array([[[d.flops for d in c] for c in of_s] for of_s in costs]),
-        weight_bytes_PD=per_product([[size * d.k_dim * d.n_dim for d in of_p] for of_p in by_p]),
-        row_bytes_PD=per_product([[size * (d.k_dim + d.out_dim) for d in of_p] for of_p in by_p]),
-        in_bytes_PD=per_product([[size * d.k_dim for d in of_p] for of_p in by_p]),
+        rows_PS=np.array([[of_s[0].block_m for of_s in of_p] for of_p in costs], dtype=np.int64),
+        columns_PSD=np.array([[[c.column_tiles for c in of_s] for of_s in of_p] for of_p in costs], dtype=np.int64),
+        tile_PSD=np.moveaxis(tile, -1, 0),
+        weight_bytes_PD=bytes_3PD[0],
+        row_bytes_PD=bytes_3PD[1],
+        in_bytes_PD=bytes_3PD[2],
     )
-
-
-def _cost(product: Product, is_last: bool, shares: Shares, s: int, dtype: str, residual: Residual | None) -> TileCost:
-    variant = shares.slices[s].tiles[int(is_last)]
-    return tile_cost(variant, product, shares.device, shares.constants, dtype, residual)
 
 
 def queue_order(counts_LE: NDArray[np.integer], owner_LE: NDArray[np.integer], order: TileOrder) -> NDArray[np.intp]:
@@ -88,7 +81,7 @@ class _Queue:
     group_N: NDArray[np.int64]
     tiles_N: NDArray[np.int64]
     columns_CN: NDArray[np.float64]
-    """Pipe ns, wait ns, L2 bytes, DRAM bytes, FLOP."""
+    """Pipe ns, wait ns, FLOP, L2 bytes, DRAM bytes."""
 
 
 def _queue(
@@ -98,33 +91,27 @@ def _queue(
     tables: Tables,
     cost_slice: int | None,
 ) -> _Queue:
+    num_layers, num_experts = counts_LE.shape
     num_products, num_slices = tables.rows_PS.shape
-    expert_LE = queue_order(counts_LE, owner_LE, order)
-    queued_LE = np.take_along_axis(counts_LE, expert_LE, 1)
-    layers, places = np.nonzero(queued_LE)
-    n = queued_LE[layers, places].astype(np.int64)
-    expert = expert_LE[layers, places]
-    owner = owner_LE[layers, expert].astype(np.int64)
-    kind = expert if tables.pipe_ns_PSD.shape[2] > 1 else 0
+    place_LE = queue_order(counts_LE, owner_LE, order) + np.arange(num_layers)[:, None] * num_experts
+    place_N = place_LE.ravel()
+    n = counts_LE.ravel()[place_N]
+    place_N, n = place_N[n > 0], n[n > 0].astype(np.int64)
+    owner = owner_LE.ravel()[place_N].astype(np.int64)
+    # Where experts are alike, one width broadcasts over all of them.
+    width = place_N % num_experts if tables.weight_bytes_PD.shape[1] > 1 else np.zeros(1, dtype=np.int64)
     cost = owner if cost_slice is None else np.full_like(owner, cost_slice)
     row_tiles_PN = -(-n // tables.rows_PS[:, cost])
-    column_tiles_PN = tables.columns_PSD[:, cost, kind]
-    tiles = row_tiles_PN * column_tiles_PN
-    weights = tables.weight_bytes_PD[:, kind] if np.ndim(kind) else tables.weight_bytes_PD
-    rows = tables.row_bytes_PD[:, kind] if np.ndim(kind) else tables.row_bytes_PD
-    in_rows = tables.in_bytes_PD[:, kind] if np.ndim(kind) else tables.in_bytes_PD
-    columns = np.stack(
-        [
-            tiles * tables.pipe_ns_PSD[:, cost, kind],
-            tiles * tables.wait_ns_PSD[:, cost, kind],
-            # Every column tile reads the rows again, every row tile the weights.
-            column_tiles_PN * n * in_rows + row_tiles_PN * weights,
-            weights + n * rows,
-            tiles * tables.flops_PSD[:, cost, kind],
-        ]
-    )
-    group = (np.arange(num_products)[:, None] * len(counts_LE) + layers) * num_slices + owner
-    return _Queue(group_N=group.ravel(), tiles_N=tiles.ravel(), columns_CN=columns.reshape(5, -1))
+    column_tiles_PN = tables.columns_PSD[:, cost, width]
+    tiles_PN = row_tiles_PN * column_tiles_PN
+    weights = tables.weight_bytes_PD[:, width]
+    columns_CPN = np.empty((5, *tiles_PN.shape))
+    columns_CPN[:3] = tiles_PN * tables.tile_PSD[:, :, cost, width]
+    # Every column tile reads the rows again, every row tile the weights.
+    columns_CPN[3] = column_tiles_PN * n * tables.in_bytes_PD[:, width] + row_tiles_PN * weights
+    columns_CPN[4] = weights + n * tables.row_bytes_PD[:, width]
+    group_PN = (np.arange(num_products)[:, None] * num_layers + place_N // num_experts) * num_slices + owner
+    return _Queue(group_N=group_PN.ravel(), tiles_N=tiles_PN.ravel(), columns_CN=columns_CPN.reshape(5, -1))
 
 
 def segment_sums(
@@ -149,56 +136,53 @@ def segment_sums(
         [L, S, P, 2, 7]: layer, slice, product, 0 for waves bound by arithmetic and 1 for memory, `FIELDS`.
     """
     num_products, num_slices = tables.rows_PS.shape
-    shape = (num_products, len(counts_LE), num_slices, 2)
+    shape = (num_products, len(counts_LE), num_slices)
     queue = _queue(counts_LE, owner_LE, order, tables, cost_slice)
-    out = np.zeros((len(FIELDS), *shape))
+    out = np.zeros((2, len(FIELDS), int(np.prod(shape))))
     if len(queue.tiles_N):
-        group_W, sums = _waves(queue, shares, num_slices, int(np.prod(shape[:3])), cost_slice)
-        bound_W = group_W * 2 + (sums[2] > sums[0] + sums[1])
-        size = out[0].size
-        for i, column in enumerate(sums):
-            out[i] = np.bincount(bound_W, column, size).reshape(shape)
-    return out.transpose(2, 3, 1, 4, 0)
+        group_G, first_G, fields_7W = _waves(queue, shares, num_slices, out.shape[2], cost_slice)
+        by_memory_W = fields_7W[2] > fields_7W[0] + fields_7W[1]
+        out[0][:, group_G] = np.add.reduceat(fields_7W * ~by_memory_W, first_G, axis=1)
+        out[1][:, group_G] = np.add.reduceat(fields_7W * by_memory_W, first_G, axis=1)
+    return out.reshape(2, len(FIELDS), *shape).transpose(3, 4, 2, 0, 1)
 
 
 def _waves(
     queue: _Queue, shares: Shares, num_slices: int, num_groups: int, cost_slice: int | None
-) -> tuple[NDArray[np.int64], list[NDArray[np.float64]]]:
-    """Return (group of each wave, its `FIELDS`)."""
+) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.float64]]:
+    """Return (groups with tiles, the first wave of each, `FIELDS` of each wave)."""
     total_G = np.bincount(queue.group_N, queue.tiles_N, num_groups).astype(np.int64)
     group_G = np.nonzero(total_G)[0]
     total_G = total_G[group_G]
     slice_G = group_G % num_slices if cost_slice is None else np.full(len(group_G), cost_slice)
-    ctas_G = np.array([share.ctas for share in shares.slices])[slice_G]
+    ctas_G = shares.ctas_S[slice_G]
     waves_G = -(-total_G // ctas_G)
     first_G = np.cumsum(waves_G) - waves_G
-    start_G = np.cumsum(total_G) - total_G
     of_W = np.repeat(np.arange(len(group_G)), waves_G)
-    place_W = np.arange(len(of_W)) - first_G[of_W]
-    end_W = start_G[of_W] + np.minimum((place_W + 1) * ctas_G[of_W], total_G[of_W])
+    place_W = np.arange(1, len(of_W) + 1) - first_G[of_W]
+    end_W = (np.cumsum(total_G) - total_G)[of_W] + np.minimum(place_W * ctas_G[of_W], total_G[of_W])
     tiles_W = np.diff(end_W, prepend=0)
-    pipe, wait, l2, dram, flops = _between(queue, end_W)
+    pipe, wait, flops, l2, dram = columns = _between(queue, end_W)
     slice_W = slice_G[of_W]
-    sms_W = np.array([share.sms for share in shares.slices])[slice_W]
     tile_W, wait_W = pipe / tiles_W, wait / tiles_W
     # CTAs on one SM take turns at its pipe; a lone one also waits for its own loads and stores.
-    stacked_W = tile_W * np.maximum(1.0, tiles_W / sms_W)
-    lone = stacked_W < tile_W + wait_W
-    l2_part_S = np.array([share.memory_part for share in shares.slices])
-    l2_W = l2 / (shares.l2_bytes_per_ns * l2_part_S[slice_W])
-    scaled_W, fixed_W = np.where(lone, tile_W, stacked_W), np.where(lone, wait_W, 0.0)
-    scaled_W = np.maximum(scaled_W, np.maximum(l2_W, flops / shares.flops_per_ns) - fixed_W)
-    dram_W = dram / shares.read_per_ns[slice_W, tiles_W]
-    return group_G[of_W], [scaled_W, fixed_W, dram_W, pipe, l2, dram, flops]
+    stacked_W = tile_W * np.maximum(1.0, tiles_W / shares.sms_S[slice_W])
+    lone_W = stacked_W < tile_W + wait_W
+    fields_7W = np.empty((len(FIELDS), len(of_W)))
+    fixed_W = fields_7W[1] = np.where(lone_W, wait_W, 0.0)
+    device_W = np.maximum(l2 / shares.l2_per_ns_S[slice_W], flops / shares.flops_per_ns)
+    fields_7W[0] = np.maximum(np.where(lone_W, tile_W, stacked_W), device_W - fixed_W)
+    fields_7W[2] = dram / shares.read_per_ns_SC[slice_W, tiles_W]
+    fields_7W[3:] = columns[[0, 3, 2, 4]]
+    return group_G, first_G, fields_7W
 
 
 def _between(queue: _Queue, end_W: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the columns of the queue that fall into each wave, an expert's spread evenly over its tiles."""
     tile_N = np.cumsum(queue.tiles_N)
-    column_CN = np.cumsum(queue.columns_CN, axis=1)
     at_W = np.searchsorted(tile_N, end_W)
     rest_W = (tile_N[at_W] - end_W) / queue.tiles_N[at_W]
-    reached = column_CN[:, at_W] - queue.columns_CN[:, at_W] * rest_W
+    reached = np.cumsum(queue.columns_CN, axis=1)[:, at_W] - queue.columns_CN[:, at_W] * rest_W
     return np.diff(reached, axis=1, prepend=0.0)
 
 
@@ -216,7 +200,7 @@ def segments_of(sums: list[list[list[float]]], order: TileOrder, shares: Shares,
     products: list[list[Segment]] = []
     for p, bounds in enumerate(sums):
         kernel: list[Segment] = []
-        for scaled, fixed, dram_ns, pipe, l2, dram, flops in bounds:
+        for scaled, fixed, dram_ns, pipe, l2, flops, dram in bounds:
             solo = max(scaled / clock + fixed, dram_ns)
             if solo > 0.0:
                 per = 1.0 / solo

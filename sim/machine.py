@@ -10,20 +10,19 @@ from ..policies.fluid import Fluid, Segment
 class Machine:
     """Steps a `Fluid` in an environment's time.
 
-    A completion is armed with the version of the state it was computed from; pushing more work makes it stale, and a
-    stale completion does nothing.
+    The next completion is armed from the state of the moment; pushing more work arms another one, and a completion
+    that is no longer the armed one does nothing.
     """
 
     def __init__(self, env: simpy.Environment, fluid: Fluid) -> None:
         self.fluid = fluid
         self._env = env
-        self._since_ns: int = int(env.now)
-        self._version = 0
+        self._since_ns = int(env.now)
+        self._due: simpy.Event | None = None
         self._idle: simpy.Event | None = None
 
     def load(self, chains: Sequence[Sequence[Segment]]) -> simpy.Event | None:
         """Start every slice's chain at once; return the event of the last one's end, None when there is no work."""
-        self._since_ns = int(self._env.now)
         self.fluid.load(chains)
         return self._arm()
 
@@ -40,20 +39,18 @@ class Machine:
             self._since_ns = now
 
     def _arm(self) -> simpy.Event | None:
-        self._version += 1
         dt_ns = self.fluid.next_ns()
         if dt_ns is None:
+            self._due = None
             return None
         if self._idle is None:
             self._idle = self._env.event()
-        version = self._version
-        due = self._env.timeout(dt_ns)
-        assert due.callbacks is not None
-        due.callbacks.append(lambda _: self._complete(version))
+        self._due = due = self._env.timeout(dt_ns)
+        due.callbacks.append(self._complete)  # type: ignore[union-attr]
         return self._idle
 
-    def _complete(self, version: int) -> None:
-        if version != self._version:
+    def _complete(self, due: simpy.Event) -> None:
+        if due is not self._due:
             return
         self._catch_up()
         if self._arm() is None and self._idle is not None:
