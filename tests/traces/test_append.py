@@ -1,5 +1,6 @@
 """Recording: any chunking gives the same trace, and a killed recorder leaves everything it flushed."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_any_chunking_equals_writing_at_once(tmp_path, sizes, cuts, flushes):
     write_trace(trace, at_once)
     bounds = sorted({0, len(sizes), *(cut for cut in cuts if cut < len(sizes))})
     with append.TraceAppender(recorded) as recorder:
-        for place, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for place, (first, last) in enumerate(itertools.pairwise(bounds)):
             recorder.append(slice_steps(trace, first, last))
             if place in flushes:
                 recorder.flush()
@@ -121,9 +122,14 @@ def test_two_recorders_on_one_path_are_refused(tmp_path):
 
 def test_a_broken_run_keeps_its_finished_steps(tmp_path):
     path = tmp_path / "t.parquet"
-    with pytest.raises(KeyboardInterrupt), append.TraceAppender(path) as recorder:
-        recorder.append(make_steps([1, 2]))
-        raise KeyboardInterrupt
+
+    def run():
+        with append.TraceAppender(path) as recorder:
+            recorder.append(make_steps([1, 2]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     assert open_trace(path).num_tokens == 3
 
 
@@ -149,7 +155,7 @@ def test_steps_must_stay_of_one_model(tmp_path):
 def test_an_empty_recording_leaves_nothing(tmp_path):
     append.TraceAppender(tmp_path / "t.parquet").close()
     assert not list(tmp_path.iterdir())
-    with pytest.raises(TraceError, match="cannot record in .*choose another folder"):
+    with pytest.raises(TraceError, match=r"cannot record in .*choose another folder"):
         append.TraceAppender(tmp_path / "no" / "t.parquet")
     (tmp_path / "t.parquet.parts").mkdir()
     with pytest.raises(TraceError, match="holds no flushed part"):

@@ -47,7 +47,7 @@ def make_trace(
 
     return RoutingTrace(
         num_experts=experts,
-        provenance=provenance or Provenance(source="test", seed=seed, versions={"numpy": "2"}),
+        provenance=Provenance(source="test", seed=seed, versions={"numpy": "2"}),
         request_id_T=rng.integers(0, 2**40, tokens),
         position_T=rng.integers(0, 2**20, tokens).astype(np.int32),
         phase_T=rng.integers(0, 2, tokens).astype(np.uint8),
@@ -257,7 +257,7 @@ def test_truncation_anywhere_is_one_trace_error(tmp_path):
     whole = path.read_bytes()
     for size in range(0, len(whole), max(1, len(whole) // 400)):
         path.write_bytes(whole[:size])
-        with pytest.raises(TraceError, match="t.parquet"):
+        with pytest.raises(TraceError, match=r"t\.parquet"):
             open_trace(path)
 
 
@@ -325,7 +325,7 @@ def test_missing_files_and_folders(tmp_path):
             open_trace(path)
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "no" / "t.parquet", tmp_path / "file" / "t.parquet"):
-        with pytest.raises(TraceError, match="cannot write .* choose another folder"):
+        with pytest.raises(TraceError, match=r"cannot write .* choose another folder"):
             write_trace(make_trace([1]), path)
 
 
