@@ -96,12 +96,17 @@ def charge(pool: SlicePool, slice_id: int, load: float) -> SlicePool:
 
 
 def place_longest_first(
-    load_LE: NDArray[np.float64], speed_S: NDArray[np.float64], *, capacity: int | None = None
+    load_LE: NDArray[np.float64],
+    speed_S: NDArray[np.float64],
+    *,
+    capacity: int | None = None,
+    busy_LS: NDArray[np.float64] | None = None,
 ) -> NDArray[np.int16]:
     """Return the slice of each expert, placing the heaviest first where it would finish first.
 
     With equal speeds this is `allocate` of one slice per expert in order of falling load, each slice charged with
-    what it was given. Ties: lower expert id, lower slice id. `capacity` bounds the experts per slice and layer.
+    what it was given. Ties: lower expert id, lower slice id. `capacity` bounds the experts per slice and layer;
+    `busy_LS` is the time that slices are taken already.
     """
     num_layers, num_experts = load_LE.shape
     num_slices = speed_S.shape[0]
@@ -111,7 +116,7 @@ def place_longest_first(
     layers = np.arange(num_layers)
     order_LE = np.argsort(-load_LE, axis=1, kind="stable")
     slice_of_expert_LE = np.zeros((num_layers, num_experts), dtype=np.int16)
-    finish_LS = np.zeros((num_layers, num_slices))
+    finish_LS = np.zeros((num_layers, num_slices)) if busy_LS is None else busy_LS.copy()
     held_LS = np.zeros((num_layers, num_slices), dtype=np.int64)
     for rank in range(num_experts):
         expert_L = order_LE[:, rank]

@@ -1,17 +1,12 @@
-"""The layouts and plans that the shipped policies choose among, and the choice by belief that they share.
+"""The layouts and plans that the shipped policies choose among.
 
 The set is small on purpose: every layout is captured before step 0, and every plan is priced at each decision.
-
-Shape letters: H steps of history, L MoE layers, E routed experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
-from .contract import ByTokens, DeviceSpec, Mechanism, Observation, Plan, Setup, Slice, SliceLayout, TileVariant
+from .contract import ByTokens, DeviceSpec, Mechanism, Plan, Setup, Slice, SliceLayout, TileVariant
 from .layouts import co_resident_layout, default_variant, fits_together, max_ctas_per_sm, one_slice_plan, shared_slice
 
 COLD_SM_SHARES = (0.25, 0.375, 0.5)
@@ -38,6 +33,23 @@ def default_tile(setup: Setup) -> str:
     return default_variant(replace(setup, variants=usable_variants(setup))).name
 
 
+def auto_tiles(setup: Setup) -> tuple[str, ...]:
+    """Return the tiles that "auto" stands for on slices that own SMs: 64 and 128 rows by 128 columns, where they fit.
+
+    Of each, the one that fits an SM twice if any does, and has the deepest pipeline.
+    """
+    best: dict[int, TileVariant] = {}
+    for tile in (v for v in usable_variants(setup) if v.block_n == 128 and v.block_m in (64, 128)):
+        known = best.get(tile.block_m)
+        if known is None or _worth(tile, setup.device) > _worth(known, setup.device):
+            best[tile.block_m] = tile
+    return tuple(best[rows].name for rows in sorted(best)) or (default_tile(setup),)
+
+
+def _worth(tile: TileVariant, device: DeviceSpec) -> tuple[int, tuple[int, int]]:
+    return min(2, max_ctas_per_sm(tile, device)), _depth(tile)
+
+
 def snap_sms(sms: float, device: DeviceSpec) -> int:
     """Return the nearest number of SMs that a green context may own, leaving room for one more context."""
     step, least = device.sm_partition_step, device.sm_partition_min
@@ -46,27 +58,33 @@ def snap_sms(sms: float, device: DeviceSpec) -> int:
 
 
 def unsliced_plans(setup: Setup) -> tuple[Plan, ...]:
-    """Return one plan for each tile that fits, once per SM and where that fits twice; the default tile comes first."""
-    first = default_tile(setup)
-    names = sorted((v.name for v in usable_variants(setup)), key=lambda name: name != first)
-    slices = [
-        shared_slice(setup, name, name, ctas_per_sm=ctas)
-        for name in names
-        for ctas in range(1, 1 + min(2, max_ctas_per_sm(setup.variant(name), setup.device)))
-    ]
+    """Return one plan for each shape of tile, once per SM and where that fits twice; the default tile comes first.
+
+    Of tiles that differ only in warps or stages the one with the deepest pipeline is taken.
+    """
+    best: dict[tuple[int, int, int], TileVariant] = {}
+    for tile in usable_variants(setup):
+        for ctas in range(1, 1 + min(2, max_ctas_per_sm(tile, setup.device))):
+            shape = (tile.block_m, tile.block_n, ctas)
+            if shape not in best or _depth(tile) > _depth(best[shape]):
+                best[shape] = tile
+    first = setup.variant(default_tile(setup))
+    shapes = sorted(best, key=lambda shape: (shape[:2] != (first.block_m, first.block_n), shape))
+    slices = [shared_slice(setup, best[shape].name, best[shape].name, ctas_per_sm=shape[2]) for shape in shapes]
     return tuple(one_slice_plan(SliceLayout(slices=(one,))) for one in slices)
 
 
 def tile_pairs(setup: Setup) -> tuple[tuple[TileVariant, TileVariant], ...]:
     """Return (cold, hot) tiles that share an SM: of each pair of shapes the one with the deepest pipelines.
 
-    Cold tiles have 128 columns and as few rows as any, or 64; hot ones have more rows. The largest come first.
+    Cold tiles have 128 columns and as few rows as any, or 64; hot ones have more rows, and no fewer columns. The
+    largest come first.
     """
     usable = usable_variants(setup)
     cold_rows = {min(v.block_m for v in usable), 64}
     best: dict[tuple[int, ...], tuple[TileVariant, TileVariant]] = {}
     for cold in (v for v in usable if v.block_m in cold_rows and v.block_n == 128):
-        for hot in (v for v in usable if v.block_m > cold.block_m and v.block_m >= 64):
+        for hot in (v for v in usable if v.block_m > cold.block_m and v.block_m >= 64 and v.block_n >= 128):
             shape = (-cold.block_m, -hot.block_m, hot.block_n)
             known = best.get(shape)
             if fits_together((cold, hot), setup.device) and (not known or _depth(cold, hot) > _depth(*known)):
@@ -74,8 +92,9 @@ def tile_pairs(setup: Setup) -> tuple[tuple[TileVariant, TileVariant], ...]:
     return tuple(best[shape] for shape in sorted(best))
 
 
-def _depth(*pair: TileVariant) -> int:
-    return sum(v.num_stages * v.block_k for v in pair)
+def _depth(*tiles: TileVariant) -> tuple[int, int]:
+    """Return how much of K the tiles hold in flight, then their warps: an order of tiles of one shape."""
+    return sum(v.num_stages * v.block_k for v in tiles), sum(v.num_warps for v in tiles)
 
 
 def sharing_plans(setup: Setup) -> tuple[Plan, ...]:
@@ -133,88 +152,3 @@ def by_tokens_plan(layout: SliceLayout, bound: int) -> Plan:
 def layouts_of(plans: Sequence[Plan]) -> tuple[SliceLayout, ...]:
     """Return the layouts of the plans, each once, in order."""
     return tuple(dict.fromkeys(plan.layout for plan in plans))
-
-
-def sampled_steps(counts_HLE: NDArray[np.int32], num_samples: int) -> list[NDArray[np.int32]]:
-    """Return up to `num_samples` steps of the history, newest first and evenly back.
-
-    Whole steps rather than their mean: the mean of sparse counts makes every expert look active.
-    """
-    newest = counts_HLE.shape[0] - 1
-    picks = np.linspace(newest, 0, min(num_samples, newest + 1)).round().astype(int)
-    return [counts_HLE[pick] for pick in dict.fromkeys(picks.tolist()) if counts_HLE[pick].any()]
-
-
-def plan_costs_ns(setup: Setup, plans: Sequence[Plan], samples: Sequence[NDArray[np.int32]]) -> list[float]:
-    """Return what the belief says each plan takes over the sampled steps.
-
-    Plans of one layout that place the samples' experts alike are priced once. A plan that leaves a slice without any
-    expert in every sample costs infinity: a plan with fewer slices does the same.
-    """
-    assert setup.belief is not None
-    priced: dict[tuple[SliceLayout, bytes], float] = {}
-    costs: list[float] = []
-    for plan in plans:
-        ids = [_placed_ids(plan, counts_LE) for counts_LE in samples]
-        key = (plan.layout, b"".join(one.tobytes() for one in ids))
-        if key not in priced:
-            used = {int(i) for one, counts_LE in zip(ids, samples, strict=True) for i in np.unique(one[counts_LE > 0])}
-            idle = len(used) < plan.layout.num_slices
-            priced[key] = float("inf") if idle else sum(setup.belief.step_ns(plan, one) for one in samples)
-        costs.append(priced[key])
-    return costs
-
-
-def _placed_ids(plan: Plan, counts_LE: NDArray[np.int32]) -> NDArray[np.int16]:
-    if isinstance(plan.placement, ByTokens):
-        return plan.placement.slice_of_expert_E(0, counts_LE)
-    return plan.placement.slice_of_expert_LE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """Plans to choose among and the one chosen; the first num_unsliced of them are unsliced."""
-
-    setup: Setup
-    plans: tuple[Plan, ...]
-    num_unsliced: int
-    index: int = 0
-    decided_step: int | None = None
-    tokens: int = 0
-
-    @property
-    def plan(self) -> Plan:
-        """Return the chosen plan."""
-        return self.plans[self.index]
-
-
-def is_due(choice: Choice, obs: Observation, every_steps: int) -> bool:
-    """Return whether to choose again: every `every_steps`, or after a quarter of that when the load has doubled.
-
-    A step may come in a burst, so the total of the newest counts is compared with that of the last decision.
-    """
-    if choice.decided_step is None or obs.step < choice.decided_step:
-        return True
-    age = obs.step - choice.decided_step
-    if age >= every_steps:
-        return True
-    if age * 4 < every_steps:
-        return False
-    tokens = int(obs.counts_HLE[-1].sum())
-    return not choice.tokens <= 2 * tokens <= 4 * choice.tokens
-
-
-def choose(choice: Choice, obs: Observation, *, num_samples: int, min_gain: float, stickiness: float) -> Choice:
-    """Return the choice that the belief finds cheapest on recent steps; ties go to the earlier plan.
-
-    A sliced plan must be cheaper than the best unsliced one by the fraction `min_gain`, and any plan cheaper than
-    the one in place by `stickiness`.
-    """
-    samples = sampled_steps(obs.counts_HLE, num_samples)
-    if not samples or choice.setup.belief is None:
-        return choice
-    costs = np.asarray(plan_costs_ns(choice.setup, choice.plans, samples), dtype=np.float64)
-    costs[: choice.num_unsliced] *= 1.0 - min_gain
-    costs[choice.index] *= 1.0 - stickiness
-    index = int(costs.argmin()) if np.isfinite(costs).any() else choice.index
-    return replace(choice, index=index, decided_step=obs.step, tokens=int(obs.counts_HLE[-1].sum()))

@@ -8,7 +8,8 @@ unsliced launch.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .candidates import Choice, choose, is_due, layouts_of, sharing_plans, splitting_plans, unsliced_plans
+from .candidates import layouts_of, sharing_plans, splitting_plans, unsliced_plans
+from .choice import Choice, choose, is_due
 from .contract import Observation, Plan, Setup, SliceLayout
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 from ..traces.names import nearest
 from .contract import Policy
+from .dynamic import Dynamic
 from .hot_cold import HotCold
+from .oracle import Oracle
+from .proportional import Proportional
 from .static import Static
 from .unsliced import Unsliced
 
@@ -18,7 +21,10 @@ ENTRY_POINT_GROUP = "expertslice.policies"
 POLICIES: dict[str, type[Policy[Any]]] = {
     "unsliced": Unsliced,
     "static": Static,
+    "proportional": Proportional,
+    "dynamic": Dynamic,
     "hot_cold": HotCold,
+    "oracle": Oracle,
 }
 
 

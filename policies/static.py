@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .allocator import place_longest_first
-from .candidates import default_tile, exclusive_slice
+from .candidates import auto_tiles, exclusive_slice
+from .choice import suitable_tile
 from .contract import Mechanism, MigPlacement, Observation, Pinned, Plan, Setup, Slice, SliceLayout
 from .layouts import shared_slice
 from .mig import maximal_layouts, mig_layout, profile_of
@@ -19,11 +20,11 @@ from .mig import maximal_layouts, mig_layout, profile_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticState:
-    """The plan in force, and whether it waits for the first loads."""
+    """The plan in force; it is settled at the first loads."""
 
     setup: Setup
     plan: Plan
-    placed: bool
+    settled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,26 +38,38 @@ class Static:
     mechanism: Mechanism = "green_context"
     placement: Literal["round_robin", "allocator"] = "round_robin"
     tile: str = "auto"
-    """A tile variant; "auto": the one nearest to 64 by 128 that fits."""
+    """A tile variant; "auto": 64 or 128 rows by 128 columns, whichever suits the first loads."""
 
     def init(self, setup: Setup) -> StaticState:
-        plan = Plan(
-            layout=equal_layout(setup, self.num_slices, self.mechanism, self.tile),
-            placement=Pinned(slice_of_expert_LE=round_robin(setup, self.num_slices)),
-        )
-        return StaticState(setup=setup, plan=plan, placed=self.placement == "round_robin")
+        placement = Pinned(slice_of_expert_LE=round_robin(setup, self.num_slices))
+        return StaticState(setup=setup, plan=Plan(layout=self.layouts(setup)[0], placement=placement))
 
     def layouts(self, setup: Setup) -> tuple[SliceLayout, ...]:
-        return (equal_layout(setup, self.num_slices, self.mechanism, self.tile),)
+        return equal_layouts(setup, self.num_slices, self.mechanism, self.tile)
 
     def plan(self, obs: Observation, state: StaticState) -> tuple[Plan, StaticState]:
-        if not state.placed and obs.counts_HLE.any():
+        if state.settled or not obs.counts_HLE.any():
+            return state.plan, state
+        layout = suited_layout(state.setup, self.layouts(state.setup), obs.counts_HLE[-1])
+        plan = replace(state.plan, layout=layout)
+        if self.placement == "allocator":
             load_LE = obs.counts_HLE.sum(axis=0, dtype=np.float64)
-            speed_S = np.asarray([one.sm_count for one in state.plan.layout.slices], dtype=np.float64)
+            speed_S = np.asarray([one.sm_count for one in layout.slices], dtype=np.float64)
             ids_LE = place_longest_first(load_LE, speed_S, capacity=-(-load_LE.shape[1] // self.num_slices))
-            plan = replace(state.plan, placement=Pinned(slice_of_expert_LE=ids_LE))
-            state = replace(state, plan=plan, placed=True)
-        return state.plan, state
+            plan = replace(plan, placement=Pinned(slice_of_expert_LE=ids_LE))
+        return plan, replace(state, plan=plan, settled=True)
+
+
+def equal_layouts(setup: Setup, num_slices: int, mechanism: Mechanism, tile: str) -> tuple[SliceLayout, ...]:
+    """Return the layouts of equal slices that differ in their tile: one, or those that "auto" stands for."""
+    names = auto_tiles(setup) if tile == "auto" else (setup.variant(tile).name,)
+    return tuple(equal_layout(setup, num_slices, mechanism, name) for name in names)
+
+
+def suited_layout(setup: Setup, layouts: tuple[SliceLayout, ...], counts_LE: NDArray[np.int32]) -> SliceLayout:
+    """Return the layout whose tile suits a load."""
+    by_tile = {layout.slices[0].up: layout for layout in layouts}
+    return by_tile[suitable_tile(setup, tuple(by_tile), counts_LE)]
 
 
 def round_robin(setup: Setup, num_slices: int) -> NDArray[np.int16]:
@@ -66,7 +79,7 @@ def round_robin(setup: Setup, num_slices: int) -> NDArray[np.int16]:
 
 
 def equal_layout(setup: Setup, num_slices: int, mechanism: Mechanism, tile: str) -> SliceLayout:
-    """Return `num_slices` slices as equal as the mechanism allows.
+    """Return `num_slices` slices of one tile variant, as equal as the mechanism allows.
 
     Raises:
         ValueError: the mechanism is unknown, not in the setup, or cannot make that many slices here.
@@ -76,12 +89,11 @@ def equal_layout(setup: Setup, num_slices: int, mechanism: Mechanism, tile: str)
         raise ValueError(f"static slices by {mechanism!r}; this setup allows {allowed}, use one of them")
     if num_slices < 1:
         raise ValueError(f"static with {num_slices} slices; give at least 1")
-    name = default_tile(setup) if tile == "auto" else setup.variant(tile).name
     if mechanism == "mig":
-        return mig_layout(setup.device, _mig_placements(setup, num_slices), (name,) * num_slices)
+        return mig_layout(setup.device, _mig_placements(setup, num_slices), (tile,) * num_slices)
     if mechanism == "shared":
-        return SliceLayout(slices=(shared_slice(setup, name, name),) * num_slices)
-    return SliceLayout(slices=(_equal_slice(setup, num_slices, mechanism, name),) * num_slices)
+        return SliceLayout(slices=(shared_slice(setup, tile, tile),) * num_slices)
+    return SliceLayout(slices=(_equal_slice(setup, num_slices, mechanism, tile),) * num_slices)
 
 
 def _equal_slice(setup: Setup, num_slices: int, mechanism: Mechanism, tile: str) -> Slice:

@@ -7,7 +7,8 @@ percent of the floor. Loses where a few experts are bound by arithmetic beside m
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .candidates import Choice, choose, is_due, layouts_of, unsliced_plans
+from .candidates import layouts_of, unsliced_plans
+from .choice import Choice, choose, is_due
 from .contract import Observation, Plan, Setup, SliceLayout
 from .layouts import one_slice_plan, unsliced_layout
 

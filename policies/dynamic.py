@@ -1,0 +1,152 @@
+"""Feedback on how busy slices were: experts move from the busiest slice to the least utilised one.
+
+Wins where the time of an expert is not what its tokens say and loads drift slower than it moves. Loses on loads that
+change every step: it chases the step before, and on exclusive slices a wrong guess idles SMs.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .allocator import Allocation, SlicePool, allocate, place_longest_first, release
+from .contract import Mechanism, Observation, Pinned, Plan, Setup, SliceLayout
+from .static import equal_layouts, round_robin, suited_layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DynamicState:
+    """The plan in force and what the feedback remembers of each layer; arrays are read-only."""
+
+    setup: Setup
+    plan: Plan
+    placed: bool
+    busy_ns_LS: NDArray[np.float64]
+    """Smoothed; 0 until a layer was seen under its present placement."""
+    moving_L: NDArray[np.bool_]
+    """Whether a layer's imbalance has passed `enter` and not yet fallen below `leave`."""
+    held_until_L: NDArray[np.int64]
+    """Step before which a layer stays as it is."""
+
+    def __post_init__(self) -> None:
+        for array in (self.busy_ns_LS, self.moving_L, self.held_until_L):
+            array.flags.writeable = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dynamic:
+    """Equal slices; placed by load on the first counts, then corrected by busy times, few moves at a time."""
+
+    foresees: ClassVar[bool] = False
+    reads_clock: ClassVar[bool] = True
+
+    num_slices: int = 4
+    mechanism: Mechanism = "green_context"
+    tile: str = "auto"
+    enter: float = 0.2
+    """A layer starts moving experts when its busiest slice is busier than the idlest by this fraction of itself."""
+    leave: float = 0.1
+    """And stops below this one."""
+    hold_steps: int = 8
+    """Steps that a layer rests after a move: until its effect has come back, and longer."""
+    max_moves: int = 8
+    """Experts moved in one decision, over all layers."""
+    smoothing: float = 0.5
+    """Weight of the newest busy time."""
+
+    def init(self, setup: Setup) -> DynamicState:
+        num_layers = setup.model.num_layers
+        ids_LE = round_robin(setup, self.num_slices)
+        return DynamicState(
+            setup=setup,
+            plan=Plan(layout=self.layouts(setup)[0], placement=Pinned(slice_of_expert_LE=ids_LE)),
+            placed=False,
+            busy_ns_LS=np.zeros((num_layers, self.num_slices)),
+            moving_L=np.zeros(num_layers, dtype=np.bool_),
+            held_until_L=np.zeros(num_layers, dtype=np.int64),
+        )
+
+    def layouts(self, setup: Setup) -> tuple[SliceLayout, ...]:
+        return equal_layouts(setup, self.num_slices, self.mechanism, self.tile)
+
+    def plan(self, obs: Observation, state: DynamicState) -> tuple[Plan, DynamicState]:
+        if not state.placed:
+            if obs.counts_HLE.any():
+                state = self._place(obs, state)
+        elif obs.busy_ns_LS.shape == state.busy_ns_LS.shape and obs.busy_ns_LS.any():
+            state = self._correct(obs, state)
+        return state.plan, state
+
+    def _place(self, obs: Observation, state: DynamicState) -> DynamicState:
+        layout = suited_layout(state.setup, self.layouts(state.setup), obs.counts_HLE[-1])
+        speed_S = np.asarray([one.sm_count for one in layout.slices], dtype=np.float64)
+        ids_LE = place_longest_first(obs.counts_HLE.mean(axis=0), speed_S)
+        plan = replace(state.plan, layout=layout, placement=Pinned(slice_of_expert_LE=ids_LE))
+        held_L = np.full_like(state.held_until_L, obs.step + self.hold_steps)
+        return replace(state, plan=plan, placed=True, held_until_L=held_L)
+
+    def _correct(self, obs: Observation, state: DynamicState) -> DynamicState:
+        rests_L = obs.step < state.held_until_L
+        fresh_LS = np.where(state.busy_ns_LS > 0, state.busy_ns_LS, obs.busy_ns_LS)
+        busy_LS: NDArray[np.float64] = np.asarray(fresh_LS + self.smoothing * (obs.busy_ns_LS - fresh_LS), np.float64)
+        # While a layer rests its times may still be those of the placement before.
+        busy_LS[rests_L] = 0.0
+        most_L, gap_L = busy_LS.max(axis=1), np.ptp(busy_LS, axis=1)
+        moving_L = ~rests_L & (gap_L > np.where(state.moving_L, self.leave, self.enter) * most_L)
+        candidates = np.flatnonzero(moving_L)
+        chosen = candidates[np.argsort(-gap_L[candidates], kind="stable")][: self.max_moves]
+        moves = self._moves(chosen, obs.counts_HLE.mean(axis=0), busy_LS, state.plan)
+        state = replace(state, busy_ns_LS=busy_LS, moving_L=moving_L)
+        if not moves:
+            return state
+        assert isinstance(state.plan.placement, Pinned)
+        ids_LE = state.plan.placement.slice_of_expert_LE.copy()
+        held_L = state.held_until_L.copy()
+        for layer, expert, slice_id in moves:
+            ids_LE[layer, expert] = slice_id
+            held_L[layer] = obs.step + self.hold_steps
+        plan = replace(state.plan, placement=Pinned(slice_of_expert_LE=ids_LE))
+        return replace(state, plan=plan, held_until_L=held_L)
+
+    def _moves(
+        self, layers: NDArray[np.intp], load_LE: NDArray[np.float64], busy_LS: NDArray[np.float64], plan: Plan
+    ) -> list[tuple[int, int, int]]:
+        """Return (layer, expert, new slice) for each layer that has an expert whose move helps."""
+        moves: list[tuple[int, int, int]] = []
+        for layer in layers.tolist():
+            ids_E = plan.placement.slice_of_expert_E(layer, load_LE[layer].astype(np.int64))
+            expert = _expert_to_move(load_LE[layer], busy_LS[layer], ids_E)
+            if expert is None:
+                continue
+            pool = _pool(load_LE[layer], busy_LS[layer], ids_E)
+            _, allocation = allocate(release(pool, expert), expert, 1, float(load_LE[layer, expert]))
+            if allocation is not None and allocation.slice_ids[0] != ids_E[expert]:
+                moves.append((layer, expert, allocation.slice_ids[0]))
+        return moves
+
+
+def _expert_to_move(load_E: NDArray[np.float64], busy_S: NDArray[np.float64], ids_E: NDArray[np.int16]) -> int | None:
+    """Return the expert of the busiest slice whose move evens it best with the idlest; None when every move hurts.
+
+    A slice's time is shared among its experts by load. Ties: the heavier expert, then the lower id.
+    """
+    busiest = int(busy_S.argmax())
+    load_E = np.where(ids_E == busiest, load_E, 0.0)
+    gap = float(np.ptp(busy_S))
+    if not load_E.any():
+        return None
+    time_E = busy_S[busiest] * load_E / load_E.sum()
+    helps_E = (time_E > 0) & (time_E < gap)
+    if not helps_E.any():
+        return None
+    off_E = np.where(helps_E, np.abs(time_E - gap / 2), np.inf)
+    return int(np.lexsort((-load_E, off_E))[0])
+
+
+def _pool(load_E: NDArray[np.float64], busy_S: NDArray[np.float64], ids_E: NDArray[np.int16]) -> SlicePool:
+    allocations = tuple(
+        Allocation(expert_id=expert, slice_ids=(slice_id,), priority=load)
+        for expert, (slice_id, load) in enumerate(zip(ids_E.tolist(), load_E.tolist(), strict=True))
+    )
+    return SlicePool(utilisation_S=tuple(busy_S.tolist()), capacity=len(allocations), allocations=allocations)
