@@ -34,11 +34,22 @@ class SimBackend:
     foresight: ClassVar[bool] = True
 
     def __init__(self, truth: CostModel, *, bucket_of: Callable[[int], int] = next_power_of_two) -> None:
+        if truth.detail != "tiles":
+            raise ValueError(f"truth has detail {truth.detail!r}; the simulator needs 'tiles', pass such a CostModel")
         self.truth = truth
         self.bucket_of = bucket_of
 
     def open(self, setup: Setup, layouts: Sequence[SliceLayout]) -> None:
-        """Start at time 0 with the layouts captured and the unsliced plan in effect."""
+        """Start at time 0 with the layouts captured and the unsliced plan in effect.
+
+        Raises:
+            ValueError: the setup's model or device is not the one that the truth describes.
+        """
+        if (setup.model, setup.device.name) != (self.truth.model, self.truth.device.name):
+            raise ValueError(
+                f"setup has model {setup.model.name!r} on {setup.device.name}, the truth describes "
+                f"{self.truth.model.name!r} on {self.truth.device.name}; build both from the same model and device"
+            )
         self._setup = setup
         self._env = simpy.Environment()
         self._stream = Stream(self._env)
@@ -120,7 +131,17 @@ class SimBackend:
             self._env.run(until=self._env.now + ns)
 
     def submit(self, step: RoutedStep) -> None:
-        """Launch one step; the host waits for its arrival, and for room in the launch queue."""
+        """Launch one step; the host waits for its arrival, and for room in the launch queue.
+
+        Raises:
+            ValueError: the step's counts are not those of the setup's model.
+        """
+        shape = (self._setup.model.num_layers, self._setup.model.num_experts)
+        if step.counts_LE.shape != shape:
+            raise ValueError(
+                f"step {step.step} has counts of shape {list(step.counts_LE.shape)}; model {self._setup.model.name!r} "
+                f"has [layers, experts] {list(shape)}, choose the trace's model"
+            )
         while self._coming and self._coming[0][0] <= self._step:
             self._plan, self._fallback = self._coming.popleft()[1], None
         if step.arrival_ns is not None:

@@ -10,7 +10,7 @@ from ..policies.contract import EnergyWindow, Plan, StepRecord
 from ..policies.cost import CostModel, StepWork
 from ..traces.schema import RoutedStep
 from .machine import Machine
-from .needs import Needs
+from .needs import Needs, StepNeeds
 from .power import EnergyMeter, Power
 from .queues import Job
 
@@ -37,6 +37,8 @@ class _Times:
 
     start_ns_LS: list[list[int]]
     busy_ns_LS: list[list[int]]
+    accounted_ns: int
+    """Up to when energy has been accounted for."""
     joules: float = 0.0
     clock_ns: float = 0.0
     """Sum of clock times duration."""
@@ -59,24 +61,21 @@ class Device:
     def run(self, launch: Launch) -> Job:
         """Run one step; a job for the stream."""
         env, start_ns = self._env, int(self._env.now)
-        times = _Times([], [])
-        times.joules += self.power.spend(start_ns - self._end_ns, 0.0, 0.0)
-        times.clock_ns += self.power.clock * (start_ns - self._end_ns + launch.reconfigure_ns)
+        times = _Times([], [], accounted_ns=self._end_ns)
         if launch.reconfigure_ns:
             yield env.timeout(launch.reconfigure_ns)
-            times.joules += self.power.spend(launch.reconfigure_ns, 0.0, 0.0)
+        self._account(int(env.now), 0.0, 0.0, times)
         work = self._truth.work(launch.plan, launch.step.counts_LE, launch.step.other_L)
         needs = self._needs.of(launch.step)
-        gap_ns = work.head_ns(0, self.power.clock)
+        last = len(needs.flops_L) - 1
+        yield env.timeout(work.head_ns(0, self.power.clock))
         for layer, flops in enumerate(needs.flops_L):
-            yield env.timeout(gap_ns)
             yield from self._layer(work, layer, times)
-            gap_ns = work.tail_ns(layer)
-            if layer + 1 < len(needs.flops_L):
-                gap_ns += work.head_ns(layer + 1, self.power.clock)
-            self._spend(gap_ns, work.moved_bytes(layer), flops, times)
-        yield env.timeout(gap_ns)
-        self._finish(launch, start_ns, needs.hbm_bytes, needs.flops, times)
+            # What ends one layer and what begins the next is one stretch, and one event.
+            gap_ns = work.tail_ns(layer) + (work.head_ns(layer + 1, self.power.clock) if layer < last else 0)
+            self._account(int(env.now) + gap_ns, work.moved_bytes(layer), flops, times)
+            yield env.timeout(gap_ns)
+        self._finish(launch, start_ns, needs, times)
 
     def _layer(self, work: StepWork, layer: int, times: _Times) -> Job:
         fluid, chains = work.fluid(layer, self.power.clock)
@@ -86,14 +85,13 @@ class Device:
             yield ended
         times.start_ns_LS.append([entered_ns + (first or 0) for first in fluid.first_ns])
         times.busy_ns_LS.append(fluid.busy_ns)
-        self._entered_ns = entered_ns
 
-    def _spend(self, gap_ns: int, moved_bytes: float, flops: float, times: _Times) -> None:
-        duration_ns = int(self._env.now) - self._entered_ns + gap_ns
+    def _account(self, until_ns: int, moved_bytes: float, flops: float, times: _Times) -> None:
+        duration_ns, times.accounted_ns = until_ns - times.accounted_ns, until_ns
         times.clock_ns += self.power.clock * duration_ns
         times.joules += self.power.spend(duration_ns, moved_bytes, flops)
 
-    def _finish(self, launch: Launch, start_ns: int, hbm_bytes: int, flops: int, times: _Times) -> None:
+    def _finish(self, launch: Launch, start_ns: int, needs: StepNeeds, times: _Times) -> None:
         end_ns = int(self._env.now)
         span_ns = end_ns - self._end_ns
         self._meter.add(launch.step.step, span_ns, times.joules, times.clock_ns / max(1, span_ns))
@@ -111,8 +109,8 @@ class Device:
             reconfigure_ns=launch.reconfigure_ns,
             capture_ns=launch.capture_ns,
             control_stall_ns=max(0, min(idle_ns, launch.control_ns)),
-            hbm_bytes=hbm_bytes,
-            flops=flops,
+            hbm_bytes=needs.hbm_bytes,
+            flops=needs.flops,
             fallback=launch.fallback,
         )
         self._on_end(record)

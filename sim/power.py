@@ -43,13 +43,15 @@ class Power:
         memory_w = self._device.idle_w + self._joule_per_byte * hbm_bytes / seconds
         matrix_w = self._joule_per_flop * flops / seconds * self.clock**2
         drawn_w = memory_w + matrix_w
-        self.average_w += (drawn_w - self.average_w) * (1 - exp(-duration_ns / AVERAGE_NS))
-        self.clock = self._next_clock(memory_w, matrix_w / self.clock**3)
+        step = 1 - exp(-duration_ns / AVERAGE_NS)
+        self.average_w += (drawn_w - self.average_w) * step
+        # A gain above 1 / step would overshoot within one more stretch like this one.
+        allowed_w = self._held_w + min(GAIN, 1 / step) * (self._held_w - self.average_w)
+        self.clock = self._next_clock(allowed_w, memory_w, matrix_w / self.clock**3)
         return drawn_w * seconds
 
-    def _next_clock(self, memory_w: float, matrix_w: float) -> float:
+    def _next_clock(self, allowed_w: float, memory_w: float, matrix_w: float) -> float:
         """Return the clock at which the last stretch would draw what is allowed; its rate follows the clock."""
-        allowed_w = self._held_w + GAIN * (self._held_w - self.average_w)
         if memory_w + matrix_w <= allowed_w:
             return 1.0
         clock = cbrt(max(0.0, allowed_w - memory_w) / matrix_w)

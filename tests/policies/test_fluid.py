@@ -1,0 +1,146 @@
+"""How running segments divide what they share."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expertslice.policies.contract import Slice, SliceLayout
+from expertslice.policies.data import load_device
+from expertslice.policies.fluid import Fluid, Segment, gap, rates, water_level
+from expertslice.policies.shares import Shares, shares_of
+from expertslice.policies.tiles import TileConstants
+from expertslice.sim.splits import COLD, HOT, WIDE
+
+DEVICE = load_device("h100-sxm5-80gb")
+
+
+def shares(*tiles: str, mechanism: str = "sm_budget", sms: int = 132, priorities: tuple[int, ...] = ()) -> Shares:
+    slices = tuple(
+        Slice(
+            mechanism=mechanism,
+            sm_count=sms,
+            num_ctas=sms,
+            ctas_per_sm=1,
+            up=t,
+            down=t,
+            stream_priority=priorities[i] if priorities else 0,
+        )
+        for i, t in enumerate(tiles)
+    )
+    variants = {v.name: v for v in (HOT, COLD, WIDE)}
+    return shares_of(SliceLayout(slices=slices), variants, DEVICE, TileConstants(), "bf16")
+
+
+def ends(fluid: Fluid) -> list[int]:
+    """Return the times at which something ended."""
+    times: list[int] = []
+    while (dt_ns := fluid.next_ns()) is not None:
+        fluid.advance(dt_ns)
+        times.append(fluid.now_ns)
+    return times
+
+
+def stream(solo_ns: float, per_ns: float, kernel: int = 0) -> Segment:
+    return Segment(solo_ns, 0.0, 0.0, 0.0, per_ns, kernel)
+
+
+def test_two_equal_kernels_sharing_bandwidth_take_exactly_twice_as_long():
+    both = shares(COLD.name, COLD.name)
+    one = stream(100_000.0, both.read_cap(3))
+    fluid = Fluid(both)
+    fluid.load([[one], [one]])
+    assert ends(fluid) == [200_000]
+
+
+def test_two_equal_kernels_sharing_pipes_take_exactly_twice_as_long():
+    both = shares(COLD.name, HOT.name)
+    one = Segment(50_000.0, 1.0, 0.0, 0.0, 0.0, 0)
+    fluid = Fluid(both)
+    fluid.load([[one], [one]])
+    assert ends(fluid) == [100_000]
+
+
+def test_slices_that_own_their_sms_do_not_share_pipes():
+    apart = shares(COLD.name, HOT.name, mechanism="green_context", sms=64)
+    one = Segment(50_000.0, 0.5, 0.0, 0.3, 0.0, 0)
+    fluid = Fluid(apart)
+    fluid.load([[one], [one]])
+    assert ends(fluid) == [50_000]
+
+
+def test_who_asks_for_less_than_a_fair_part_gets_all_of_it():
+    both = shares(COLD.name, HOT.name)
+    cap = both.read_cap(3)
+    speeds = rates([0, 1], [stream(1.0, 0.3 * cap), stream(1.0, cap)], both)
+    assert speeds[0] == 1.0
+    assert speeds[1] == pytest.approx(0.7)
+
+
+def test_bandwidth_left_by_a_kernel_that_ends_goes_to_the_others():
+    both = shares(COLD.name, COLD.name)
+    cap = both.read_cap(3)
+    fluid = Fluid(both)
+    fluid.load([[stream(100_000.0, cap)], [stream(50_000.0, cap)]])
+    assert ends(fluid) == [100_000, 150_000]
+
+
+def test_a_gap_occupies_nothing():
+    both = shares(COLD.name, COLD.name)
+    cap = both.read_cap(3)
+    fluid = Fluid(both)
+    fluid.load([[stream(100_000.0, cap)], [gap(100_000.0)]])
+    assert ends(fluid) == [100_000]
+    assert fluid.busy_ns == [100_000, 0]
+
+
+def test_streams_that_do_not_fit_together_run_one_after_another_by_priority():
+    queued = shares(WIDE.name, WIDE.name, WIDE.name, mechanism="shared", priorities=(0, 0, -1))
+    fluid = Fluid(queued)
+    fluid.load([[stream(10.0, 0.0)]] * 3)
+    assert ends(fluid) == [10, 20, 30]
+    assert fluid.first_ns == [0, 20, 10]
+
+
+def test_streams_on_few_sms_run_side_by_side_whatever_their_tiles():
+    fluid = Fluid(shares(WIDE.name, WIDE.name, mechanism="shared", sms=66))
+    fluid.load([[stream(10.0, 0.0)]] * 2)
+    assert ends(fluid) == [10]
+
+
+def test_work_pushed_onto_a_busy_slice_waits_its_turn():
+    fluid = Fluid(shares(COLD.name))
+    fluid.load([[stream(10.0, 0.0)]])
+    fluid.advance(4)
+    fluid.push(0, [stream(10.0, 0.0, 1)])
+    assert ends(fluid) == [10, 20]
+
+
+demands = st.lists(st.floats(0.0, 2.0), min_size=1, max_size=6)
+
+
+@given(demands, st.data())
+def test_a_water_level_fills_the_capacity_and_no_more(wanted: list[float], data: st.DataObject):
+    weights = data.draw(st.lists(st.floats(0.1, 10.0), min_size=len(wanted), max_size=len(wanted)))
+    level = water_level(wanted, weights, 1.0)
+    given_out = sum(min(d, w * level) for d, w in zip(wanted, weights, strict=True))
+    assert given_out == pytest.approx(min(1.0, sum(wanted)))
+
+
+part = st.floats(0.0, 1.0)
+segments = st.lists(
+    st.builds(lambda p, q, f, d: Segment(1.0, p, q, f, d * 3.1e3, 0), part, part, part, part), min_size=2, max_size=4
+)
+
+
+@given(segments)
+def test_rates_never_exceed_what_there_is_and_waste_nothing(running: list[Segment]):
+    layout = shares(*[COLD.name] * len(running))
+    ids = list(range(len(running)))
+    speeds = rates(ids, running, layout)
+    caps = (1.0, 1.0, 1.0, layout.read_cap((1 << len(running)) - 1))
+    used = [sum(s[f] * y for s, y in zip(running, speeds, strict=True)) for f in range(1, 5)]
+    assert all(0.0 < y <= 1.0 + 1e-12 for y in speeds)
+    assert all(u <= cap * (1 + 1e-9) for u, cap in zip(used, caps, strict=True))
+    for segment, speed in zip(running, speeds, strict=True):
+        full = [f for f in range(4) if segment[f + 1] > 0 and used[f] >= caps[f] * (1 - 1e-6)]
+        assert speed >= 1 - 1e-9 or full
