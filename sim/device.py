@@ -9,7 +9,6 @@ import simpy
 from ..policies.contract import EnergyWindow, Plan, StepRecord
 from ..policies.cost import CostModel, StepWork
 from ..traces.schema import RoutedStep
-from .machine import Machine
 from .needs import Needs, StepNeeds
 from .power import EnergyMeter, Power
 from .queues import Job
@@ -80,9 +79,12 @@ class Device:
     def _layer(self, work: StepWork, layer: int, times: _Times) -> Job:
         fluid, chains = work.fluid(layer, self.power.clock)
         entered_ns = int(self._env.now)
-        ended = Machine(self._env, fluid).load(chains)
-        if ended is not None:
-            yield ended
+        fluid.load(chains)
+        timeout = self._env.timeout
+        # One event per change of what runs; nothing outside can disturb a layer under way.
+        while (dt_ns := fluid.next_ns()) is not None:
+            yield timeout(dt_ns)
+            fluid.advance(dt_ns)
         times.start_ns_LS.append([entered_ns + (first or 0) for first in fluid.first_ns])
         times.busy_ns_LS.append(fluid.busy_ns)
 

@@ -1,12 +1,7 @@
-"""Queueing primitives on SimPy: a stream that runs jobs in order, and a pool of slots handed out by priority.
-
-Both are what the backend runs on, and both are held against queueing theory in the tests. SimPy's own
-`PriorityResource` sorts its whole queue on every request; here a heap keeps the order.
-"""
+"""A stream on SimPy: jobs in the order of submission, as on the device's launch queue; held against queueing theory."""
 
 from collections import deque
 from collections.abc import Generator
-from heapq import heappop, heappush
 from typing import Any
 
 import simpy
@@ -15,13 +10,14 @@ Job = Generator[simpy.Event, Any, None]
 
 
 class Stream:
-    """Runs jobs one after another in the order of submission, as a CUDA stream does."""
+    """Starts jobs in the order of submission, each as soon as one of `lanes` is free; one lane is a CUDA stream."""
 
-    def __init__(self, env: simpy.Environment) -> None:
+    def __init__(self, env: simpy.Environment, lanes: int = 1) -> None:
         self._env = env
         self._jobs: deque[tuple[Job, simpy.Event]] = deque()
-        self._wake: simpy.Event | None = None
-        env.process(self._run())
+        self._idle: list[simpy.Event] = []
+        for _ in range(lanes):
+            env.process(self._serve())
 
     @property
     def waiting(self) -> int:
@@ -32,49 +28,16 @@ class Stream:
         """Append a job; the event returned triggers when it has ended."""
         done = self._env.event()
         self._jobs.append((job, done))
-        if self._wake is not None:
-            self._wake.succeed()
-            self._wake = None
+        if self._idle:
+            self._idle.pop().succeed()
         return done
 
-    def _run(self) -> Job:
+    def _serve(self) -> Job:
         while True:
-            if not self._jobs:
-                self._wake = self._env.event()
-                yield self._wake
+            while not self._jobs:
+                wake = self._env.event()
+                self._idle.append(wake)
+                yield wake
             job, done = self._jobs.popleft()
             yield from job
             done.succeed()
-
-
-class SlotPool:
-    """A number of equal slots; who waits is served by priority (lower first), then by arrival."""
-
-    def __init__(self, env: simpy.Environment, slots: int) -> None:
-        self._env = env
-        self._free = slots
-        self._waiting: list[tuple[int, int, simpy.Event]] = []
-        self._arrivals = 0
-
-    @property
-    def waiting(self) -> int:
-        """Return the number of requests that hold no slot yet."""
-        return len(self._waiting)
-
-    def request(self, priority: int = 0) -> simpy.Event:
-        """Ask for a slot; the event returned triggers when it is granted."""
-        granted = self._env.event()
-        if self._free:
-            self._free -= 1
-            granted.succeed()
-        else:
-            self._arrivals += 1
-            heappush(self._waiting, (priority, self._arrivals, granted))
-        return granted
-
-    def release(self) -> None:
-        """Give a slot back."""
-        if self._waiting:
-            heappop(self._waiting)[2].succeed()
-        else:
-            self._free += 1

@@ -11,7 +11,7 @@ from expertslice.policies.cost import CostModel
 from expertslice.policies.fluid import Fluid, Segment
 from expertslice.policies.loop import drive
 from expertslice.sim.backend import SimBackend
-from expertslice.sim.machine import Machine
+from expertslice.sim.queues import Stream
 from expertslice.traces.schema import MoeSpec
 
 pytestmark = pytest.mark.benchmark
@@ -31,8 +31,15 @@ def test_kernels_pushed_onto_two_slices(benchmark: Any, truth: CostModel, plans:
 
     def run() -> None:
         env = simpy.Environment()
-        machine = Machine(env, Fluid(shares))
-        env.run(until=machine.load([chain, chain]))
+        fluid = Fluid(shares)
+
+        def slices():
+            fluid.load([chain, chain])
+            while (dt_ns := fluid.next_ns()) is not None:
+                yield env.timeout(dt_ns)
+                fluid.advance(dt_ns)
+
+        env.run(until=Stream(env).submit(slices()))
 
     benchmark(run)
 

@@ -1,4 +1,4 @@
-"""The stream and the slot pool that the backend runs on, against queueing theory."""
+"""The stream that the backend runs on, against queueing theory."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import simpy
 
-from expertslice.sim.queues import SlotPool, Stream
+from expertslice.sim.queues import Stream
 
 NUM_JOBS = 60_000
 SERVICE_NS = 1000.0
@@ -18,10 +18,10 @@ def draws(mean_ns: float, seed: int) -> Iterator[int]:
         yield round(float(value))
 
 
-def stream_waits(load: float, services: Iterator[int]) -> tuple[list[int], float]:
+def stream_waits(load: float, services: Iterator[int], lanes: int = 1) -> tuple[list[int], float]:
     """Return the wait of every job, and the mean number waiting over time."""
     env = simpy.Environment()
-    stream = Stream(env)
+    stream = Stream(env, lanes)
     waits: list[int] = []
     area, last = 0.0, 0
 
@@ -37,7 +37,7 @@ def stream_waits(load: float, services: Iterator[int]) -> tuple[list[int], float
         yield env.timeout(service)
 
     def arrivals():
-        for gap, service in zip(draws(SERVICE_NS / load, 1), services, strict=True):
+        for gap, service in zip(draws(SERVICE_NS / load / lanes, 1), services, strict=True):
             yield env.timeout(gap)
             count(1)
             stream.submit(job(env.now, service))
@@ -45,28 +45,6 @@ def stream_waits(load: float, services: Iterator[int]) -> tuple[list[int], float
     env.process(arrivals())
     env.run()
     return waits, area / env.now
-
-
-def mean_wait_of_pool(load: float, slots: int) -> float:
-    env = simpy.Environment()
-    pool = SlotPool(env, slots)
-    waits: list[int] = []
-
-    def job(service: int):
-        arrived = env.now
-        yield pool.request()
-        waits.append(env.now - arrived)
-        yield env.timeout(service)
-        pool.release()
-
-    def arrivals():
-        for gap, service in zip(draws(SERVICE_NS / load / slots, 1), draws(SERVICE_NS, 2), strict=True):
-            yield env.timeout(gap)
-            env.process(job(service))
-
-    env.process(arrivals())
-    env.run()
-    return float(np.mean(waits))
 
 
 def test_mm1_mean_wait():
@@ -84,32 +62,15 @@ def test_littles_law():
     assert mean_waiting == pytest.approx(np.mean(waits) * 0.7 / SERVICE_NS, rel=0.02)
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8])
-def test_mmc_mean_wait(slots: int):
+@pytest.mark.parametrize("lanes", [1, 3, 8])
+def test_mmc_mean_wait(lanes: int):
     load = 0.8
-    offered = load * slots
-    tail = offered**slots / math.factorial(slots) / (1 - load)
-    waits_at_all = tail / (sum(offered**n / math.factorial(n) for n in range(slots)) + tail)
-    expected = waits_at_all * SERVICE_NS / slots / (1 - load)
-    assert mean_wait_of_pool(load, slots) == pytest.approx(expected, rel=0.08)
-
-
-def test_a_pool_serves_by_priority_then_by_arrival():
-    env = simpy.Environment()
-    pool = SlotPool(env, 1)
-    served: list[str] = []
-
-    def job(name: str, priority: int):
-        yield pool.request(priority)
-        served.append(name)
-        yield env.timeout(1)
-        pool.release()
-
-    for name, priority in (("first", 0), ("low a", 5), ("high", -5), ("low b", 5)):
-        env.process(job(name, priority))
-    env.run()
-    assert served == ["first", "high", "low a", "low b"]
-    assert pool.waiting == 0
+    offered = load * lanes
+    tail = offered**lanes / math.factorial(lanes) / (1 - load)
+    waits_at_all = tail / (sum(offered**n / math.factorial(n) for n in range(lanes)) + tail)
+    expected = waits_at_all * SERVICE_NS / lanes / (1 - load)
+    waits, _ = stream_waits(load, draws(SERVICE_NS, 2), lanes)
+    assert np.mean(waits) == pytest.approx(expected, rel=0.08)
 
 
 def test_a_stream_keeps_the_order_of_submission():
