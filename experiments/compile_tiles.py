@@ -4,17 +4,19 @@ Run without TRITON_INTERPRET: `python -m expertslice.experiments.compile_tiles`.
 is refused.
 """
 
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..kernels.ahead import Resources
 
 COMPUTE_CAPABILITIES = (90, 80)
 SMEM_PER_CTA_MAX_BYTES = {90: 232448, 80: 166912}
 """CUDA programming guide, by compute capability."""
+SPILL_BYTES = 8
+"""Two registers saved around a tile's K loop cost nothing; more is a spill."""
 TILES_FILE = Path(__file__).parents[1] / "policies" / "tiles.toml"
 
 # (block_m, block_n, block_k, num_warps, num_stages), for bf16
@@ -34,67 +36,32 @@ SHAPES: tuple[tuple[int, int, int, int, int], ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resources:
-    """What the compiler gave one CTA."""
-
-    smem_bytes: int
-    regs_per_thread: int
-    stack_bytes: int
-    """Above 0: registers were spilled."""
-
-
 def variant_name(shape: Sequence[int]) -> str:
     """Return the name of a variant, such as 128x128x64w8s4."""
     m, n, k, warps, stages = shape
     return f"{m}x{n}x{k}w{warps}s{stages}"
 
 
-def compile_tile(shape: Sequence[int], compute_capability: int, dtype: str = "bf16") -> Resources:
-    """Return the resources of one variant as compiled for a GPU of that compute capability.
+def compile_tile(shape: Sequence[int], compute_capability: int, dtype: str = "bf16") -> "Resources":
+    """Return the most that one variant holds, as first or as last product, compiled for that compute capability.
 
     Raises:
         RuntimeError: triton runs as an interpreter in this process.
     """
-    import triton
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from ..kernels.ahead import DOWN, UP, Resources, resources
+    from ..kernels.spec import LaunchSpec
 
-    from ..kernels.provisional import grouped_product_kernel
-
-    if knobs.runtime.interpret:
-        raise RuntimeError("triton interprets in this process; unset TRITON_INTERPRET before starting it")
     m, n, k, warps, stages = shape
-    constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "EVEN_K": True, "WIDEN": False}
-    pointers = dict.fromkeys(("x_ptr", "w_ptr", "out_ptr"), f"*{dtype}")
-    pointers |= dict.fromkeys(("offsets_ptr", "queue_ptr", "num_tiles_ptr"), "*i32")
-    numbers = dict.fromkeys(("d_dim", "f_dim", "stride_x", "stride_we", "stride_wf", "stride_out"), "i32")
-    signature = pointers | numbers | dict.fromkeys(constants, "constexpr")
-    # Without divisibility the loads are scalar and the register count means nothing.
-    attrs = {(index,): [["tt.divisibility", 16]] for index in range(len(pointers | numbers))}
-    source = ASTSource(grouped_product_kernel, signature, constants, attrs)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", compute_capability, 32),
-        options={"num_warps": warps, "num_stages": stages},
+    spec = LaunchSpec(block_m=m, block_n=n, block_k=k, num_warps=warps, num_stages=stages, num_ctas=1)
+    found = [resources(spec, compute_capability, dtype, **role) for role in (UP, DOWN)]
+    return Resources(
+        smem_bytes=max(one.smem_bytes for one in found),
+        regs_per_thread=max(one.regs_per_thread for one in found),
+        stack_bytes=max(one.stack_bytes for one in found),
     )
-    regs, stack = _resource_usage(compiled.asm["cubin"], knobs.nvidia.cuobjdump.path)
-    return Resources(smem_bytes=compiled.metadata.shared, regs_per_thread=regs, stack_bytes=stack)
 
 
-def _resource_usage(cubin: bytes, cuobjdump: str) -> tuple[int, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run([cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    if found is None:
-        raise RuntimeError(f"cuobjdump reported no registers: {report!r:.200}; is it the one that triton ships?")
-    return int(found[1]), int(found[2])
-
-
-def table_text(rows: Sequence[tuple[Sequence[int], dict[int, Resources]]], versions: str) -> str:
+def table_text(rows: Sequence[tuple[Sequence[int], dict[int, "Resources"]]], versions: str) -> str:
     """Return the TOML table of variants."""
     lines = [
         "# Tile variants of the grouped expert product: what one CTA holds of an SM, for bf16, by compute capability.",
@@ -128,7 +95,7 @@ def main() -> None:
         found = {capability: compile_tile(shape, capability) for capability in COMPUTE_CAPABILITIES}
         for capability, one in found.items():
             sys.stdout.write(f"{variant_name(shape)} sm_{capability} {one}\n")
-            if one.stack_bytes or one.smem_bytes > SMEM_PER_CTA_MAX_BYTES[capability]:
+            if one.stack_bytes > SPILL_BYTES or one.smem_bytes > SMEM_PER_CTA_MAX_BYTES[capability]:
                 sys.exit(f"{variant_name(shape)} spills or does not fit sm_{capability}; drop it from SHAPES")
         rows.append((shape, found))
     targets = " and ".join(f"sm_{capability}" for capability in COMPUTE_CAPABILITIES)

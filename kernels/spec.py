@@ -1,0 +1,215 @@
+"""What a launch is told: tiles and grids, how tokens are routed, and the plan as one buffer of int32 words.
+
+The plan reaches the device as data: the same captured graph runs any placement and tile order of its layout. Only the
+tiles, grids, stealing and fusing of a `LayerLaunch` are fixed by capture.
+
+Shape letters: E routed experts, S slices, Q lists of row tiles (up, down).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..traces.schema import MoeSpec
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Whether kernels run in Triton's interpreter, which computes bf16 wrongly and knows no inline assembly."""
+
+MAX_SLICES = 16
+MAX_BLOCK_M = 256
+MAX_EXPERTS = 512
+TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TILE_ORDERS = ("expert", "heavy", "light")
+
+# Word offsets of a plan: bounds and slice ids of the token rule, tile geometry [Q, S], pinned slices [E].
+ORDER_AT = tl.constexpr(0)
+NUM_BOUNDS_AT = tl.constexpr(1)
+BOUNDS_AT = tl.constexpr(2)
+SLICE_IDS_AT = tl.constexpr(BOUNDS_AT.value + MAX_SLICES)
+BLOCK_M_AT = tl.constexpr(SLICE_IDS_AT.value + MAX_SLICES)
+BLOCK_N_AT = tl.constexpr(BLOCK_M_AT.value + 2 * MAX_SLICES)
+PINNED_AT = tl.constexpr(BLOCK_N_AT.value + 2 * MAX_SLICES)
+SLICES = tl.constexpr(MAX_SLICES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchSpec:
+    """One compiled tile and its grid: `num_ctas` persistent CTAs drain a slice's queue."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    """For two-byte dtypes; fp32 walks half of it at a time."""
+    num_warps: int
+    num_stages: int
+    num_ctas: int
+    descriptors: bool = False
+    """Load weights, and rows where they are contiguous, by tensor descriptors (Hopper's copy engine)."""
+    flatten: bool = False
+    """Pipeline loads across tiles."""
+
+    def __post_init__(self) -> None:
+        blocks = (self.block_m, self.block_n, self.block_k)
+        if any(not 16 <= block <= MAX_BLOCK_M or block & (block - 1) for block in blocks):
+            tile = "x".join(map(str, blocks))
+            raise ValueError(f"tile {tile}: each side must be a power of two from 16 to {MAX_BLOCK_M}")
+        if self.num_ctas < 1 or self.num_stages < 1 or self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(
+                f"launch of {self.num_ctas} CTAs, {self.num_warps} warps, {self.num_stages} stages: CTAs and stages "
+                "must be at least 1, warps a power of two up to 16"
+            )
+
+    @property
+    def max_regs(self) -> int:
+        """Registers a thread may take: what leaves room for a neighbour on the SM where the accumulator allows it."""
+        return 160 if self.block_m * self.block_n <= 64 * 32 * self.num_warps else 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceLaunch:
+    """The launches of one slice; a middle product uses `up`."""
+
+    up: LaunchSpec
+    down: LaunchSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerLaunch:
+    """How a layer's experts are launched: what a captured graph fixes."""
+
+    slices: tuple[SliceLaunch, ...]
+    steal: bool = False
+    """CTAs take tiles by ticket, and an idle slice drains the others' queues."""
+    fused: bool = False
+    """All products of a slice in one launch that owns its SMs: every CTA of the grid is resident at once."""
+    dependent: bool = False
+    """Programmatic dependent launch: a kernel starts while the one before it finishes."""
+    tf32: bool = False
+    """Let fp32 products use tf32 matrix instructions; IEEE products otherwise."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.slices) <= MAX_SLICES:
+            raise ValueError(f"a layer of {len(self.slices)} slices; 1 to {MAX_SLICES} are allowed")
+        if self.fused and (self.steal or any(s.up.block_m != s.down.block_m for s in self.slices)):
+            raise ValueError("a fused slice needs one block_m for up and down, and cannot steal")
+
+    def spec(self, slice_id: int, product: int, num_products: int) -> LaunchSpec:
+        """Return the launch of one product of one slice."""
+        chosen = self.slices[slice_id]
+        return chosen.down if product == num_products - 1 else chosen.up
+
+    @property
+    def num_lists(self) -> int:
+        """1 when up and down cut rows alike everywhere, so that one list of row tiles serves both; else 2."""
+        return 1 if all(s.up.block_m == s.down.block_m for s in self.slices) else 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSpec:
+    """How logits become experts and weights. Groups: only experts of the best `top_groups` groups may be chosen."""
+
+    num_experts: int
+    top_k: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: bool = True
+    num_groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts <= MAX_EXPERTS:
+            raise ValueError(
+                f"router: top_k {self.top_k} of {self.num_experts} experts; top_k must be 1 to the number of experts, "
+                f"of which there may be {MAX_EXPERTS}"
+            )
+        if self.score not in ("softmax", "sigmoid"):
+            raise ValueError(f"router: score {self.score!r}; allowed are softmax, sigmoid")
+        if self.num_groups > 1:
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        size = self.num_experts // self.num_groups
+        if self.num_experts & (self.num_experts - 1) or self.num_groups & (self.num_groups - 1) or size < 2:
+            raise ValueError(
+                f"router: {self.num_groups} groups of {self.num_experts} experts; both must be powers of two, and a "
+                "group must hold at least two experts"
+            )
+        if not 1 <= self.top_groups <= self.num_groups or self.top_k > self.top_groups * size:
+            raise ValueError(
+                f"router: top_k {self.top_k} from {self.top_groups} of {self.num_groups} groups of {size}; the best "
+                "groups must hold top_k experts"
+            )
+
+    @classmethod
+    def of(cls, spec: MoeSpec) -> "RouterSpec":
+        """Return the router of a model's layers."""
+        return cls(num_experts=spec.num_experts, top_k=spec.top_k, score=spec.score, renormalise=spec.renormalise)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRule:
+    """The device places experts by their true counts: n tokens go to slice_ids[number of bounds <= n]."""
+
+    bounds: tuple[int, ...]
+    slice_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.slice_ids) != len(self.bounds) + 1 or len(self.slice_ids) > MAX_SLICES:
+            raise ValueError(
+                f"token rule: {len(self.bounds)} bounds with {len(self.slice_ids)} slice ids; give one id more than "
+                f"bounds, {MAX_SLICES} at most"
+            )
+        if list(self.bounds) != sorted(set(self.bounds)):
+            raise ValueError(f"token rule: bounds {self.bounds} must rise")
+
+
+def encode_plan(
+    launch: LayerLaunch,
+    num_experts: int,
+    placement: TokenRule | Sequence[int] | None = None,
+    *,
+    tile_order: str = "expert",
+) -> Tensor:
+    """Return a plan as int32 words on the host, ready to be copied over a workspace's.
+
+    Args:
+        launch: the layout that the plan is for.
+        num_experts: E.
+        placement: a token rule, the slice of each expert [E], or None for slice 0 alone.
+        tile_order: expert, heavy (most tokens first) or light, within each slice.
+    """
+    num_slices = len(launch.slices)
+    words = torch.zeros(plan_words(num_experts), dtype=torch.int32)
+    if tile_order not in TILE_ORDERS:
+        raise ValueError(f"plan: tile order {tile_order!r}; allowed are {', '.join(TILE_ORDERS)}")
+    words[ORDER_AT.value] = TILE_ORDERS.index(tile_order)
+    slice_ids = placement.slice_ids if isinstance(placement, TokenRule) else tuple(placement or [0] * num_experts)
+    if isinstance(placement, TokenRule):
+        words[NUM_BOUNDS_AT.value] = len(placement.bounds)
+        _put(words, BOUNDS_AT.value, placement.bounds)
+        _put(words, SLICE_IDS_AT.value, slice_ids)
+    else:
+        if len(slice_ids) != num_experts:
+            raise ValueError(f"plan: slices for {len(slice_ids)} experts; the model has {num_experts}")
+        words[NUM_BOUNDS_AT.value] = -1
+        _put(words, PINNED_AT.value, slice_ids)
+    if not 0 <= min(slice_ids) <= max(slice_ids) < num_slices:
+        raise ValueError(f"plan: slice ids {sorted(set(slice_ids))}; the layout has slices 0..{num_slices - 1}")
+    for row, specs in enumerate(zip(*((s.up, s.down) for s in launch.slices), strict=True)):
+        _put(words, BLOCK_M_AT.value + row * MAX_SLICES, [s.block_m for s in specs])
+        _put(words, BLOCK_N_AT.value + row * MAX_SLICES, [s.block_n for s in specs])
+    return words
+
+
+def plan_words(num_experts: int) -> int:
+    """Return the length of a plan."""
+    return PINNED_AT.value + num_experts
+
+
+def _put(words: Tensor, start: int, values: Sequence[int]) -> None:
+    words[start : start + len(values)] = torch.tensor(values, dtype=torch.int32)

@@ -1,0 +1,99 @@
+"""Every buffer that a layer's kernels write, allocated once for the largest batch: a steady state allocates nothing.
+
+Layers that run one after another may share a workspace; layers that overlap may not. A captured graph holds addresses
+in it, so it must outlive the graph.
+
+Shape letters: T tokens, E experts, K top-k, N routed rows (T times K), D model, B blocks of tokens, S slices, Q lists
+of row tiles, C row tiles, W words of a plan.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ..traces.schema import MoeSpec
+from .queues import MAX_TILES, NUM_COUNTERS, tile_capacity
+from .routing import BLOCK_TOKENS
+from .spec import MAX_BLOCK_M, MAX_SLICES, TORCH_DTYPE, plan_words
+from .weights import ALIGN
+
+SMALLEST_BLOCK_M = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Workspace:
+    """Buffers of one layer for up to `max_tokens` tokens."""
+
+    spec: MoeSpec
+    max_tokens: int
+    capacity: int
+    """Row tiles that a list can hold."""
+    plan: Tensor
+    """[W] int32: copy the words of `encode_plan` here; slice 0 alone, tiles of 16 rows, until then."""
+    ids_TK: Tensor
+    """int32, -1 for padding rows."""
+    weights_TK: Tensor
+    counts_E: Tensor
+    offsets_E1: Tensor
+    """[E + 1] int32: where each expert's rows start."""
+    row_slot_N: Tensor
+    """Place t * K + slot of each row, expert by expert, in token order, and a tile more."""
+    block_counts_BE: Tensor
+    tiles_QC: Tensor
+    begins_QS: Tensor
+    """[Q, MAX_SLICES + 1]: where each slice's run of tiles begins."""
+    tickets: Tensor
+    ready_2C: Tensor
+    """How many column tiles of a row tile are stored, for the first and the middle product of a fused launch."""
+    hidden: tuple[Tensor, ...]
+    """One per product but the last: [N and a tile more, columns], expert by expert; the row pitch is a multiple of 16.
+    The columns past a width that is not one are never read."""
+    rows_ND: Tensor
+    """The last product's rows at their place t * K + slot."""
+    out_TD: Tensor
+
+    @classmethod
+    def allocate(cls, spec: MoeSpec, max_tokens: int, device: torch.device | str) -> "Workspace":
+        """Allocate for batches of up to `max_tokens` tokens of a model's layer."""
+        num_rows = max(1, max_tokens) * spec.top_k
+        capacity = tile_capacity(num_rows, spec.num_experts, SMALLEST_BLOCK_M)
+        if max_tokens < 0 or capacity > MAX_TILES:
+            raise ValueError(f"workspace for {max_tokens} tokens; give 0 to {MAX_TILES // spec.top_k * 15} or so")
+        num_blocks = triton.cdiv(max(1, max_tokens), BLOCK_TOKENS)
+        block_e = max(16, triton.next_power_of_2(spec.num_experts))
+        dtype = TORCH_DTYPE[spec.dtype]
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        def rows(count: int, width: int) -> Tensor:
+            return torch.empty(count, -(-width // ALIGN) * ALIGN, dtype=dtype, device=device)
+
+        return cls(
+            spec=spec,
+            max_tokens=max_tokens,
+            capacity=capacity,
+            plan=ints(plan_words(spec.num_experts)),
+            ids_TK=ints(max(1, max_tokens), spec.top_k),
+            weights_TK=torch.zeros(max(1, max_tokens), spec.top_k, dtype=torch.float32, device=device),
+            counts_E=ints(spec.num_experts),
+            offsets_E1=ints(spec.num_experts + 1),
+            row_slot_N=ints(num_rows + MAX_BLOCK_M),
+            block_counts_BE=ints(num_blocks, block_e),
+            tiles_QC=ints(2, capacity),
+            begins_QS=ints(2, MAX_SLICES + 1),
+            tickets=ints(NUM_COUNTERS, MAX_SLICES),
+            ready_2C=ints(2, capacity),
+            hidden=tuple(rows(num_rows + MAX_BLOCK_M, p.out_dim) for p in spec.products(max(spec.d_ff))[:-1]),
+            rows_ND=rows(num_rows, spec.d_model),
+            out_TD=torch.empty(max_tokens, spec.d_model, dtype=dtype, device=device),
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Return how much memory the buffers take."""
+        named = (getattr(self, name) for name in self.__slots__)
+        tensors = [t for value in named for t in (value if isinstance(value, tuple) else (value,))]
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
