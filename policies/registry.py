@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import typing
 from collections.abc import Mapping
+from dataclasses import MISSING
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -92,13 +93,20 @@ def build_policy(cls: type[Policy[Any]], params: Mapping[str, object]) -> Policy
             known = ", ".join(hints) or "none"
             raise ValueError(f"{cls.__name__} has no parameter {key!r}; it has {known}, set one of them")
         values[key] = _read_as(hints[key], value, f"{cls.__name__} parameter {key}")
+    needed = [f.name for f in _parameters(cls) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := ", ".join(name for name in needed if name not in values):
+        raise ValueError(f"{cls.__name__} needs {missing}; set it")
     return cls(**values)
 
 
 def parameter_types(cls: type) -> dict[str, Any]:
     """Return the constructor's parameters and their types."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(typing.cast("Any", cls)) if f.init}
+    return {f.name: hints[f.name] for f in _parameters(cls)}
+
+
+def _parameters(cls: type) -> "list[dataclasses.Field[Any]]":
+    return [f for f in dataclasses.fields(typing.cast("Any", cls)) if f.init]
 
 
 def _read_as(kind: Any, value: object, where: str) -> object:
@@ -149,10 +157,9 @@ def describe(name: str) -> dict[str, Any]:
         {
             "name": f.name,
             "type": _type_name(hints[f.name]),
-            "default": None if f.default is dataclasses.MISSING else f.default,
+            "default": None if f.default is MISSING else f.default,
         }
-        for f in dataclasses.fields(typing.cast("Any", cls))
-        if f.init
+        for f in _parameters(cls)
     ]
     return {
         "name": name,
