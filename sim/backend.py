@@ -65,6 +65,7 @@ class SimBackend:
         self._finished: list[StepRecord] = []
         self._newest: StepRecord | None = None
         self._step = 0
+        self._broken = False
         self._control_ns = 0
         self._end_ns = 0
 
@@ -105,7 +106,15 @@ class SimBackend:
     def _wait_for(self, step: int) -> None:
         """Let time pass until a step has finished."""
         while self._running and self._running[0].step.step <= step:
-            self._env.run(until=self._running[0].done)
+            self._run_until(self._running[0].done)
+
+    def _run_until(self, until: simpy.Event | int | None) -> None:
+        try:
+            self._env.run(until=until)
+        except BaseException:
+            # A step that failed or was interrupted never ends: closing must not wait for it.
+            self._broken = True
+            raise
 
     def apply(self, plan: Plan) -> None:
         """Check a plan, charge its decision, and let it take effect `delay_steps` after the next step.
@@ -128,7 +137,7 @@ class SimBackend:
 
     def _pass_ns(self, ns: int) -> None:
         if ns > 0:
-            self._env.run(until=self._env.now + ns)
+            self._run_until(self.now_ns + ns)
 
     def submit(self, step: RoutedStep) -> None:
         """Launch one step; the host waits for its arrival, and for room in the launch queue.
@@ -147,7 +156,7 @@ class SimBackend:
         if step.arrival_ns is not None:
             self._pass_ns(step.arrival_ns - self.now_ns)
         if len(self._running) >= MAX_AHEAD:
-            self._env.run(until=self._running[0].done)
+            self._run_until(self._running[0].done)
         bucket = self.bucket_of(step.num_tokens)
         change = self._graphs.change_to(self._plan, bucket)
         self._pass_ns(change.capture_ns + self._setup.device.graph_launch_ns)
@@ -176,7 +185,8 @@ class SimBackend:
 
     def close(self) -> list[EnergyWindow]:
         """Finish and return the energy windows; only a run of less than 2 s has a shorter one."""
-        self._wait_for(self._step)
+        if not self._broken:
+            self._wait_for(self._step)
         return self._device.windows(self._step - 1)
 
     def _ended(self, record: StepRecord) -> None:

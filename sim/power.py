@@ -34,6 +34,8 @@ class Power:
         self._joule_per_flop = (self._held_w - device.idle_w) / device.sustained_flops_per_s / sustained**2
         self.clock = 1.0
         self.average_w = device.idle_w
+        self._work_w = (0.0, 0.0)
+        """Memory and matrix power of the last arithmetic at the full clock: a gap between steps is no new workload."""
 
     def spend(self, duration_ns: int, hbm_bytes: float, flops: float) -> float:
         """Account for a stretch of work and set the clock of the next; return its energy in joules."""
@@ -47,14 +49,17 @@ class Power:
         self.average_w += (drawn_w - self.average_w) * step
         # A gain above 1 / step would overshoot within one more stretch like this one.
         allowed_w = self._held_w + min(GAIN, 1 / step) * (self._held_w - self.average_w)
-        self.clock = self._next_clock(allowed_w, memory_w, matrix_w / self.clock**3)
+        if matrix_w:
+            self._work_w = memory_w, matrix_w / self.clock**3
+        self.clock = self._next_clock(allowed_w)
         return drawn_w * seconds
 
-    def _next_clock(self, allowed_w: float, memory_w: float, matrix_w: float) -> float:
-        """Return the clock at which the last stretch would draw what is allowed; its rate follows the clock."""
+    def _next_clock(self, allowed_w: float) -> float:
+        """Return the clock at which work like the last would draw what is allowed; its rate follows the clock."""
+        memory_w, matrix_w = self._work_w
         if memory_w + matrix_w <= allowed_w:
             return 1.0
-        clock = cbrt(max(0.0, allowed_w - memory_w) / matrix_w)
+        clock = cbrt(max(0.0, allowed_w - memory_w) / matrix_w) if matrix_w else 1.0
         return max(LEAST_CLOCK, min(1.0, floor(clock * CLOCK_STEPS) / CLOCK_STEPS))
 
 

@@ -18,6 +18,7 @@ from expertslice.policies.cost import CostModel, floor_ns
 from expertslice.policies.layouts import co_resident_layout, one_slice_plan, unsliced_layout
 from expertslice.policies.loop import PolicyError, drive
 from expertslice.sim.backend import SimBackend
+from expertslice.sim.power import Power
 from expertslice.sim.splits import COLD, HOT
 from expertslice.traces.schema import MoeSpec, OtherWork, RoutedStep
 
@@ -218,6 +219,17 @@ def test_steps_of_other_shape_are_refused(truth: CostModel, setup: Setup):
     backend.open(setup, ())
     with pytest.raises(ValueError, match="counts"):
         backend.submit(RoutedStep(step=0, phase="mixed", counts_LE=np.zeros((1, 2), dtype=np.int32)))
+
+
+def test_a_run_that_breaks_off_still_closes(
+    plans: dict[str, Plan], truth: CostModel, setup: Setup, steps: Steps, fixed: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Power, "spend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        drive(fixed(plans["unsliced"]), SimBackend(truth), steps(setup.model, 4, 100), setup, on_record=lambda _: None)
 
 
 def test_one_backend_can_be_opened_again(

@@ -55,6 +55,14 @@ def test_streaming_draws_what_was_measured_and_keeps_its_clock(device: DeviceSpe
     assert power.clock == 1.0
 
 
+def test_a_short_gap_does_not_restore_the_clock(device: DeviceSpec):
+    power = Power(device)
+    busy(power, device, 1000 * MS)
+    clock = power.clock
+    power.spend(50_000, 0.0, 0.0)
+    assert power.clock == pytest.approx(clock, abs=0.01)
+
+
 def test_an_idle_device_draws_its_idle_power(device: DeviceSpec):
     power = Power(device)
     assert power.spend(1000 * MS, 0.0, 0.0) == pytest.approx(device.idle_w)
