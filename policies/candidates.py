@@ -109,11 +109,11 @@ def sharing_plans(setup: Setup) -> tuple[Plan, ...]:
 
 
 def splitting_plans(setup: Setup) -> tuple[Plan, ...]:
-    """Return hot and cold on SMs of their own, for the first pair of tiles and a few splits and bounds."""
-    pairs = tile_pairs(setup)
-    if "green_context" not in setup.mechanisms or not pairs:
+    """Return hot and cold on SMs of their own, for a few splits and bounds."""
+    if "green_context" not in setup.mechanisms:
         return ()
-    cold, hot = pairs[0]
+    names = auto_tiles(setup)
+    cold, hot = setup.variant(names[0]), setup.variant(names[-1])
     sms = setup.device.sm_count
     splits = sorted({snap_sms(share * sms, setup.device) for share in COLD_SM_SHARES})
     layouts = [hot_cold_split(setup, cold, hot, cold_sms) for cold_sms in splits]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .allocator import place_longest_first
-from .candidates import default_tile, exclusive_slice, snap_sms, tile_pairs
+from .candidates import auto_tiles, exclusive_slice, snap_sms
 from .contract import Observation, Pinned, Plan, Setup, SliceLayout
 from .static import round_robin
 from .weights import Weights, weights_of
@@ -70,8 +70,8 @@ class Proportional:
         if self.num_slices < 2:
             raise ValueError(f"proportional with {self.num_slices} slices; give at least 2")
         device = setup.device
-        pairs = tile_pairs(setup)
-        cold, hot = pairs[0] if pairs else (setup.variant(default_tile(setup)),) * 2
+        names = auto_tiles(setup)
+        cold, hot = setup.variant(names[0]), setup.variant(names[-1])
         splits: dict[float, SliceLayout] = {}
         for share in self.shares:
             hot_sms = snap_sms(share * device.sm_count, device)
