@@ -255,7 +255,7 @@ def test_truncation_anywhere_is_one_trace_error(tmp_path):
     path = tmp_path / "t.parquet"
     write_trace(make_trace([2, 0, 1], gates=True, times=True), path)
     whole = path.read_bytes()
-    for size in range(0, len(whole), max(1, len(whole) // 400)):
+    for size in range(0, len(whole), max(1, len(whole) // 200)):
         path.write_bytes(whole[:size])
         with pytest.raises(TraceError, match=r"t\.parquet"):
             open_trace(path)

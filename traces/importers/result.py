@@ -1,0 +1,247 @@
+"""From a source's token rows to a trace: padding, dense layers and dummy steps go, and it is said how many.
+
+Shape letters: T tokens, S steps, L MoE layers, E experts, K top-k.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..check import TraceError, check_load, check_trace
+from ..schema import Provenance
+from ..trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable, id_dtype
+
+CONSTANT_TOKENS = 4
+"""A step of so many tokens that all choose the same experts in all layers is a dummy: warm-up, graph capture."""
+
+PREFILL, DECODE, MIXED = range(3)
+"""Indices into `PHASES`; the first two label tokens too."""
+
+
+class ImportOptions(TypedDict, total=False):
+    """What a file may leave unsaid."""
+
+    top_k: int
+    num_experts: int
+    num_layers: int
+    prompt_len: int
+    """Rows of the prompt, where the file does not part it from the output."""
+    physical_to_logical: NDArray[np.integer]
+    """[L, physical experts]; overrides the file's own."""
+    member: str
+    """Which of several models in one file."""
+    model: str
+    score: Literal["softmax", "sigmoid"]
+    """How router logits are scored; with `bias_LE` added before the choice."""
+    bias_LE: NDArray[np.floating]
+    num_groups: int
+    top_groups: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportResult:
+    """A trace, which format it came in, and what was dropped or assumed, a sentence each."""
+
+    trace: RoutingTrace | ExpertLoad
+    format: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Tokens as a source gave them: ids may be -1 (padding); steps may have any numbers, in any order."""
+
+    request_id_T: NDArray[np.int64]
+    position_T: NDArray[np.int64]
+    phase_T: NDArray[np.uint8]
+    step_T: NDArray[np.int64]
+    expert_ids_TLK: NDArray[np.integer]
+    gates_TLK: NDArray[np.floating] | None = None
+    domain_T: NDArray[np.int16] | None = None
+
+    def keep(self, rows: NDArray[Any]) -> "Rows":
+        """Return some rows, by mask or by index, or all of them in another order."""
+        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept: dict[str, Any] = {name: None if column is None else column[rows] for name, column in columns.items()}
+        return Rows(**kept)
+
+
+def stack_rows(pieces: Sequence[Rows]) -> Rows:
+    """Join rows, for instance of several requests; all must have the same layers and width."""
+    shapes = {piece.expert_ids_TLK.shape[1:] for piece in pieces}
+    if len(shapes) != 1:
+        raise TraceError(f"records have different layers or widths, {sorted(shapes)}; import one model at a time")
+    names = ("request_id_T", "position_T", "phase_T", "step_T", "expert_ids_TLK")
+    return Rows(**{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in names})
+
+
+def request_rows(
+    expert_ids_TLK: NDArray[np.integer], *, request_id: int, prompt_len: int, first_step: int, first_position: int = 0
+) -> Rows:
+    """Return the rows of one request recorded alone: its prompt is one step, each later token a step."""
+    tokens = len(expert_ids_TLK)
+    place_T = np.arange(tokens)
+    prompt = max(0, min(prompt_len - first_position, tokens))
+    return Rows(
+        request_id_T=np.full(tokens, request_id),
+        position_T=first_position + place_T,
+        phase_T=np.where(place_T < prompt, PREFILL, DECODE).astype(np.uint8),
+        step_T=first_step + np.maximum(0, place_T - max(prompt - 1, 0)),
+        expert_ids_TLK=expert_ids_TLK,
+    )
+
+
+def finish_tokens(
+    rows: Rows, options: ImportOptions, *, format: str, notes: Sequence[str] = (), domains: tuple[str, ...] = ()
+) -> ImportResult:
+    """Clean token rows and make the trace.
+
+    Raises:
+        TraceError: No token is left, some lack experts, or the trace is not sound.
+    """
+    said = list(notes)
+    rows = _without_padding(rows, said)
+    rows = _without_dense_layers(rows, said)
+    rows = _without_spare_columns(rows, options)
+    num_experts = options.get("num_experts")
+    if num_experts is None:
+        num_experts = int(rows.expert_ids_TLK.max()) + 1
+        said.append(f"{num_experts} experts, from the largest id; pass num_experts if the model has more")
+    rows = rows.keep(np.argsort(rows.step_T, kind="stable"))
+    if rows.expert_ids_TLK.shape[2] < num_experts:
+        rows = _without_dummies(rows, said)
+    steps, step_T = np.unique(rows.step_T, return_inverse=True)
+    tokens = len(step_T)
+    provenance = Provenance(source=f"imported: {format}", model=options.get("model"), notes="; ".join(said))
+    trace = RoutingTrace(
+        num_experts=num_experts,
+        provenance=provenance,
+        request_id_T=rows.request_id_T.astype(np.int64),
+        position_T=rows.position_T.astype(np.int32),
+        phase_T=rows.phase_T,
+        step_T=step_T.astype(np.int64),
+        domain_T=np.full(tokens, UNKNOWN, np.int16) if rows.domain_T is None else rows.domain_T,
+        domains=domains,
+        expert_ids_TLK=rows.expert_ids_TLK,
+        gates_TLK=None if rows.gates_TLK is None else rows.gates_TLK.astype(np.float16),
+        step_table=StepTable(
+            phase_S=_step_phases(rows.phase_T, step_T, len(steps)), segment_S=np.zeros(len(steps), "u1")
+        ),
+    )
+    check_trace(trace)
+    trace = replace(trace, expert_ids_TLK=trace.expert_ids_TLK.astype(id_dtype(num_experts)))
+    return ImportResult(trace=trace, format=format, notes=tuple(said))
+
+
+def _step_phases(phase_T: NDArray[np.uint8], step_T: NDArray[np.intp], num_steps: int) -> NDArray[np.uint8]:
+    tokens_S = np.bincount(step_T, minlength=num_steps)
+    decoding_S = np.bincount(step_T, weights=phase_T == DECODE, minlength=num_steps)
+    return np.select([decoding_S == 0, decoding_S == tokens_S], [PREFILL, DECODE], MIXED).astype(np.uint8)
+
+
+def _without_padding(rows: Rows, said: list[str]) -> Rows:
+    ids_TLK: NDArray[Any] = rows.expert_ids_TLK
+    empty_TL = ids_TLK.max(axis=2) < 0
+    zero_TL = np.abs(ids_TLK).max(axis=2) == 0
+    padding_T = np.asarray(empty_TL.all(axis=1))
+    # A token never chooses expert 0 twice, so zeros throughout were never written; zeros in all rows are told later.
+    unwritten_T = (empty_TL | zero_TL).all(axis=1) & ~padding_T & bool(ids_TLK.shape[2] > 1 and (ids_TLK > 0).any())
+    for dropped_T, what in ((padding_T, "padding rows"), (unwritten_T, "rows of zeros, which nobody wrote,")):
+        if dropped_T.any():
+            said.append(f"{dropped_T.sum()} {what} dropped")
+    real_T = np.asarray(~(padding_T | unwritten_T))
+    if not real_T.any():
+        raise TraceError("it holds no token with experts; record while requests are served")
+    return rows.keep(real_T)
+
+
+def _without_dense_layers(rows: Rows, said: list[str]) -> Rows:
+    ids_TLK = rows.expert_ids_TLK
+    dense_L = (ids_TLK == 0).all(axis=(0, 2)) | (ids_TLK < 0).all(axis=(0, 2))
+    if dense_L.all():
+        raise TraceError(
+            "all expert ids are zero: vLLM's monolithic MoE kernels do not report them; record with another MoE backend"
+        )
+    if not dense_L.any():
+        return rows
+    said.append(f"layers {np.flatnonzero(dense_L).tolist()} hold no routing (dense layers) and are dropped")
+    gates_TLK = None if rows.gates_TLK is None else rows.gates_TLK[:, ~dense_L]
+    return replace(rows, expert_ids_TLK=ids_TLK[:, ~dense_L], gates_TLK=gates_TLK)
+
+
+def _without_spare_columns(rows: Rows, options: ImportOptions) -> Rows:
+    """Cut columns that are -1 for every token: the source's width exceeds the model's top-k."""
+    ids_TLK = rows.expert_ids_TLK
+    used_K = (ids_TLK >= 0).any(axis=(0, 1))
+    top_k = int(used_K.sum())
+    ids_TLK = ids_TLK if used_K.all() else ids_TLK[:, :, used_K]
+    if options.get("top_k", top_k) != top_k:
+        raise TraceError(f"each token has {top_k} experts, not the top_k {options.get('top_k')} given; check the model")
+    if ids_TLK.min() < 0:
+        token, layer, _ = np.argwhere(ids_TLK < 0)[0]
+        raise TraceError(
+            f"token {token} has fewer than {top_k} experts in layer {layer}; record again without dropping"
+        )
+    return replace(rows, expert_ids_TLK=ids_TLK)
+
+
+def _without_dummies(rows: Rows, said: list[str]) -> Rows:
+    """Drop constant steps from rows sorted by step."""
+    _, starts, step_T, tokens_S = np.unique(rows.step_T, return_index=True, return_inverse=True, return_counts=True)
+    equal_T = (rows.expert_ids_TLK == rows.expert_ids_TLK[starts][step_T]).all(axis=(1, 2))
+    dummy_S = np.logical_and.reduceat(equal_T, starts) & (tokens_S >= CONSTANT_TOKENS)
+    if not dummy_S.any():
+        return rows
+    said.append(f"{dummy_S.sum()} constant steps ({tokens_S[dummy_S].sum()} tokens: warm-up or graph capture) dropped")
+    if dummy_S.all():
+        raise TraceError("all its steps are constant, as dummy runs are; record while requests are served")
+    return rows.keep(~dummy_S[step_T])
+
+
+def finish_counts(
+    counts_SLE: NDArray[np.int64],
+    options: ImportOptions,
+    *,
+    format: str,
+    notes: Sequence[str] = (),
+    labels: tuple[str, ...] = (),
+) -> ImportResult:
+    """Clean counts and make the load: dense layers and constant steps go.
+
+    Raises:
+        TraceError: Nothing is left, the top-k is not known, or the load is not sound.
+    """
+    said = list(notes)
+    top_k = options.get("top_k")
+    if top_k is None:
+        raise TraceError("counts do not say how many experts a token has; pass top_k")
+    num_experts = options.get("num_experts", counts_SLE.shape[2])
+    if num_experts < counts_SLE.shape[2]:
+        raise TraceError(f"it counts {counts_SLE.shape[2]} experts, more than the num_experts {num_experts} given")
+    counts_SLE = np.pad(counts_SLE, ((0, 0), (0, 0), (0, num_experts - counts_SLE.shape[2])))
+    dense_L = ~counts_SLE.any(axis=(0, 2))
+    if dense_L.all():
+        raise TraceError("all its counts are zero; record while requests are served")
+    if dense_L.any():
+        said.append(f"layers {np.flatnonzero(dense_L).tolist()} count nothing (dense layers) and are dropped")
+        counts_SLE = counts_SLE[:, ~dense_L]
+    dummy_S = _constant_counts(counts_SLE, top_k)
+    if dummy_S.any():
+        said.append(f"{dummy_S.sum()} constant steps (warm-up or graph capture) dropped")
+    kept = np.flatnonzero(~dummy_S)
+    provenance = Provenance(source=f"imported: {format}", model=options.get("model"), notes="; ".join(said))
+    labels = tuple(labels[step] for step in kept) if labels else ()
+    load = ExpertLoad(top_k=top_k, provenance=provenance, counts_SLE=counts_SLE[kept], labels=labels)
+    check_load(load)
+    return ImportResult(trace=load, format=format, notes=tuple(said))
+
+
+def _constant_counts(counts_SLE: NDArray[np.int64], top_k: int) -> NDArray[np.bool_]:
+    """Tell steps where each layer gives the same number of tokens, at least four, to just `top_k` experts."""
+    most_SL = counts_SLE.max(axis=2)
+    chosen_SL = (counts_SLE > 0).sum(axis=2)
+    even_SL = (counts_SLE.sum(axis=2) == top_k * most_SL) & (chosen_SL == top_k)
+    return (even_SL & (most_SL >= CONSTANT_TOKENS)).all(axis=1) & (top_k < counts_SLE.shape[2])
