@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from ..traces.schema import DTYPE_BYTES, MoeSpec, OtherWork
 from .contract import Pinned, Plan
-from .fluid import Fluid, Segment, Theft, gap
+from .fluid import Fluid, Theft
 from .front import combined_bytes, head_ns, hop_ns, tail_ns
+from .rates import Segment, gap
 from .shares import Shares
 from .work import Tables, merged, segment_sums, segments_of
 

@@ -13,8 +13,9 @@ from typing import Protocol
 from ..traces.schema import DTYPE_BYTES, Product
 from .contract import DeviceSpec, TileVariant
 
+WGMMA_CAPABILITY = 90
 WGMMA_ROWS = 64
-"""Rows of one warpgroup instruction; narrower tiles use the warp-level one."""
+"""Rows of one warpgroup instruction; narrower tiles, and older devices, use the warp-level one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,23 +62,28 @@ def matrix_rate_per_s(device: DeviceSpec, dtype: str) -> float:
     return device.tf32_flops_per_s if dtype == "fp32" else device.matrix_flops_per_s
 
 
+def _warp_reads_bytes(variant: TileVariant, a_bytes: int, b_bytes: int) -> int:
+    """Return the least that a grid of warps reads per step: each row of warps reads B, each column of warps A."""
+    warp_rows = [1 << i for i in range(8) if variant.num_warps % (1 << i) == 0 and 16 << i <= variant.block_m]
+    return min(a_bytes * (variant.num_warps // rows) + b_bytes * rows for rows in warp_rows)
+
+
 def _clocks_per_step(variant: TileVariant, device: DeviceSpec, constants: TileConstants, dtype: str) -> float:
     """Return the SM clocks of one step along K."""
     size = DTYPE_BYTES[dtype]
     peak = device.mma_flops_per_clk * 2 / size
     a_bytes, b_bytes = variant.block_m * variant.block_k * size, variant.block_n * variant.block_k * size
-    mma = 2 * variant.block_m * variant.block_n * variant.block_k / peak
-    if variant.block_m >= WGMMA_ROWS:
+    if device.compute_capability >= WGMMA_CAPABILITY and variant.block_m >= WGMMA_ROWS:
         rows = variant.block_m // WGMMA_ROWS
         # Warpgroups beyond the rows split the columns, and each of them reads the rows again.
-        column_split = max(1, variant.num_warps // 4 // rows)
-        read, slowest = a_bytes * column_split + b_bytes * rows, mma
+        read_bytes = a_bytes * max(1, variant.num_warps // 4 // rows) + b_bytes * rows
     else:
-        read = a_bytes * variant.num_warps + b_bytes
-        slowest = mma * max(1.0, peak / (constants.warp_mma_flops_per_clk * 2 / size))
-    smem = (read + a_bytes + b_bytes) / device.smem_bytes_per_clk
+        read_bytes = _warp_reads_bytes(variant, a_bytes, b_bytes)
+        peak = min(peak, constants.warp_mma_flops_per_clk * 2 / size)
+    mma = 2 * variant.block_m * variant.block_n * variant.block_k / peak
+    smem = (read_bytes + a_bytes + b_bytes) / device.smem_bytes_per_clk
     port = (a_bytes + b_bytes) / constants.l2_port_bytes_per_clk
-    return max(slowest, smem, port)
+    return max(mma, smem, port)
 
 
 def tile_cost(

@@ -3,7 +3,7 @@
 A grid of C CTAs takes its queue C tiles at a time, and a wave lasts as long as the slowest of its tiles' arithmetic,
 its L2 traffic and its DRAM traffic. Neighbours within a wave hide each other's traffic, neighbours in different waves
 do not. Waves bound by arithmetic and waves bound by memory become one segment each, since they compete differently
-with what runs beside them.
+with what runs beside them. Weights always come from DRAM: what other layers read has flushed L2 since.
 
 Shape letters: L MoE layers, E routed experts, S slices, P products, D widths (1 where experts are alike), N queued
 experts (product, layer, slice, expert), W waves, G groups (product, layer, slice).
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..traces.schema import DTYPE_BYTES, MoeSpec, Product
 from .contract import TileOrder
-from .fluid import Segment
+from .rates import Segment
 from .shares import Shares
 from .tiles import Residual, TileCost, tile_cost
 
@@ -161,7 +161,8 @@ def _waves(
     of_W = np.repeat(np.arange(len(group_G)), waves_G)
     place_W = np.arange(1, len(of_W) + 1) - first_G[of_W]
     end_W = (np.cumsum(total_G) - total_G)[of_W] + np.minimum(place_W * ctas_G[of_W], total_G[of_W])
-    tiles_W = np.diff(end_W, prepend=0)
+    tiles_W = end_W.copy()
+    tiles_W[1:] -= end_W[:-1]
     pipe, wait, flops, l2, dram = columns = _between(queue, end_W)
     slice_W = slice_G[of_W]
     tile_W, wait_W = pipe / tiles_W, wait / tiles_W
@@ -183,7 +184,9 @@ def _between(queue: _Queue, end_W: NDArray[np.int64]) -> NDArray[np.float64]:
     at_W = np.searchsorted(tile_N, end_W)
     rest_W = (tile_N[at_W] - end_W) / queue.tiles_N[at_W]
     reached = np.cumsum(queue.columns_CN, axis=1)[:, at_W] - queue.columns_CN[:, at_W] * rest_W
-    return np.diff(reached, axis=1, prepend=0.0)
+    # By hand: np.diff with a prepended column costs more than all that stands above.
+    reached[:, 1:] -= reached[:, :-1].copy()
+    return reached
 
 
 def segments_of(sums: list[list[list[float]]], order: TileOrder, shares: Shares, clock: float) -> list[list[Segment]]:

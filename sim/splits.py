@@ -13,7 +13,7 @@ What the tables leave open, and the reading chosen:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Literal, NamedTuple
 
@@ -247,11 +247,10 @@ def mixed_row(
             alone = bench.ms([_slice("shared", bench.sms, WIDE)], counts_E)
             return alone + bench.ms([_slice("shared", bench.sms, COLD, 2)], none_E, other=stream)
         if cell == "sharing":
-            return together(lambda n: _slice("sm_budget", bench.sms, COLD), _slice("sm_budget", bench.sms, HOT))
+            return together(lambda _: _slice("sm_budget", bench.sms, COLD), _slice("sm_budget", bench.sms, HOT))
         sms = int(cell.removeprefix("green "))
-        return together(
-            lambda n: replace(_slice("green_context", sms, COLD, n)), _slice("green_context", bench.sms - sms, WIDE)
-        )
+        dense_slice = _slice("green_context", bench.sms - sms, WIDE)
+        return together(lambda n: _slice("green_context", sms, COLD, n), dense_slice)
 
     return Row(name, tuple(Cell(cell, ms, modelled(cell)) for cell, ms in measured_ms.items()))
 

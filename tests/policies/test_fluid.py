@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from expertslice.policies.contract import Slice, SliceLayout
 from expertslice.policies.data import load_device
-from expertslice.policies.fluid import Fluid, Segment, gap, rates, water_level
+from expertslice.policies.fluid import Fluid
+from expertslice.policies.rates import Segment, gap, rates, water_level
 from expertslice.policies.shares import Shares, shares_of
 from expertslice.policies.tiles import TileConstants
 from expertslice.sim.splits import COLD, HOT, WIDE

@@ -8,8 +8,9 @@ import simpy
 
 from expertslice.policies.contract import DeviceSpec, Plan, Setup
 from expertslice.policies.cost import CostModel
-from expertslice.policies.fluid import Fluid, Segment
+from expertslice.policies.fluid import Fluid
 from expertslice.policies.loop import drive
+from expertslice.policies.rates import Segment
 from expertslice.sim.backend import SimBackend
 from expertslice.sim.queues import Stream
 from expertslice.traces.schema import MoeSpec

@@ -1,0 +1,110 @@
+"""How fast stretches of kernels progress beside each other.
+
+Alone, a segment runs at speed 1. Beside others, each resource that is asked for more than it has is divided max-min
+fairly, weighted by CTAs in flight: a slice that asks for less than its fair part gets all it asks for.
+"""
+
+from collections.abc import Sequence
+from math import inf
+from typing import NamedTuple
+
+from .shares import Shares
+
+GAP = -1
+"""`kernel` of a segment that occupies nothing: a graph node's gap, a hop through the host."""
+
+
+class Segment(NamedTuple):
+    """A stretch of a kernel; demands are those at speed 1."""
+
+    solo_ns: float
+    pipe: float
+    """Part of the device's SM pipes."""
+    l2: float
+    """Part of the device's L2 bandwidth."""
+    flops: float
+    """Part of the device's burst matrix rate, padding included."""
+    dram: float
+    """Bytes per ns."""
+    kernel: int
+    """Place of the kernel in its chain; `GAP` for none."""
+
+
+def gap(ns: float) -> Segment:
+    """Return a stretch of time that occupies nothing."""
+    return Segment(ns, 0.0, 0.0, 0.0, 0.0, GAP)
+
+
+def water_level(demands: Sequence[float], weights: Sequence[float], capacity: float) -> float:
+    """Return the level at which min(demand, weight * level) fills the capacity; inf when all demands fit."""
+    if len(demands) == 2:
+        return _level_of_two(demands[0], demands[1], weights[0], weights[1], capacity)
+    left, weight = capacity, sum(weights)
+    for i in sorted(range(len(demands)), key=lambda i: demands[i] / weights[i]):
+        level = left / weight
+        if demands[i] > weights[i] * level:
+            return level
+        left -= demands[i]
+        weight -= weights[i]
+    return inf
+
+
+def _level_of_two(d0: float, d1: float, w0: float, w1: float, capacity: float) -> float:
+    if d0 + d1 <= capacity:
+        return inf
+    level = capacity / (w0 + w1)
+    if d0 <= w0 * level:
+        return (capacity - d0) / w1
+    return (capacity - d1) / w0 if d1 <= w1 * level else level
+
+
+Load = tuple[list[float], float]
+"""What each slice asks of a resource, and how much there is."""
+
+
+def _overloads(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> list[Load]:
+    over: list[Load] = []
+    _, pipe, l2, flops, dram, _ = zip(*segments, strict=True)
+    if shares.pooled and sum(pipe) > 1.0:
+        over.append((list(pipe), 1.0))
+    if sum(flops) > 1.0:
+        over.append((list(flops), 1.0))
+    if not shares.own_memory:
+        if sum(l2) > 1.0:
+            over.append((list(l2), 1.0))
+        mask = 0
+        for i in ids:
+            mask |= 1 << i
+        cap = shares.read_cap(mask)
+        if sum(dram) > cap:
+            over.append((list(dram), cap))
+    return over
+
+
+def rates(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> list[float]:
+    """Return each running segment's speed, 0..1, in the order given; `ids` are their slices."""
+    speeds = [1.0] * len(ids)
+    over = _overloads(ids, segments, shares) if len(ids) > 1 else []
+    if not over:
+        return speeds
+    weights = [shares.weights[i] for i in ids]
+    for demands, capacity in over:
+        asked = [d * y for d, y in zip(demands, speeds, strict=True)]
+        level = water_level(asked, weights, capacity)
+        for i, ask in enumerate(asked):
+            if ask > weights[i] * level:
+                speeds[i] *= weights[i] * level / ask
+    if len(over) > 1:
+        _grow(speeds, over)
+    return speeds
+
+
+def _grow(speeds: list[float], over: list[Load]) -> None:
+    """Hand on what one resource has left because another holds its users back."""
+    for i in range(len(speeds)):
+        room = 1.0
+        for demands, capacity in over:
+            if demands[i]:
+                others = sum(map(float.__mul__, demands, speeds)) - demands[i] * speeds[i]
+                room = min(room, (capacity - others) / demands[i])
+        speeds[i] = max(speeds[i], room)
