@@ -241,7 +241,8 @@ class Control:
     """The control plane's timing, declared and identical in both worlds.
 
     At step n (a multiple of every_steps) the policy sees counts up to step n - count_lag_steps exactly; its plan takes
-    effect at step n + delay_steps exactly.
+    effect at step n + delay_steps exactly. With delay_steps >= 1 it decides while step n runs, else before step n is
+    submitted.
     """
 
     every_steps: int = 1
@@ -371,11 +372,11 @@ class Backend(Protocol):
         ...
 
     def observe(self) -> Observation:
-        """Return what the policy may see before the next step."""
+        """Return what the policy may see at the step it decides at: the newest submitted, or with no delay the next."""
         ...
 
     def apply(self, plan: Plan) -> None:
-        """Validate the plan, then enqueue it for delay_steps after the next step."""
+        """Validate the plan, then enqueue it for delay_steps after the step it was decided at."""
         ...
 
     def submit(self, step: RoutedStep) -> None:

@@ -34,6 +34,47 @@ def deployable_control(policy: Policy[Any], setup: Setup) -> Setup:
     return replace(setup, control=control)
 
 
+class _Decisions:
+    """One policy's decisions over a run: its state, its errors, and who hears of them."""
+
+    def __init__(
+        self,
+        policy: Policy[Any],
+        backend: Backend,
+        setup: Setup,
+        on_decision: Callable[[Observation, Plan], None] | None,
+        on_policy_error: OnPolicyError,
+    ) -> None:
+        self.errors = 0
+        self._policy, self._backend, self._setup = policy, backend, setup
+        self._on_decision, self._on_policy_error = on_decision, on_policy_error
+        self._state: Any = policy.init(setup)
+
+    def decide(self, step: RoutedStep) -> None:
+        """Observe, decide and enqueue the plan."""
+        obs = self._backend.observe()
+        if self._policy.foresees:
+            obs = replace(obs, coming_LE=step.counts_LE)
+        try:
+            plan, self._state = self._policy.plan(obs, self._state)
+            self._backend.apply(plan)
+        except Exception as error:
+            plan = self._unsliced(error, obs.step)
+        if self._on_decision is not None:
+            self._on_decision(obs, plan)
+
+    def _unsliced(self, error: Exception, step: int) -> Plan:
+        name = type(self._policy).__name__
+        if self._on_policy_error == "raise":
+            raise PolicyError(f"{name} at step {step}: {error}") from error
+        self.errors += 1
+        if self.errors == 1:
+            warnings.warn(f"{name} at step {step}: {error}; running unsliced", stacklevel=4)
+        plan = fallback_plan(self._setup)
+        self._backend.apply(plan)
+        return plan
+
+
 def drive(
     policy: Policy[Any],
     backend: Backend,
@@ -46,6 +87,9 @@ def drive(
 ) -> DriveResult:
     """Run a policy over steps on a backend, handing every finished step to `on_record` in order.
 
+    A plan that takes effect later (delay_steps >= 1) is decided after its step has been submitted, so that the device
+    works while the host decides; one that takes effect at once is decided before.
+
     Raises:
         PolicyError: the policy raised or returned an invalid plan, and `on_policy_error` is "raise".
         ValueError: the policy foresees and the backend offers no foresight.
@@ -53,30 +97,18 @@ def drive(
     if policy.foresees and not backend.foresight:
         raise ValueError(f"{type(policy).__name__} foresees the coming step, which only the simulator can offer")
     setup = deployable_control(policy, setup)
-    state = policy.init(setup)
+    control = setup.control
+    decisions = _Decisions(policy, backend, setup, on_decision, on_policy_error)
     backend.open(setup, policy.layouts(setup))
-    num_steps = policy_errors = 0
-    energy: list[EnergyWindow] = []
+    num_steps = 0
     try:
         for step in steps:
-            if num_steps % setup.control.every_steps == 0:
-                obs = backend.observe()
-                if policy.foresees:
-                    obs = replace(obs, coming_LE=step.counts_LE)
-                try:
-                    plan, state = policy.plan(obs, state)
-                    backend.apply(plan)
-                except Exception as error:
-                    if on_policy_error == "raise":
-                        raise PolicyError(f"{type(policy).__name__} at step {obs.step}: {error}") from error
-                    policy_errors += 1
-                    plan = fallback_plan(setup)
-                    backend.apply(plan)
-                    if policy_errors == 1:
-                        warnings.warn(f"{type(policy).__name__}: {error}; running unsliced", stacklevel=2)
-                if on_decision is not None:
-                    on_decision(obs, plan)
+            due = num_steps % control.every_steps == 0
+            if due and control.delay_steps == 0:
+                decisions.decide(step)
             backend.submit(step)
+            if due and control.delay_steps > 0:
+                decisions.decide(step)
             num_steps += 1
             for record in backend.drain():
                 on_record(record)
@@ -84,4 +116,4 @@ def drive(
             on_record(record)
     finally:
         energy = backend.close()
-    return DriveResult(num_steps=num_steps, energy=tuple(energy), policy_errors=policy_errors)
+    return DriveResult(num_steps=num_steps, energy=tuple(energy), policy_errors=decisions.errors)

@@ -59,7 +59,7 @@ class SimBackend:
         self._device = Device(self._env, self.truth, self._ended)
         self._coming: deque[tuple[int, Plan]] = deque()
         self._counts: deque[NDArray[np.int32]] = deque(
-            maxlen=setup.control.history_steps + max(setup.control.count_lag_steps, 1)
+            maxlen=setup.control.history_steps + setup.control.count_lag_steps + 1
         )
         self._running: deque[Launch] = deque()
         self._finished: list[StepRecord] = []
@@ -74,17 +74,22 @@ class SimBackend:
         """Return the host's time since step 0."""
         return int(self._env.now)
 
+    @property
+    def _deciding(self) -> int:
+        """The step a decision belongs to: the newest submitted, or with no delay the next."""
+        return self._step - (1 if self._setup.control.delay_steps else 0)
+
     def observe(self) -> Observation:
-        """Return what the policy may see before the next step, once the counts it is due are there."""
+        """Return what the policy may see, once the counts it is due are there."""
         control = self._setup.control
         before = self.now_ns
         if not control.free_switches:
-            self._wait_for(self._step - control.count_lag_steps)
+            self._wait_for(self._deciding - control.count_lag_steps)
         self._control_ns += self.now_ns - before
         shape = (self._setup.model.num_layers, self._setup.model.num_experts)
         newest = self._newest
         return Observation(
-            step=self._step,
+            step=self._deciding,
             counts_HLE=self._history(shape),
             now_ns=self.now_ns,
             plan_id=self._due_plan().plan_id,
@@ -96,7 +101,8 @@ class SimBackend:
 
     def _history(self, shape: tuple[int, int]) -> NDArray[np.int32]:
         control = self._setup.control
-        known = len(self._counts) - max(control.count_lag_steps - 1, 0)
+        hidden = self._step - 1 - (self._deciding - control.count_lag_steps)
+        known = len(self._counts) - max(hidden, 0)
         first = max(0, known - control.history_steps)
         counts = [self._counts[i] for i in range(first, known)] if known > 0 else []
         history = np.stack(counts) if counts else np.zeros((0, *shape), dtype=np.int32)
@@ -117,7 +123,7 @@ class SimBackend:
             raise
 
     def apply(self, plan: Plan) -> None:
-        """Check a plan, charge its decision, and let it take effect `delay_steps` after the next step.
+        """Check a plan, charge its decision, and let it take effect `delay_steps` after the step it was decided at.
 
         Raises:
             ValueError: the device cannot hold the plan.
@@ -126,12 +132,12 @@ class SimBackend:
         control = self._setup.control
         self._control_ns += control.plan_ns
         self._pass_ns(control.plan_ns)
-        self._coming.append((self._step + control.delay_steps, plan))
+        self._coming.append((self._deciding + control.delay_steps, plan))
 
     def _due_plan(self) -> Plan:
         plan = self._plan
         for due, coming in self._coming:
-            if due <= self._step:
+            if due <= self._deciding:
                 plan = coming
         return plan
 
