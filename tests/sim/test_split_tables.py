@@ -1,4 +1,4 @@
-"""The simulator against splits measured on an H100: nothing here is fitted, and nothing in the model comes from here.
+"""The simulator against splits measured on an H100: no figure of the model comes from here.
 
 Green-context times are those of the two split tables of the project's hardware facts ("Where slicing pays" and "Work
 that no single launch can express"); the files under `../shared/reference`, where present, say the same with more
@@ -97,6 +97,15 @@ def test_the_picked_split_of_one_projection_costs_at_most_a_tenth_more(device: D
     assert max(costs(rows).values()) <= 0.10
 
 
+@pytest.mark.xfail(
+    reason="rows 4 and 6 kept one threshold on hardware; with each cell's best, picks miss by 29 and 41 %"
+)
+def test_the_picked_split_costs_at_most_a_tenth_more_when_each_cell_has_its_best_threshold(device: DeviceSpec):
+    rows = projection_rows(device, threshold="cell")
+    report("one projection, burst, best threshold of each cell", rows)
+    assert max(costs(rows, "green").values()) <= 0.10
+
+
 def test_the_picked_split_of_mixed_work_costs_at_most_a_tenth_more(device: DeviceSpec):
     rows = mixed_rows(device, regime="burst")
     report("mixed work, burst", rows)
@@ -106,7 +115,6 @@ def test_the_picked_split_of_mixed_work_costs_at_most_a_tenth_more(device: Devic
 
 @pytest.mark.slow
 def test_other_readings_of_the_tables_are_printed_good_or_bad(device: DeviceSpec):
-    report("one projection, burst, best threshold of each cell", projection_rows(device, threshold="cell"))
     report("one projection, sustained", projection_rows(device, regime="sustained"))
     report("mixed work, sustained", mixed_rows(device, regime="sustained"))
 
