@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 F32 = NDArray[np.float32]
 Ids = NDArray[np.int32]
 
-MEMORY_H = (0.0, 0.75, 0.94)
-"""How much of a memory stays from token to token: the token before, about 4 tokens, about 16."""
+MEMORY_H = (0.0, 0.7, 0.9)
+"""How much of a memory stays from token to token: the token before, the last 3 or so, the last 10."""
 FIRST_OF_BIN_B = np.array([*range(16), 20, 24, 32, 48, 64, 96, 128, 192, 256])
 """First position of each bin of the profile; bins of prefill come first, then as many of decode."""
 NUM_BINS = 2 * len(FIRST_OF_BIN_B)
+WARM_UP = 16
+"""Tokens after which memories stand as they do at a request's start: a request does not begin from nothing."""
 PAD = -1
 
 
@@ -102,12 +104,21 @@ def choose(
         ids_PRK, by falling score; `PAD` beyond a request's end.
     """
     standing_PRE = _standing(layer, tilt_RE, shape, below_PRK)
+    memory_HRE = np.zeros((len(MEMORY_H), *tilt_RE.shape), np.float32)
+    alive_P = shape.alive.sum(axis=1)
+    _run(layer, standing_PRE[:WARM_UP], memory_HRE, alive_P[:WARM_UP], k, rng)
+    return _run(layer, standing_PRE, memory_HRE, alive_P, k, rng)
+
+
+def _run(
+    layer: LayerChoice, standing_PRE: F32, memory_HRE: F32, alive_P: NDArray[np.int64], k: int, rng: np.random.Generator
+) -> Ids:
+    """Draw position after position; `memory_HRE` is where the memories stand, before and after."""
     noise_PRE, first_noise_PRE = gumbel(rng, standing_PRE.shape), gumbel(rng, standing_PRE.shape)
     first_noise_PRE += layer.first_E
     ids_PRK = np.full((*standing_PRE.shape[:2], k), PAD, np.int32)
-    memory_HRE = np.zeros((len(MEMORY_H), *tilt_RE.shape), np.float32)
-    rows_R = np.arange(len(tilt_RE))
-    for p, alive in enumerate(shape.alive.sum(axis=1)):
+    rows_R = np.arange(standing_PRE.shape[1])
+    for p, alive in enumerate(alive_P):
         past_HRE, rows = memory_HRE[:, :alive], rows_R[:alive]
         score_RE = standing_PRE[p, :alive] + np.einsum("he,hre->re", layer.memory_HE, past_HRE)
         first_R = (np.float32(layer.sharpness) * score_RE + first_noise_PRE[p, :alive]).argmax(axis=1)
@@ -140,7 +151,7 @@ class Sample:
 
 Blocks = tuple[NDArray[np.float64], ...]
 """logit_E, tilt_RE, memory_HE, first_E, weight_CE."""
-PRECISION = (0.03, 4.0, 0.02, 0.03, 0.3)
+PRECISION = (0.03, 1.5, 0.02, 0.03, 0.3)
 """Of the Gaussian prior of each block: weak, but for the tilt, which has few tokens per request."""
 
 

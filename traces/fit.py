@@ -16,6 +16,7 @@ from .choice import (
     MEMORY_H,
     NUM_BINS,
     PAD,
+    WARM_UP,
     Blocks,
     Ids,
     LayerChoice,
@@ -25,21 +26,23 @@ from .choice import (
     multi_hot,
     remember,
 )
-from .matching import Matched, match, moments
+from .matching import match, moments
 from .requests import group_requests, prompt_lengths
 from .schema import StepSource
 from .spec import SynthSpec, logits_of_load, plain_layer
 from .trace import RoutingTrace
 
 MAX_REQUESTS = 512
+MAX_POSITIONS = 512
 MAX_FACTORS = 32
 PANEL_ENTRIES = 24_000_000
 """Marks per layer of the tokens that moments are measured on."""
-DRAWN_ENTRIES = 2_500_000
+DRAWN_ENTRIES = 3_000_000
 """Marks per layer of the tokens drawn at each correction."""
-LIKELIHOOD_ENTRIES = 20_000_000
+LIKELIHOOD_ENTRIES = 12_000_000
 """Marks over all layers of the tokens that the likelihood sees."""
-GAINS = (0.8, 0.7, 0.6, 0.6, 0.5, 0.5, 0.4, 0.4, 0.3, 0.3, 0.2, 0.2)
+ROUNDS = ((1.0, 0.9, 0.8, 0.7, 0.6, 0.5), (0.5, 0.4, 0.3), (0.3, 0.25, 0.2))
+"""Gains of the corrections; each round draws new requests, so that the fit does not adapt to one draw."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +65,7 @@ def panel_of(trace: RoutingTrace) -> Panel:
     """Lay the requests of a trace side by side: at most `MAX_REQUESTS` of them, drawn evenly over the trace."""
     groups = group_requests(trace)
     chosen_R = _evenly(groups.num_requests, min(groups.num_requests, MAX_REQUESTS))
-    longest = max(PANEL_ENTRIES // (trace.num_experts * len(chosen_R)), 64)
+    longest = min(max(PANEL_ENTRIES // (trace.num_experts * len(chosen_R)), 64), MAX_POSITIONS)
     chosen_R = chosen_R[np.argsort(-groups.lengths[chosen_R], kind="stable")]
     tokens_R = np.minimum(groups.lengths[chosen_R], longest)
     ids_PRLK = np.full((tokens_R[0], len(chosen_R), trace.num_layers, trace.top_k), PAD, np.int32)
@@ -86,6 +89,9 @@ def _memories(ids_PRK: Ids, num_experts: int) -> F32:
     """Return what each token's layer remembers before it chooses, float32 [H, P, R, E]."""
     num_positions, num_requests, _ = ids_PRK.shape
     memory_HPRE = np.zeros((len(MEMORY_H), num_positions, num_requests, num_experts), np.float32)
+    for ids_RK in ids_PRK[:WARM_UP]:
+        alive = int((ids_RK[:, 0] >= 0).sum())
+        remember(memory_HPRE[:, 0, :alive], ids_RK[:alive])
     for p in range(1, num_positions):
         memory_HPRE[:, p] = memory_HPRE[:, p - 1]
         remember(memory_HPRE[:, p], ids_PRK[p - 1])
@@ -165,17 +171,20 @@ def _tilt(tilt_RLE: NDArray[np.float64], domain_R: NDArray[np.int64], num_domain
     )
 
 
-def _typical_tilt(tilt: _Tilt, domain_R: NDArray[np.int64]) -> F32:
-    """Draw tilts whose mean and covariance are those of the model, not of an accident of the draw."""
-    rng, num = np.random.default_rng([len(domain_R), 0]), len(domain_R)
+def _typical_tilt(tilt: _Tilt, domain_R: NDArray[np.int64], draw: int) -> F32:
+    """Draw tilts that are typical for the model: each expert's lie at the quantiles of its normal distribution.
+
+    So the matching does not adapt to the accidents of one draw; how experts move together is still random.
+    """
+    from scipy.special import ndtri
+
+    rng, num = np.random.default_rng([len(domain_R), draw]), len(domain_R)
     factor_RF = rng.standard_normal((num, len(tilt.factor_FLE)))
-    factor_RF -= factor_RF.mean(axis=0)
-    if 0 < factor_RF.shape[1] < num:
-        factor_RF = np.linalg.qr(factor_RF)[0] * np.sqrt(num)
-    own_RLE = rng.standard_normal((num, *tilt.own_LE.shape))
-    own_RLE -= own_RLE.mean(axis=0)
-    drawn_RLE = np.tensordot(factor_RF, tilt.factor_FLE, axes=1) + tilt.own_LE * own_RLE
-    return (drawn_RLE + tilt.domain_DLE[domain_R]).astype(np.float32)
+    drawn_RLE = np.tensordot(factor_RF, tilt.factor_FLE, axes=1)
+    drawn_RLE += tilt.own_LE * rng.standard_normal((num, *tilt.own_LE.shape))
+    rank_RLE = drawn_RLE.argsort(axis=0).argsort(axis=0)
+    size_LE = np.sqrt((tilt.factor_FLE**2).sum(axis=0) + tilt.own_LE**2)
+    return (ndtri((rank_RLE + 0.5) / num) * size_LE + tilt.domain_DLE[domain_R]).astype(np.float32)
 
 
 def fit(source: StepSource) -> SynthSpec:
@@ -188,12 +197,11 @@ def _fit_trace(trace: RoutingTrace) -> SynthSpec:
     layers, tilts = _likeliest(panel, num_experts)
     num_domains = max(len(trace.domains), 1)
     tilt = _tilt(tilts, panel.domain_R, num_domains)
-    matched = _match_layers(panel, layers, tilt, num_experts)
-    scale_LE = np.stack([one.tilt_scale_E for one in matched])
+    layers, scale_LE = _match_layers(panel, layers, tilt, num_experts)
     prompt_Q, decode_Q = _lengths(trace)
     return SynthSpec(
         top_k=trace.top_k,
-        layers=tuple(one.layer for one in matched),
+        layers=tuple(layers),
         factor_FLE=tilt.factor_FLE * scale_LE,
         own_LE=tilt.own_LE * scale_LE,
         domain_DLE=tilt.domain_DLE * scale_LE,
@@ -218,19 +226,29 @@ def _likeliest(panel: Panel, num_experts: int) -> tuple[list[LayerChoice], NDArr
     return layers, np.stack(tilts, axis=1)
 
 
-def _match_layers(panel: Panel, layers: list[LayerChoice], tilt: _Tilt, num_experts: int) -> list[Matched]:
-    """Match the layers from the first up, each on what was drawn of the one below."""
+def _match_layers(
+    panel: Panel, layers: list[LayerChoice], tilt: _Tilt, num_experts: int
+) -> tuple[list[LayerChoice], F32]:
+    """Match the layers from the first up, each on what was drawn of the one below; return them and the tilt's factors."""
     num_positions, num_requests = panel.ids_PRLK.shape[:2]
-    wanted_drawn = int(np.clip(DRAWN_ENTRIES // (num_experts * num_positions), 32, 256))
+    wanted_drawn = int(np.clip(DRAWN_ENTRIES // (num_experts * num_positions), 32, 384))
     drawn = panel.pick(_evenly(num_requests, wanted_drawn))
-    tilt_RLE = _typical_tilt(tilt, drawn.domain_R)
-    matched: list[Matched] = []
-    for level, layer in enumerate(layers):
-        below_PRK = panel.ids_PRLK[:, :, level - 1] if level else None
-        wanted = moments(panel.ids_PRLK[:, :, level], panel.shape, below_PRK, num_experts)
-        drawn_below_PRK = matched[-1].ids_PRK if matched else None
-        matched.append(match(layer, tilt_RLE[:, level], drawn.shape, drawn_below_PRK, wanted, GAINS))
-    return matched
+    wanted = [
+        moments(
+            panel.ids_PRLK[:, :, level], panel.shape, panel.ids_PRLK[:, :, level - 1] if level else None, num_experts
+        )
+        for level in range(len(layers))
+    ]
+    scale_LE = np.ones_like(tilt.own_LE)
+    for turn, gains in enumerate(ROUNDS):
+        tilt_RLE = _typical_tilt(tilt, drawn.domain_R, turn)
+        below_PRK: Ids | None = None
+        for level, layer in enumerate(layers):
+            tilt_RE = tilt_RLE[:, level] * scale_LE[level]
+            matched = match(layer, tilt_RE, drawn.shape, below_PRK, wanted[level], gains)
+            layers[level], below_PRK = matched.layer, matched.ids_PRK
+            scale_LE[level] *= matched.tilt_scale_E
+    return layers, scale_LE
 
 
 def _lengths(trace: RoutingTrace) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -66,20 +66,18 @@ def lru_hit_rate(ids_TK: NDArray[np.integer], num_experts: int) -> NDArray[np.fl
     return np.cumsum(hits) / (num_tokens * k)
 
 
-def aligned_batches(
-    groups: Grouping, batch: int, max_positions: int, seed: int, max_batches: int
-) -> list[NDArray[np.int64]]:
+def aligned_batches(groups: Grouping, batch: int, max_positions: int, seed: int) -> list[NDArray[np.int64]]:
     """Draw batches of requests that start together, as ordered row numbers [P, batch]; empty: too few requests.
 
     P is `max_positions`, less where fewer than `batch` requests are that long. Requests of a batch differ; batches
-    may share some.
+    may share some. There are as many as hold each request twice, but at least 8.
     """
     if groups.num_requests < batch:
         return []
     num_positions = int(min(max_positions, np.sort(groups.lengths)[-batch]))
     long_R = np.flatnonzero(groups.lengths >= num_positions)
     rng = np.random.default_rng([seed, batch])
-    num_batches = min(max_batches, -(-4 * len(long_R) // batch))
+    num_batches = max(min(1024, 2 * len(long_R)) // batch, 8)
     starts = [groups.offsets_R[rng.permutation(long_R)[:batch]] for _ in range(num_batches)]
     return [start_R + np.arange(num_positions)[:, None] for start_R in starts]
 

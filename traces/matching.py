@@ -92,14 +92,14 @@ def _memory_step(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
     """Return the change of the memories' gains: fast from lag 1 against 4, middle from 4 against 16, slow from 8."""
     gap_G = _log_odds(wanted.overlap_G) - _log_odds(seen.overlap_G)
     gap_any = float(_log_odds(wanted.overlap_any) - _log_odds(seen.overlap_any))
-    gaps = np.array([gap_G[0] - gap_G[1], gap_G[1] - gap_G[3], gap_G[2] - gap_any])
+    gaps = np.array([gap_G[0] - gap_G[1], gap_G[1] - gap_G[3], gap_G[2] - 0.7 * gap_any])
     return np.nan_to_num(gaps) * GAIN_H
 
 
 def _tilt_ratio(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
     """Return by how much each expert's variance between requests should grow; rare experts follow the rest."""
     extra_E, seen_E = wanted.together_E - wanted.inside_E**2, seen.together_E - seen.inside_E**2
-    floor = max(float(extra_E.mean()), 1e-9) / 10
+    floor = max(float(extra_E.mean()), 1e-9) / 30
     return np.clip((np.maximum(extra_E, 0) + floor) / (np.maximum(seen_E, 0) + floor), 0.3, 3)
 
 
@@ -138,10 +138,10 @@ def match(
     k = round(float(wanted.inside_E.sum()))
     scale_E = np.ones(tilt_RE.shape[1], np.float32)
     for turn, gain in enumerate((*gains, 0.0)):
-        rng = np.random.default_rng([turn, 0 if below_PRK is None else 1])
+        rng = np.random.default_rng([turn, tilt_RE.shape[0]])
         ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, rng)
         if gain:
             seen = moments(ids_PRK, shape, below_PRK, tilt_RE.shape[1])
             layer = _corrected(layer, wanted, seen, gain)
-            scale_E = np.clip(scale_E * _tilt_ratio(wanted, seen) ** (0.5 * gain), 0.02, 8).astype(np.float32)
+            scale_E = np.clip(scale_E * _tilt_ratio(wanted, seen) ** (0.8 * gain), 0.02, 10).astype(np.float32)
     return Matched(layer=layer, ids_PRK=ids_PRK, tilt_scale_E=scale_E)

@@ -35,8 +35,7 @@ from .trace import RoutingTrace, counts_of
 F64 = NDArray[np.float64]
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZES = (1, 8, 32, 128)
-BATCH_STEPS = 256
-MAX_BATCHES = 48
+BATCH_STEPS = 200
 Column = float | list[float] | F64
 
 
@@ -82,7 +81,7 @@ class TraceStatistics:
 
     batch_sizes_Z: tuple[int, ...] = BATCH_SIZES
     distinct_LZ: F64 | None = None
-    """Experts in use in a step of so many requests that started together, one token each, over 256 steps at most."""
+    """Experts in use in a step of so many requests that started together, one token each, over 200 steps at most."""
     distinct_independent_LZ: F64 | None = None
     step_max_mean_LZ: F64 | None = None
     """Mean over those steps of the fullest expert's load over the mean load."""
@@ -128,7 +127,7 @@ def summarise(
         return _summarise_counts(source)
     groups = group_requests(source)
     ids_TLK = source.expert_ids_TLK[groups.order_T]
-    batches = {size: aligned_batches(groups, size, BATCH_STEPS, seed, MAX_BATCHES) for size in batch_sizes}
+    batches = {size: aligned_batches(groups, size, BATCH_STEPS, seed) for size in batch_sizes}
     columns: dict[str, list[Column]] = {}
     for level in range(source.num_layers):
         ids_TK, below_TK = ids_TLK[:, level], ids_TLK[:, level - 1] if level else None
