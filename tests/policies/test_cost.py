@@ -77,16 +77,17 @@ def test_more_sms_finish_later_by_less_than_one_tile_of_each_product(values: lis
     assert model.layer_ns(many, 0, counts(values)) <= model.layer_ns(few, 0, counts(values)) + slack
 
 
-@given(
-    values=counts_of_layer,
-    factor=st.floats(1.0, 4.0),
-    name=st.sampled_from(["unsliced", "co-resident", "light", "green"]),
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("unsliced", 0.0), ("green", 0.0), ("co-resident", 0.05), ("light", 0.05)]
 )
-def test_more_bandwidth_is_never_later(name: str, values: list[int], factor: float):
-    # Not so for stealing, where a split of tiles chosen by speeds alone meets other speeds together.
+@given(values=counts_of_layer, factor=st.floats(1.0, 4.0))
+def test_more_bandwidth_is_never_later(name: str, tolerance: float, values: list[int], factor: float):
+    # On shared SMs it may be, by a little: cold experts that wait less for memory take more of the pipes from the hot
+    # ones, which end last. Stealing is left out, since it splits tiles by speeds that change afterwards.
     faster = replace(DEVICE, read_curve_bytes_per_s=tuple(y * factor for y in DEVICE.read_curve_bytes_per_s))
     before, after = (truth(d).layer_ns(PLANS[name], 0, counts(values)) for d in (DEVICE, faster))
-    assert after <= before * 1.001 + 2
+    rounding_ns = 10
+    assert after <= before * (1 + tolerance) + rounding_ns
 
 
 @pytest.mark.parametrize("name", ["co-resident", "light", "green"])
