@@ -1,5 +1,232 @@
 """`trace info | import | compose | synth`: look at routing, read other formats, batch it, make it up."""
 
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
-app = typer.Typer()
+from .cli_lists import AsJson, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..traces.schema import StepSource
+    from ..traces.statistics import TraceStatistics
+    from .inputs import Opened
+
+app = typer.Typer(help="Look at routing traces, import, batch and synthesise them.", no_args_is_help=True)
+
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same trace.")]
+Segment = Annotated[str | None, typer.Option(help="Part of the trace; 'all' takes every step.")]
+STATISTICS_TOKENS = 150_000
+"""Statistics of more tokens than this take long and hardly move."""
+
+
+@app.command()
+def info(
+    trace: Annotated[str, typer.Argument(help="A trace file, or 'bundled'.")],
+    *,
+    segment: Segment = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures (SVG and PNG).")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a trace holds: its shape, how skewed, how local and how dependent its routing is."""
+    from .inputs import choose_segment, open_source
+    from .workload import survey
+
+    opened = choose_segment(open_source(trace), segment)
+    look = survey(opened.source, num_windows=1, window_steps=1)
+    stats, said = _statistics(opened.source, seed)
+    drawn: list[str] = []
+    if figures is not None:
+        from .figures_trace import draw_trace
+
+        drawn = [str(figures / f"{one.name}.svg") for one in draw_trace(stats, look.mean_LE, figures)]
+    phases = {phase: n for phase, n in look.steps_of_phase.items() if n}
+    facts = opened.plain() | {"num_tokens": look.num_tokens, "steps_of_phase": phases, "figures": drawn}
+    facts["notes"] = [*opened.notes, *said]
+    if as_json:
+        print_json({"trace": facts, "statistics": asdict(stats)})
+        return
+    _print_facts(opened, facts)
+    print_table(
+        "statistics, over layers",
+        ("", "median", "least", "most"),
+        _statistics_rows(stats),
+        right=("median", "least", "most"),
+    )
+    for path in drawn:
+        typer.echo(path)
+
+
+def _statistics(source: "StepSource", seed: int) -> "tuple[TraceStatistics, tuple[str, ...]]":
+    from rich.console import Console
+
+    from ..traces.statistics import summarise
+    from .inputs import in_memory
+
+    tokens = in_memory(source, STATISTICS_TOKENS)
+    with Console(stderr=True).status("computing statistics"):
+        stats = summarise(tokens or source, seed=seed)
+    total = getattr(source, "num_tokens", stats.num_tokens)
+    partly = stats.num_tokens < total
+    return stats, (f"statistics are of the first {stats.num_tokens} of {total} tokens",) if partly else ()
+
+
+def _print_facts(opened: "Opened", facts: dict[str, Any]) -> None:
+    phases = ", ".join(f"{n} {phase}" for phase, n in facts["steps_of_phase"].items())
+    segments = ", ".join(getattr(opened.source, "segments", ()))
+    domains = ", ".join(getattr(opened.source, "domains", ()))
+    rows = {
+        "trace": facts["name"],
+        "shape": f"{facts['num_layers']} MoE layers × {facts['num_experts']} experts, top-{facts['top_k']}",
+        "steps": f"{facts['num_steps']} ({phases}), {facts['num_tokens']} tokens",
+        "segments": segments,
+        "domains": domains,
+        "model": facts["model"],
+        "device": facts["device"],
+        "source": facts["source"],
+        "sha256": facts["sha256"],
+    }
+    for name, value in [*rows.items(), *(("note", note) for note in facts["notes"])]:
+        if value:
+            typer.echo(f"{name:9s} {value}")
+
+
+def _statistics_rows(stats: "TraceStatistics") -> list[list[str]]:
+    import numpy as np
+
+    def row(name: str, values: Any, form: str = ".2f") -> list[str]:
+        return [name, *(format(f(values), form) for f in (np.nanmedian, np.nanmin, np.nanmax))]
+
+    rows = [
+        row("Gini coefficient of the load", stats.gini_L),
+        row("fullest expert / mean", stats.max_mean_L, ".1f"),
+        row("Zipf exponent", stats.zipf_s_L),
+        row("overlap of independent tokens", stats.overlap_independent_L),
+    ]
+    if stats.overlap_LG is not None:
+        rows += [row(f"overlap, {lag} token(s) apart", stats.overlap_LG[:, g]) for g, lag in enumerate(stats.lags_G)
+                 if not np.isnan(stats.overlap_LG[:, g]).all()]  # fmt: skip
+    if stats.mutual_information_bits_L is not None:
+        rows.append(row("bits shared with the layer below", stats.mutual_information_bits_L))
+    if stats.distinct_LZ is not None:
+        known = [z for z in range(len(stats.batch_sizes_Z)) if not np.isnan(stats.distinct_LZ[:, z]).all()]
+        rows += [
+            row(f"experts used by a batch of {stats.batch_sizes_Z[z]}", stats.distinct_LZ[:, z], ".1f") for z in known
+        ]
+    return rows
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A file of routing records of another tool.")],
+    out: Annotated[Path, typer.Argument(help="The trace to write (Parquet).")],
+    *,
+    form: Annotated[str | None, typer.Option("--format", help="Left out: detected.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="For formats that do not say.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read routing records of another tool and write them as a trace."""
+    from ..traces.importers import import_trace
+    from ..traces.store import write_trace
+
+    result = import_trace(source, format=form, top_k=top_k)
+    write_trace(result.trace, out)
+    _report_written(out, result.trace, [f"format {result.format}", *result.notes], as_json=as_json)
+
+
+@app.command()
+def compose(
+    trace: Annotated[str, typer.Argument(help="A trace of requests, or 'bundled'.")],
+    out: Annotated[Path, typer.Argument(help="The trace to write (Parquet).")],
+    *,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
+    steps: Annotated[int | None, typer.Option(min=1, help="Left out: until every request has run once.")] = None,
+    prefill_chunk: Annotated[int | None, typer.Option(min=1, help="Most tokens of one prompt in a step.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens in a step.")] = None,
+    arrivals_per_step: Annotated[float | None, typer.Option(help="Poisson arrivals; left out: all wait.")] = None,
+    segment: Segment = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a trace's requests in other continuous batches, as a server would."""
+    from ..traces.compose import Composition, Poisson
+    from ..traces.compose import compose as composed
+    from ..traces.store import write_trace
+    from .inputs import choose_segment, in_memory, open_source
+
+    opened = choose_segment(open_source(trace), segment)
+    requests = in_memory(opened.source)
+    if requests is None:
+        raise ValueError(f"{opened.name} holds counts alone, no requests to batch; give a trace of tokens")
+    composition = Composition(
+        batch_size=batch_size,
+        arrival="closed" if arrivals_per_step is None else Poisson(per_step=arrivals_per_step),
+        prefill_chunk_tokens=prefill_chunk,
+        max_tokens_per_step=max_tokens,
+        num_steps=steps,
+        seed=seed,
+    )
+    result = composed(requests, composition)
+    write_trace(result, out)
+    _report_written(out, result, opened.notes, as_json=as_json)
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="The trace to write (Parquet).")],
+    *,
+    like: Annotated[str | None, typer.Option(help="Fit the generator to this trace, or to 'bundled'.")] = None,
+    segment: Segment = None,
+    model: Annotated[str | None, typer.Option(help="Take layers, experts and top-k from this model.")] = None,
+    zipf: Annotated[float, typer.Option(help="Skew of the load, without --like.")] = 0.5,
+    requests: Annotated[int, typer.Option(min=1, help="Requests to draw.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help="Per request, without --like.")] = 64,
+    decode_tokens: Annotated[int, typer.Option(min=0, help="Per request, without --like.")] = 64,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Draw synthetic routing, from a few numbers or like a real trace; `compose` makes batches of it."""
+    from dataclasses import replace
+
+    from ..traces.models import load_model
+    from ..traces.spec import zipf_spec
+    from ..traces.store import write_trace
+    from ..traces.synth import synthesise
+
+    shape = load_model(model) if model else None
+    if like is not None:
+        from .fitted import fit_like, resized
+
+        spec = fit_like(like, segment)
+        spec = resized(spec, shape) if shape else spec
+    elif shape is None:
+        raise ValueError("nothing says what to synthesise; give --like TRACE, --model NAME, or both")
+    else:
+        spec = zipf_spec(shape.num_layers, shape.num_experts, shape.top_k, zipf_s=zipf, prompt_tokens=prompt_tokens,
+                         decode_tokens=decode_tokens, seed=seed)  # fmt: skip
+    result = synthesise(spec, requests, seed)
+    if shape is not None:
+        result = replace(result, provenance=replace(result.provenance, model=shape.name))
+    write_trace(result, out)
+    _report_written(out, result, (), as_json=as_json)
+
+
+def _report_written(out: Path, trace: Any, notes: Any, *, as_json: bool) -> None:
+    facts = {
+        "path": str(out),
+        "num_steps": trace.num_steps,
+        "num_tokens": getattr(trace, "num_tokens", None),
+        "num_layers": trace.num_layers,
+        "num_experts": trace.num_experts,
+        "top_k": trace.top_k,
+        "notes": list(notes),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    shape = f"{trace.num_layers} layers × {trace.num_experts} experts, top-{trace.top_k}"
+    typer.echo(f"wrote {out}: {trace.num_steps} steps, {shape}")
+    for note in notes:
+        typer.echo(f"note: {note}")

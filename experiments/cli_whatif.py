@@ -7,11 +7,10 @@ import typer
 
 from .cli_lists import AsJson, print_json
 
-Many = Annotated[list[str] | None, typer.Option()]
-
 
 def whatif(
     trace: Annotated[str | None, typer.Argument(help="A routing trace; left out: the bundled one.")] = None,
+    *,
     device: Annotated[str, typer.Option(help="See `expertslice devices`.")] = "h100-sxm5-80gb",
     policy: Annotated[list[str] | None, typer.Option(help="May be repeated; default: all built-in ones.")] = None,
     model: Annotated[str | None, typer.Option(help="A name from `expertslice models`, or a config.json.")] = None,
@@ -32,7 +31,8 @@ def whatif(
     no_report: Annotated[bool, typer.Option("--no-report", help="Leave out figures and the HTML report.")] = False,
 ) -> None:
     """Rank slicing policies on a routing trace: which one, by how much, how sure, and why."""
-    from .whatif import Options, what_if
+    from .case import Options
+    from .whatif import what_if
 
     options = Options(
         trace=trace,

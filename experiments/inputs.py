@@ -10,10 +10,13 @@ from typing import Any
 from ..policies.contract import Policy
 from ..policies.data import nearest
 from ..traces.schema import MoeSpec, StepSource
+from ..traces.trace import RoutingTrace
 from .runs import sha256_of
 from .workload import match_model, shape_of
 
 BUNDLED = "bundled"
+REBATCH_TOKENS = 400_000
+"""Tokens of a trace held in memory to batch its requests anew; a longer trace gives its first ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +93,23 @@ def _checksum(path: Path) -> str | None:
         return sha256_of(path)
     parts = sorted(p for p in path.with_name(path.name + ".parts").glob("*") if p.is_file())
     return hashlib.sha256("".join(sha256_of(p) for p in parts).encode()).hexdigest()
+
+
+def in_memory(source: StepSource, most_tokens: int = REBATCH_TOKENS) -> RoutingTrace | None:
+    """Return a token trace, or its first tokens, in memory; None for counts alone."""
+    if isinstance(source, RoutingTrace):
+        return source
+    blocks = getattr(source, "blocks", None)
+    if blocks is None or not hasattr(source, "num_tokens"):
+        return None
+    from ..traces.trace import concat
+
+    kept: list[RoutingTrace] = []
+    for block in blocks():
+        kept.append(block)
+        if sum(b.num_tokens for b in kept) >= most_tokens:
+            break
+    return concat(kept) if kept else None
 
 
 def choose_segment(opened: Opened, segment: str | None) -> Opened:

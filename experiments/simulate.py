@@ -37,6 +37,7 @@ from .records import RecordWriter
 KNOWN_PLANS = 64
 """Plans remembered to find a record's layout; records lag decisions by a few steps."""
 REPORT_EVERY_STEPS = 16
+PHASE_BITS, SLICED_BIT = 3, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class World:
     device: DeviceSpec
     model: MoeSpec
     mechanisms: frozenset[Mechanism] = frozenset(MECHANISMS)
-    control: Control = Control()
+    control: Control = field(default_factory=Control)
     seed: int = 0
 
     def truth(self, draw: int | None = None) -> CostModel:
@@ -89,7 +90,8 @@ class Outcome:
 
     policy: str
     step_ns: array = field(default_factory=lambda: array("q"))
-    phases: array = field(default_factory=lambda: array("b"))
+    flags: array = field(default_factory=lambda: array("b"))
+    """Per step: its index into `PHASES`, and whether it was sliced."""
     tokens: int = 0
     makespan_ns: int = 0
     reconfigurations: int = 0
@@ -106,15 +108,17 @@ class Outcome:
     energy: tuple[EnergyWindow, ...] = ()
     energy_tokens: int = 0
 
-    @property
-    def times_N(self) -> NDArray[np.float64]:
+    def times(self) -> NDArray[np.float64]:
         """Return the step times, ns."""
         return np.frombuffer(self.step_ns, dtype=np.int64).astype(np.float64)
 
-    @property
-    def phase_N(self) -> NDArray[np.int8]:
+    def phase_ids(self) -> NDArray[np.int8]:
         """Return each step's index into `PHASES`."""
-        return np.frombuffer(self.phases, dtype=np.int8)
+        return np.frombuffer(self.flags, dtype=np.int8) & PHASE_BITS
+
+    def sliced(self) -> NDArray[np.bool_]:
+        """Return whether each step ran on more than one slice."""
+        return (np.frombuffer(self.flags, dtype=np.int8) & SLICED_BIT) != 0
 
 
 class Collector:
@@ -148,7 +152,8 @@ class Collector:
         step_ns = record.end_ns - max(self._end_ns, step.arrival_ns or 0)
         self._end_ns = record.end_ns
         out.step_ns.append(step_ns)
-        out.phases.append(PHASES.index(step.phase))
+        is_sliced = record.busy_ns_LS.shape[1] > 1
+        out.flags.append(PHASES.index(step.phase) | SLICED_BIT * is_sliced)
         out.tokens += step.num_tokens
         out.makespan_ns = record.end_ns
         out.reconfigurations += record.reconfigure_ns > 0
@@ -159,12 +164,11 @@ class Collector:
         out.hbm_bytes += record.hbm_bytes
         out.flops += record.flops
         out.fallback_steps += record.fallback is not None
-        out.unsliced_steps += record.busy_ns_LS.shape[1] == 1
+        out.unsliced_steps += not is_sliced
         self._add_layers(record, step_ns)
 
     def _add_layers(self, record: StepRecord, step_ns: int) -> None:
-        begin_L = layer_starts(record)
-        spans_L = np.diff(begin_L, append=record.end_ns)
+        spans_L = np.diff(layer_bounds(record))
         out = self.outcome
         out.layer_ns_L = spans_L + (out.layer_ns_L if len(out.layer_ns_L) else 0)
         layout = self._plans.get(record.plan_id)
@@ -173,12 +177,17 @@ class Collector:
             use.add(step_ns, record.busy_ns_LS.sum(axis=0))
 
 
-def layer_starts(record: StepRecord) -> NDArray[np.int64]:
-    """Return when each layer's time begins: with its first busy slice; the first layer's with the step."""
+def layer_bounds(record: StepRecord) -> NDArray[np.int64]:
+    """Return [L + 1] times at which layers meet: as long before a layer's first busy slice as in the first layer.
+
+    What comes before the slices, routing above all, takes as long in every layer of a step.
+    """
     busy_LS = record.busy_ns_LS > 0
-    begin_L = np.where(busy_LS, record.start_ns_LS, record.end_ns).min(axis=1, initial=record.end_ns)
-    begin_L[0] = record.start_ns
-    return np.minimum.accumulate(begin_L[::-1])[::-1]
+    first_L = np.where(busy_LS, record.start_ns_LS, record.end_ns).min(axis=1)
+    begin_ns = record.start_ns + record.reconfigure_ns
+    head_ns = max(0, int(first_L[0]) - begin_ns)
+    inner = np.maximum.accumulate(np.maximum(first_L[1:] - head_ns, begin_ns))
+    return np.concatenate([[begin_ns], np.minimum(inner, record.end_ns), [record.end_ns]])
 
 
 def simulate(

@@ -18,6 +18,12 @@ COLUMNS = (
 )
 
 
+MISSED_LEAST = ("changes", "slices busy", "p95", "J/1k tok", "tokens/s")
+BOUND = "bound, not deployable"
+WIDE = 120
+"""Columns where nobody watches."""
+
+
 def time_words(ns: float) -> str:
     """Return a duration in the unit that fits it."""
     return f"{ns / 1e3:,.0f} µs" if ns < 1e7 else f"{ns / 1e6:,.1f} ms"
@@ -26,6 +32,11 @@ def time_words(ns: float) -> str:
 def rate_words(per_s: float) -> str:
     """Return a rate in thousands where that is shorter."""
     return f"{per_s / 1e3:,.1f} k" if per_s >= 1e4 else f"{per_s:,.0f}"
+
+
+def share_words(share: float, digits: int = 0) -> str:
+    """Return a share in percent."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def effect_words(row: Mapping[str, Any]) -> str:
@@ -38,7 +49,7 @@ def effect_words(row: Mapping[str, Any]) -> str:
 def rank_words(row: Mapping[str, Any]) -> str:
     """Return the place, ties and bounds named."""
     if not row["deployable"]:
-        return "bound, not deployable"
+        return BOUND
     return f"{row['rank']} (tie)" if row["tied"] else str(row["rank"])
 
 
@@ -72,11 +83,12 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     phases = ", ".join(f"{n} {phase}" for phase, n in work["steps_of_phase"].items() if n)
     mean_tokens = work["num_tokens"] / work["num_steps"]
     status = "PROVISIONAL: not calibrated on hardware" if summary["provisional"] else "calibrated"
+    shape = f"{model['num_layers']} MoE layers × {model['num_experts']} experts, top-{model['top_k']}"
     return [
         ("trace", f"{trace['name']}, {work['num_steps']} steps ({phases}), {mean_tokens:.0f} tokens a step"),
         (
             "model",
-            f"{model['name']}, {model['num_layers']} MoE layers × {model['num_experts']} experts, top-{model['top_k']}",
+            f"{model['name']}, {shape}",
         ),
         ("device", f"{device['name']}, simulated, {status}"),
         *(("note", note) for note in summary["notes"]),
@@ -86,27 +98,49 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def print_summary(summary: Mapping[str, Any], folder: Path, *, report: bool) -> None:
     """Print the outcome to stdout."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    console = Console(highlight=False, width=max(console.width, 110))
-    title = "slicing policies" + (" (provisional device model)" if summary["provisional"] else "")
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
-    for row in summary["ranking"]:
-        table.add_row(*map(Text, cells(row)), style="dim" if not row["deployable"] else "")
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDE)
     _print_pairs(console, headline(summary))
     console.print()
-    console.print(table)
+    console.print(_rich_table(summary, console.width))
     console.print()
-    statistics = summary["statistics"]
-    console.print(
-        Text(f"± covers the workload and the model's error together ({statistics['level']:.0%})", style="dim")
-    )
+    level = share_words(summary["statistics"]["level"])
+    console.print(Text(f"± covers the workload and the model's error together ({level})", style="dim"))
     _print_pairs(console, [("why" if i == 0 else "", s) for i, s in enumerate(summary["why"]["sentences"])])
     _print_pairs(console, [("report", str(folder / "report.html"))] if report else [("records", str(folder))])
+
+
+def _rich_table(summary: Mapping[str, Any], width: int) -> Any:
+    """Return the ranking; on a narrow terminal without the columns that can best be missed."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = [(row["deployable"], cells(row)) for row in summary["ranking"]]
+    shown = _columns_that_fit([texts for _, texts in rows], width)
+    title = "slicing policies" + (" (provisional device model)" if summary["provisional"] else "")
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index in shown:
+        table.add_column(COLUMNS[index], justify="left" if index == 0 else "right", no_wrap=True)
+    for deployable, texts in rows:
+        if not deployable:
+            table.add_row(Text(f"{BOUND}:", style="dim"))
+        said = texts if deployable else [f"  {texts[0]}", *texts[1:-1], "–"]
+        table.add_row(*(Text(said[index]) for index in shown), style="" if deployable else "dim")
+    return table
+
+
+def _columns_that_fit(rows: Sequence[Sequence[str]], width: int) -> list[int]:
+    widths = [max(len(name), *(len(texts[i]) for texts in rows)) + 2 for i, name in enumerate(COLUMNS)]
+    widths[0] = max(widths[0], len(BOUND) + 3)
+    widths[-1] = len("1 (tie)")
+    shown = list(range(len(COLUMNS)))
+    for name in MISSED_LEAST:
+        if sum(widths[i] for i in shown) > width:
+            shown.remove(COLUMNS.index(name))
+    return shown
 
 
 def _print_pairs(console: Any, pairs: Sequence[tuple[str, str]]) -> None:

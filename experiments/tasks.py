@@ -13,6 +13,7 @@ import numpy as np
 
 from ..policies.contract import Policy
 from ..traces.schema import StepSource
+from .errors import sentence_of
 from .simulate import Outcome, World, simulate
 
 POLL_S = 0.2
@@ -41,11 +42,24 @@ class Task:
         return simulate(self.name, self.policy, steps, world, draw=self.draw, records=self.records, on_steps=on_steps)
 
 
-def _run_in_worker(place: int, task: Task, world: World, counters: Path) -> tuple[int, Outcome]:
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A mistake of the user's, as its sentence: a traceback does not survive the way back from a worker."""
+
+    sentence: str
+
+
+def _run_in_worker(place: int, task: Task, world: World, counters: Path) -> tuple[int, Outcome | Refused]:
     # Ctrl-C reaches every process of the terminal; only the parent decides what to keep.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     done = np.memmap(counters, dtype=np.int64, mode="r+")
-    return place, task.run(world, lambda steps: done.__setitem__(place, steps))
+    try:
+        return place, task.run(world, lambda steps: done.__setitem__(place, steps))
+    except ValueError as error:
+        sentence = sentence_of(error)
+        if sentence is None:
+            raise
+        return place, Refused(sentence)
 
 
 def run_tasks(tasks: Sequence[Task], world: World, *, jobs: int) -> Iterator[tuple[Task, Outcome]]:
@@ -76,10 +90,17 @@ def _in_parallel(tasks: Sequence[Task], world: World, jobs: int, counters: Path)
     parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
     results = parallel(delayed(_run_in_worker)(place, task, world, counters) for place, task in enumerate(tasks))
     try:
-        yield from results
+        for place, outcome in results:
+            yield place, _accepted(outcome)
     except BaseException:
         _kill_workers()
         raise
+
+
+def _accepted(outcome: Outcome | Refused) -> Outcome:
+    if isinstance(outcome, Outcome):
+        return outcome
+    raise ValueError(outcome.sentence)
 
 
 def _kill_workers() -> None:

@@ -122,7 +122,7 @@ def _expert_ns(truth: CostModel, plan: Plan, counts_LE: NDArray[np.int32]) -> tu
     wide = (len(tables.weight_bytes_PD), model.num_experts)
     weight_PE = np.broadcast_to(tables.weight_bytes_PD, wide)
     row_PE = np.broadcast_to(tables.row_bytes_PD, wide)
-    tiles_PE = np.broadcast_to(tables.columns_PSD[:, 0] * tables.pipe_ns_PSD[:, 0], wide)
+    tiles_PE = np.broadcast_to(tables.columns_PSD[:, 0] * tables.tile_PSD[0, :, 0], wide)
     n_PLE = counts_LE[None].astype(float)
     bytes_LE = (np.where(n_PLE > 0, weight_PE[:, None], 0.0) + n_PLE * row_PE[:, None]).sum(axis=0)
     row_tiles_PLE = np.ceil(n_PLE / tables.rows_PS[:, :1, None])

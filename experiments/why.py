@@ -11,6 +11,7 @@ from ..policies.contract import Plan
 from ..policies.cost import CostModel
 from ..traces.schema import RoutedStep
 from .ranking import REFERENCE, Evidence, Ranking
+from .table import share_words
 from .terms import LayerTerms, layer_terms, mean, weighted
 
 BESIDE = 0.1
@@ -61,15 +62,18 @@ def _best(ranking: Ranking) -> str | None:
 
 
 def _where_time_goes(terms: Sequence[LayerTerms]) -> str:
+    cold, hot, launches, other = (
+        share_words(weighted(terms, name)) for name in ("cold_share", "hot_share", "launch_share", "other_share")
+    )
+    each = f" ({mean(terms, 'hot_tokens'):.0f} tokens each)" if mean(terms, "hot_experts") else ""
     parts = [
-        f"{weighted(terms, 'cold_share'):.0%} of an unsliced step's time goes to {mean(terms, 'cold_experts'):.1f} "
-        f"cold experts a layer, bound by memory ({mean(terms, 'cold_tokens'):.1f} tokens each)",
-        f"{weighted(terms, 'hot_share'):.0%} to {mean(terms, 'hot_experts'):.1f} hot ones, bound by arithmetic"
-        + (f" ({mean(terms, 'hot_tokens'):.0f} tokens each)" if mean(terms, "hot_experts") else ""),
-        f"{weighted(terms, 'launch_share'):.0%} to routing, launches and combining",
+        f"{cold} of an unsliced step's time goes to {mean(terms, 'cold_experts'):.1f} cold experts a layer, bound by "
+        f"memory ({mean(terms, 'cold_tokens'):.1f} tokens each)",
+        f"{hot} to {mean(terms, 'hot_experts'):.1f} hot ones, bound by arithmetic{each}",
+        f"{launches} to routing, launches and combining",
     ]
     if weighted(terms, "other_share"):
-        parts.append(f"{weighted(terms, 'other_share'):.0%} to attention and other dense work")
+        parts.append(f"{other} to attention and other dense work")
     return ", ".join(parts[:-1]) + f" and {parts[-1]}."
 
 
@@ -78,8 +82,8 @@ def _room(terms: Sequence[LayerTerms]) -> str:
     overlap, floor = weighted(terms, "overlap_share"), weighted(terms, "floor_share")
     where = f"in {layer_words([t.layer for t in beside])}" if beside else "in no layer"
     return (
-        f"Both kinds stand side by side {where}; overlapping them perfectly would save {overlap:.1%} of the step, "
-        f"and the experts' physical floor is {floor:.0%} of it."
+        f"Both kinds stand side by side {where}; overlapping them perfectly would save {share_words(overlap, 1)} of "
+        f"the step, and the experts' physical floor is {share_words(floor)} of it."
     )
 
 
@@ -104,15 +108,12 @@ def _outcome(
     p = ranking.names.index(best)
     effect, half = ranking.effect_P[p], ranking.half_P[p]
     if effect + half >= 0:
-        return [
-            f"Nothing to gain that can be told from noise: the best sliced policy, {best}, lies at {effect:+.1f} % ± "
-            f"{half:.1f} against unsliced, and {_dominant(terms)}."
-        ]
+        return [_no_gain(ranking, evidence, best, effect, half), f"{_dominant(terms)}."]
     outcome = evidence.main[best]
     sliced = 1 - outcome.unsliced_steps / len(outcome.step_ns)
     gained = [layer for layer, gain in enumerate(gain_L) if gain >= GAIN_WORTH]
     flat = [layer for layer, gain in enumerate(gain_L) if gain < GAIN_WORTH]
-    said = [f"{best} gains {-effect:.1f} % ± {half:.1f}, slicing {sliced:.0%} of the steps"]
+    said = [f"{best} gains {-effect:.1f} % ± {half:.1f}, slicing {share_words(sliced)} of the steps"]
     if gained:
         average = sum(gain_L[layer] for layer in gained) / len(gained)
         bounds = sorted({terms[layer].bound for layer in gained})
@@ -124,17 +125,36 @@ def _outcome(
     return sentences
 
 
+def _no_gain(ranking: Ranking, evidence: Evidence, best: str, effect: float, half: float) -> str:
+    said = f"Nothing to gain that can be told from noise: {best} lies at {signed(effect)} % ± {half:.1f}"
+    outcome = evidence.main[best]
+    if outcome.unsliced_steps == len(outcome.step_ns):
+        said += ", never finding a slice worth it"
+    bounds = [p for p, place in enumerate(ranking.ranks) if place is None]
+    if bounds:
+        p = min(bounds, key=lambda q: ranking.effect_P[q])
+        said += (
+            f"; {ranking.names[p]}, who knows the coming step and is not deployable, lies at "
+            f"{signed(ranking.effect_P[p])} % ± {ranking.half_P[p]:.1f}"
+        )
+    return said + "."
+
+
+def signed(value: float) -> str:
+    """Return a number with its sign, a true minus."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
 def _dominant(terms: Sequence[LayerTerms]) -> str:
     shares = {
-        "memory binds": weighted(terms, "cold_share"),
-        "arithmetic binds": weighted(terms, "hot_share"),
-        "routing, launches and combining take": weighted(terms, "launch_share"),
-        "attention and other dense work take": weighted(terms, "other_share"),
+        "Reading the weights of cold experts takes": weighted(terms, "cold_share"),
+        "The arithmetic of hot experts takes": weighted(terms, "hot_share"),
+        "Routing, launches and combining take": weighted(terms, "launch_share"),
+        "Attention and other dense work take": weighted(terms, "other_share"),
     }
     what = max(shares, key=lambda name: shares[name])
-    return (
-        f"{what} {shares[what]:.0%} of the time, which no slice changes" if shares[what] > 0.5 else "no term dominates"
-    )
+    changed = ", which slices share out but do not shorten" if shares[what] > 0.5 else ""
+    return f"{what} {share_words(shares[what])} of the time{changed}"
 
 
 def _losers(ranking: Ranking, evidence: Evidence) -> list[str]:
@@ -146,9 +166,9 @@ def _losers(ranking: Ranking, evidence: Evidence) -> list[str]:
     if ranking.names[p] == REFERENCE or effect <= half or not outcome.layouts:
         return []
     use = max(outcome.layouts.values(), key=lambda u: u.steps)
-    busy = ", ".join(f"{share:.0%}" for share in use.busy_ns_S / use.step_ns)
+    busy = ", ".join(f"{share_words(share)}" for share in use.busy_ns_S / use.step_ns)
     lost = outcome.reconfigure_ns + outcome.capture_ns + outcome.stall_ns
     return [
         f"{ranking.names[p]} loses {effect:.1f} % ± {half:.1f}: its slices are busy {busy} of the time, and changing "
-        f"plans costs {lost / outcome.makespan_ns:.1%}."
+        f"plans costs {share_words(lost / outcome.makespan_ns, 1)}."
     ]

@@ -6,14 +6,12 @@ Shape letters: N steps, L MoE layers, E experts, T tokens.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.compose import ComposedSource, Composition
 from ..traces.schema import PHASES, MoeSpec, Phase, Provenance, RoutedStep, StepSource
-from ..traces.synth import SynthSource
 from ..traces.trace import RoutingTrace
 
 LEAST_REQUESTS = 8
@@ -135,7 +133,7 @@ def survey(source: StepSource, *, num_windows: int, window_steps: int) -> Survey
     )
 
 
-def composition_like(trace: RoutingTrace, num_steps: int) -> Composition | None:
+def composition_like(trace: RoutingTrace) -> Composition | None:
     """Return how a trace's requests were batched, as far as it shows; None when it has too few requests.
 
     Batches hold as many requests as a busy step of the trace does, and no more tokens than its largest step.
@@ -149,7 +147,6 @@ def composition_like(trace: RoutingTrace, num_steps: int) -> Composition | None:
         batch_size=max(1, int(np.quantile(requests_N[requests_N > 0], 0.9))),
         max_tokens_per_step=int(tokens_N.max()),
         prefill_chunk_tokens=_chunk(trace),
-        num_steps=num_steps,
     )
 
 
@@ -163,20 +160,11 @@ def _chunk(trace: RoutingTrace) -> int | None:
     return int(np.unique(pairs, axis=1, return_counts=True)[1].max())
 
 
-def rebatched(
-    source: StepSource, trace: RoutingTrace | None, *, count: int, num_steps: int, seed: int
-) -> list[FixedSteps]:
-    """Return independent batches of the source's requests; none where it has no requests to batch anew."""
-    if isinstance(source, Limited):
-        return rebatched(source.source, trace, count=count, num_steps=num_steps, seed=seed)
-    if isinstance(source, SynthSource):
-        others = [replace(source, seed=seed + i + 1, composition=replace(source.composition, num_steps=num_steps,
-                  seed=seed + i + 1)) for i in range(count)]  # fmt: skip
-        return [fixed(other.steps(), other) for other in others]
-    composition = None if trace is None else composition_like(trace, num_steps)
-    if trace is None or composition is None:
+def rebatched(trace: RoutingTrace | None, like: Composition | None, *, count: int, seed: int) -> list[FixedSteps]:
+    """Return independent batches of a trace's requests; none where there are no requests to batch anew."""
+    if trace is None or like is None:
         return []
-    composed = [ComposedSource(trace=trace, composition=replace(composition, seed=seed + i + 1)) for i in range(count)]
+    composed = [ComposedSource(trace=trace, composition=replace(like, seed=seed + i + 1)) for i in range(count)]
     return [fixed(one.steps(), one) for one in composed]
 
 
@@ -198,9 +186,3 @@ def match_model(source: StepSource, model: MoeSpec) -> MoeSpec:
             "for that model"
         )
     return replace(model, num_layers=source.num_layers)
-
-
-def is_parquet(path: Path) -> bool:
-    """Return whether a file is Parquet by its first bytes."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PAR1"

@@ -1,0 +1,208 @@
+"""Figures of a what-if run: the ranking, where time goes, the load, step times, one step as a timeline.
+
+Shape letters: P policies, L MoE layers, E experts, S slices.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..policies.contract import StepRecord
+from .plotting import GRID, INK, PALETTE, Drawn, axes, colours, finish, styled
+from .ranking import REFERENCE
+from .records import read_records
+from .simulate import Outcome
+from .summary import Result
+from .table import effect_words, rank_words, share_words
+
+TERMS = (
+    ("cold_share", "cold experts: memory", PALETTE[0]),
+    ("hot_share", "hot experts: arithmetic", PALETTE[3]),
+    ("launch_share", "routing, launches, combining", PALETTE[7]),
+    ("other_share", "attention and other dense work", PALETTE[2]),
+)
+ECDF_POINTS = 400
+
+
+def draw_all(result: Result, summary: dict[str, Any], folder: Path) -> list[Drawn]:
+    """Draw every figure of a run and save it in the run's folder."""
+    with styled():
+        drawn = [
+            ranking_figure(result, summary, folder),
+            layers_figure(result, folder),
+            load_figure(result, folder),
+            timeline_figure(result, folder),
+            times_figure(result, folder),
+        ]
+    return [one for one in drawn if one is not None]
+
+
+def _tag(result: Result) -> str:
+    return " (provisional device model)" if result.provisional else ""
+
+
+def ranking_figure(result: Result, summary: dict[str, Any], folder: Path | None) -> Drawn:
+    """Draw each policy's effect with its two intervals apart."""
+    ranking, rows = result.ranking, summary["ranking"]
+    figure, ax = axes(0.9 + 0.42 * len(rows))
+    for y, row in enumerate(rows):
+        effect, p = row["effect_percent"], ranking.names.index(row["policy"])
+        if row["policy"] != REFERENCE:
+            for half, lift, colour in ((row["workload_half_percent"], -0.12, 0), (row["model_half_percent"], 0.12, 1)):
+                ax.plot(
+                    [effect - half, effect + half], [y + lift] * 2, color=PALETTE[colour], lw=3, solid_capstyle="butt"
+                )
+            ax.plot(ranking.composition_CP[:, p], [y - 0.3] * len(ranking.composition_CP), "|", color=PALETTE[0], ms=5)
+        ax.plot([effect], [y], "o" if row["deployable"] else "D", color=INK, ms=4.5, zorder=3)
+        text = f"{effect_words(row)}   {'rank ' if row['deployable'] else ''}{rank_words(row)}"
+        ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    ax.axvline(0, color=INK, lw=0.8)
+    ax.set(yticks=range(len(rows)), yticklabels=[row["policy"] for row in rows], ylim=(len(rows) - 0.5, -0.6))
+    ax.set_xlabel("mean step time against unsliced, % (left is faster)")
+    ax.grid(axis="x")
+    for colour, label in ((0, "workload, 95 %"), (1, "model error, 95 %")):
+        ax.plot([], [], color=PALETTE[colour], lw=3, label=label)
+    ax.plot([], [], "|", color=PALETTE[0], label="other batches")
+    ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1.6)
+    caption = (
+        "Policies whose bars lie left of the line are faster than the unsliced launch; where a bar reaches over the "
+        "line, the workload or the device model's error could reverse the verdict."
+    )
+    return finish(figure, name="ranking", title="Who wins, and how sure" + _tag(result), caption=caption, folder=folder)
+
+
+def layers_figure(result: Result, folder: Path | None) -> Drawn:
+    """Draw where each layer's time goes under an unsliced launch."""
+    terms = result.why.terms
+    figure, ax = axes(0.9 + 0.24 * len(terms))
+    y, left = np.arange(len(terms)), np.zeros(len(terms))
+    for name, label, colour in TERMS:
+        width = np.array([getattr(t, name) * t.ns / 1e3 for t in terms])
+        if width.any():
+            ax.barh(y, width, left=left, color=colour, height=0.72, lw=0, label=label)
+            left += width
+    for t, total, gain in zip(terms, left, result.why.layer_gain_percent, strict=True):
+        said = f"{gain:+.1f} %" if result.why.best else ""
+        ax.annotate(said, (total, t.layer), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
+    ax.set(yticks=y, ylim=(len(terms) - 0.4, -0.6), xlabel="time of the layer, unsliced, µs", ylabel="MoE layer")
+    ax.set_xlim(0, left.max() * 1.12)
+    ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    best = result.why.best
+    caption = "Slices can only help where memory-bound and arithmetic-bound experts share a layer" + (
+        f"; the figure behind each bar is how much faster {best} is there." if best else "."
+    )
+    return finish(figure, name="layers", title="Where the time goes" + _tag(result), caption=caption, folder=folder)
+
+
+def load_figure(result: Result, folder: Path | None) -> Drawn:
+    """Draw the load of every expert of every layer, against an even load."""
+    mean_LE = result.case.survey.mean_LE
+    even_LE = mean_LE / np.maximum(mean_LE.mean(axis=1, keepdims=True), 1e-12)
+    num_layers, num_experts = even_LE.shape
+    figure, ax = axes(min(6.0, 1.1 + 0.2 * num_layers))
+    image = ax.imshow(even_LE, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+    step = max(1, num_experts // 16)
+    ax.set(xticks=range(0, num_experts, step), xlabel="expert", ylabel="MoE layer")
+    ax.set_yticks(range(0, num_layers, max(1, num_layers // 12)))
+    bar = figure.colorbar(image, ax=ax, pad=0.02)
+    bar.set_label("tokens, × even share")
+    bar.outline.set_edgecolor(INK)
+    hottest = np.unravel_index(even_LE.argmax(), even_LE.shape)
+    caption = (
+        f"Bright cells are hot experts: expert {hottest[1]} of layer {hottest[0]} gets {even_LE.max():.1f} times an "
+        f"even share; {share_words(np.mean(even_LE < 0.5))} of the experts get less than half of one."
+    )
+    return finish(figure, name="load", title="Load of every expert", caption=caption, folder=folder)
+
+
+def times_figure(result: Result, folder: Path | None) -> Drawn:
+    """Draw the distribution of step times of every policy."""
+    main = result.evidence.main
+    figure, ax = axes(2.9)
+    # Curves may lie on each other: dashes of different lengths let both be seen.
+    share, dashes = np.linspace(0, 1, ECDF_POINTS), itertools.cycle(("-", "--", "-.", ":"))
+    top = max(float(np.quantile(o.times(), 0.995)) for o in main.values())
+    for name, colour in colours(list(result.ranking.names)).items():
+        ax.plot(
+            np.quantile(main[name].times(), share) / 1e3, 100 * share, next(dashes), color=colour, label=name, lw=1.5
+        )
+    ax.set(xlabel="step time, µs", ylabel="steps at most that long, %", ylim=(0, 100))
+    ax.set_xlim(None, top / 1e3 * 1.02)
+    ax.grid()
+    ax.legend(loc="lower right")
+    caption = (
+        "A curve further left is faster at that quantile; curves that cross trade a better median for a worse tail."
+    )
+    title = "Step times, each policy" + _tag(result)
+    return finish(figure, name="times", title=title, caption=caption, folder=folder)
+
+
+def timeline_figure(result: Result, folder: Path | None) -> Drawn | None:
+    """Draw one step of the best policy that slices, beside the same step unsliced; None when none slices."""
+    found = sliced_step(result)
+    if found is None:
+        return None
+    name, ours, theirs = found
+    pair = [(REFERENCE, theirs), (name, ours)]
+    heights = [record.busy_ns_LS.shape[1] + 0.6 for _, record in pair]
+    figure, panels = axes(1.0 + 0.34 * sum(heights), rows=2, sharex=True, gridspec_kw={"height_ratios": heights})
+    for ax, (policy, record) in zip(panels, pair, strict=True):
+        _draw_slices(ax, record)
+        took = (record.end_ns - record.start_ns) / 1e3
+        ax.axvline(took, color=INK, lw=0.8, ls=":")
+        ax.set_title(f"{policy}: {took:,.0f} µs")
+    panels[1].set_xlabel("time since the step started, µs")
+    gain = 1 - (ours.end_ns - ours.start_ns) / (theirs.end_ns - theirs.start_ns)
+    when = f"{share_words(abs(gain), 1)} {'earlier' if gain > 0 else 'later'}"
+    caption = (
+        f"Step {ours.step}, typical of {name}: each bar is a slice busy in one layer, numbered; the step ends {when} "
+        "than unsliced, and gaps between bars are idle SMs."
+    )
+    title = "One step, unsliced and sliced" + _tag(result)
+    return finish(figure, name="timeline", title=title, caption=caption, folder=folder)
+
+
+def _draw_slices(ax: Any, record: StepRecord) -> None:
+    starts_LS, busy_LS = (record.start_ns_LS - record.start_ns) / 1e3, record.busy_ns_LS / 1e3
+    num_layers, num_slices = busy_LS.shape
+    wide = 0.012 * (record.end_ns - record.start_ns) / 1e3
+    for s in range(num_slices):
+        for layer in range(num_layers):
+            begin, length = starts_LS[layer, s], busy_LS[layer, s]
+            if length <= 0:
+                continue
+            ax.barh(s, length, left=begin, height=0.8, color=PALETTE[0] if layer % 2 == 0 else PALETTE[9], lw=0)
+            if length > wide:
+                ax.text(begin + length / 2, s, str(layer), ha="center", va="center", fontsize=7, color="#101418")
+    ax.set(yticks=range(num_slices), yticklabels=[f"slice {s}" for s in range(num_slices)])
+    ax.set_ylim(num_slices - 0.5, -0.5)
+    ax.grid(axis="x", color=GRID)
+
+
+def sliced_step(result: Result) -> tuple[str, StepRecord, StepRecord] | None:
+    """Return the best policy that slices and one of its typical sliced steps, with the same step unsliced."""
+    ranking = result.ranking
+    for p in np.argsort(ranking.effect_P, kind="stable"):
+        name = ranking.names[int(p)]
+        outcome = result.evidence.main[name]
+        if name == REFERENCE or outcome.unsliced_steps == len(outcome.step_ns):
+            continue
+        step = _typical(result, name)
+        if step is not None:
+            ours, theirs = (next(read_records(result.records[n], step, step)) for n in (name, REFERENCE))
+            return name, ours, theirs
+    return None
+
+
+def _typical(result: Result, name: str) -> int | None:
+    """Return the sliced step whose gain is the median of all sliced steps' gains."""
+    outcome: Outcome = result.evidence.main[name]
+    ratio_N = outcome.times() / result.evidence.main[REFERENCE].times()
+    sliced: Sequence[int] = np.flatnonzero(outcome.sliced()).tolist()
+    if not sliced:
+        return None
+    ordered = sorted(sliced, key=lambda n: (ratio_N[n], n))
+    return ordered[len(ordered) // 2]

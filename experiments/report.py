@@ -1,0 +1,114 @@
+"""One self-contained HTML page per run, its answers in the order in which users ask. Draws nothing itself."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+
+from .. import __version__
+from .case import Options
+from .figures import draw_all
+from .plotting import Drawn
+from .report_tables import tables
+from .runs import RunFolder
+from .summary import Result
+from .table import effect_words, headline
+
+PROVISIONAL = (
+    "The device's model rests on data sheets and a few measured ceilings and has not been calibrated on hardware: "
+    "read the ranking as a reason to measure, not as a measurement."
+)
+
+
+def write_report(result: Result, summary: dict[str, Any], folder: RunFolder) -> None:
+    """Draw the figures and write report.html into the run's folder."""
+    figures = draw_all(result, summary, folder.path)
+    folder.write_text("report.html", render(result, summary, figures))
+
+
+def render(result: Result, summary: dict[str, Any], figures: Sequence[Drawn]) -> str:
+    """Return the report as one HTML document."""
+    source = (files(__package__) / "templates" / "report.html.j2").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+    return template.render(
+        title=f"What would slicing buy? {summary['model']['name']} on {summary['device']['title']}",
+        provisional=PROVISIONAL if summary["provisional"] else "",
+        headline=headline(summary),
+        verdict=verdict(summary),
+        tables=tables(summary, result.case.world.device),
+        figures={figure.name: figure for figure in figures},
+        why=summary["why"]["sentences"],
+        trust=trust(summary),
+        next_steps=next_steps(result.case.options, summary),
+        footer=f"expertslice {__version__}, seed {summary['seed']}; manifest.json beside this page holds all else.",
+    )
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """Return the answer in one or two sentences."""
+    rows = [row for row in summary["ranking"] if row["deployable"]]
+    first = [row["policy"] for row in rows if row["rank"] == 1]
+    best = rows[0]
+    if "unsliced" in first:
+        tied = ", ".join(name for name in first if name != "unsliced")
+        also = f" {tied} cannot be told from it." if tied else ""
+        return f"Stay unsliced: no policy is faster than the unsliced launch by more than can be told from noise.{also}"
+    tied = ", ".join(name for name in first if name != best["policy"])
+    also = f" {tied} cannot be told from it." if tied else ""
+    return f"{best['policy']}: {effect_words(best)} against unsliced (mean step time, 95 % interval).{also}"
+
+
+def trust(summary: dict[str, Any]) -> list[str]:
+    """Return what the intervals cover and what they do not."""
+    s = summary["statistics"]
+    widest = max(summary["ranking"], key=lambda row: row["effect_half_percent"])
+    batches = (
+        f"{s['compositions']} independent batchings of the same requests" if s["compositions"] else
+        "no other batches: the trace holds too few requests or counts alone"
+    )  # fmt: skip
+    return [
+        f"Device model: {summary['device']['status']}. {PROVISIONAL if summary['provisional'] else ''}".strip(),
+        f"Workload: moving blocks of {s['block_steps']} step(s), the same for every policy, and {batches}.",
+        f"Model error: {s['model_draws']} draws of every figure with a declared error, the same for every policy, on "
+        f"{s['sampled_steps']} sampled steps; what all policies share cancels in their differences.",
+        f"Widest interval: {widest['policy']}, ± {widest['workload_half_percent']:.1f} from the workload and "
+        f"± {widest['model_half_percent']:.1f} from the model.",
+        "Policies decide with a belief that is simpler than the simulator's truth; only bounds, which are not "
+        "deployable, see the truth.",
+        *summary["notes"],
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A suggestion and its command."""
+
+    words: str
+    command: str
+
+
+def next_steps(options: Options, summary: dict[str, Any]) -> list[Step]:
+    """Return what to do next, each with its exact command."""
+    best = next((r["policy"] for r in summary["ranking"] if r["deployable"] and r["policy"] != "unsliced"), "unsliced")
+    routing = ["--fit-routing", options.fit_routing] if options.fit_routing else []
+    trace = [options.trace] if options.trace else []
+    model = ["--model", options.model] if options.model else []
+    common = [*trace, *routing, *model, "--device", options.device]
+    measured = options.trace or options.fit_routing or "bundled"
+    return [
+        Step("See whether the verdict survives other batches and other draws of the model's error:",
+             _command("whatif", *common, "--policy", best, "--seed", str(options.seed + 1))),
+        Step("Look at the routing itself, with figures:", _command("trace", "info", measured, "--figures", "figures")),
+        Step("Ask the same for a model of your own, its routing fitted to this trace:",
+             _command("whatif", "--model", "path/to/config.json", "--fit-routing", measured,
+                      "--device", options.device)),
+        Step("When the runtime is there: the same policies on a GPU, beside the simulator.",
+             _command("pair", measured, "--policy", "unsliced", "--policy", best)),
+    ]  # fmt: skip
+
+
+def _command(*words: str) -> str:
+    return shlex.join(["expertslice", *words])

@@ -1,0 +1,173 @@
+"""A result as plain values: what `--json` prints, `summary.json` holds and the report shows.
+
+Shape letters: P policies, N steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..policies.contract import Slice
+from ..traces.schema import PHASES
+from . import paired
+from .case import Case
+from .ranking import Evidence, Ranking, times_of
+from .simulate import Outcome
+from .why import Why
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A finished comparison."""
+
+    case: Case
+    evidence: Evidence
+    ranking: Ranking
+    why: Why
+    records: dict[str, Path]
+
+    @property
+    def provisional(self) -> bool:
+        """Return whether the device's model has not been calibrated."""
+        return self.case.world.device.status == "provisional"
+
+
+def summarise(result: Result) -> dict[str, Any]:
+    """Return the result as plain values: what `--json` prints and the report shows."""
+    case, ranking = result.case, result.ranking
+    order = sorted(range(len(ranking.names)), key=lambda p: (ranking.ranks[p] is None, ranking.effect_P[p]))
+    rows = [
+        row_of(name, ranking, result.evidence.main[name], case.policies[name].foresees)
+        for name in (ranking.names[p] for p in order)
+    ]
+    device = case.world.device
+    return {
+        "kind": "whatif",
+        "provisional": result.provisional,
+        "device": {"name": device.name, "title": device.title, "status": device.status},
+        "model": {"name": case.world.model.name, **asdict(case.world.model)},
+        "trace": case.opened.plain(),
+        "workload": {
+            "num_steps": case.survey.num_steps,
+            "num_tokens": case.survey.num_tokens,
+            "steps_of_phase": case.survey.steps_of_phase,
+            "tokens_of_phase": case.survey.tokens_of_phase,
+        },
+        "seed": case.options.seed,
+        "statistics": {
+            "effect": "mean step time against unsliced on the same steps, percent; negative is faster",
+            "level": 0.95,
+            "block_steps": ranking.block_steps,
+            "compositions": len(ranking.composition_CP),
+            "model_draws": len(ranking.draw_MP),
+            "sampled_steps": case.survey.windows.num_steps,
+        },
+        "ranking": rows,
+        "phases": phase_effects(result.evidence, ranking.names, case.options.seed),
+        "compositions": [dict(zip(ranking.names, row.tolist(), strict=True)) for row in ranking.composition_CP],
+        "draws": [dict(zip(ranking.names, row.tolist(), strict=True)) for row in ranking.draw_MP],
+        "pairs": _pairs(ranking),
+        "why": result.why.plain(),
+        "notes": list(case.notes),
+    }
+
+
+def _pairs(ranking: Ranking) -> list[dict[str, Any]]:
+    c = ranking.comparison
+    return [
+        {
+            "a": a, "b": b, "difference_percent": float(c.difference_PP[i, j]),
+            "half_percent": float(c.half_width_PP[i, j]), "differ": bool(c.differ_PP[i, j]),
+        }
+        for i, a in enumerate(ranking.names)
+        for j, b in enumerate(ranking.names)
+        if i < j
+    ]  # fmt: skip
+
+
+def slice_words(one: Slice) -> str:
+    """Return a slice in words."""
+    tiles = one.up if one.up == one.down else f"{one.up} and {one.down}"
+    return f"{one.mechanism} {one.sm_count} SMs, {one.num_ctas} CTAs, {tiles}"
+
+
+def row_of(name: str, ranking: Ranking, outcome: Outcome, foresees: bool) -> dict[str, Any]:
+    """Return one policy's row of the ranking, plain enough for JSON."""
+    p = ranking.names.index(name)
+    place = ranking.ranks[p]
+    return {
+        "policy": name,
+        "deployable": not foresees,
+        "rank": place.rank if place else None,
+        "tied": place.tied if place else False,
+        "effect_percent": float(ranking.effect_P[p]),
+        "effect_half_percent": float(ranking.half_P[p]),
+        "workload_half_percent": float(ranking.workload_half_P[p]),
+        "model_half_percent": float(ranking.model_half_P[p]),
+        **metrics(outcome),
+    }
+
+
+def metrics(outcome: Outcome) -> dict[str, Any]:
+    """Return what one run cost and reached."""
+    times_N = outcome.times()
+    energy = [window.energy_uj for window in outcome.energy]
+    known = bool(energy) and all(uj is not None for uj in energy)
+    energy_uj = sum(uj or 0 for uj in energy) if known else None
+    seconds = outcome.makespan_ns / 1e9
+    return {
+        "steps": len(times_N),
+        "step_mean_ns": float(times_N.mean()),
+        "step_p50_ns": float(np.quantile(times_N, 0.50)),
+        "step_p95_ns": float(np.quantile(times_N, 0.95)),
+        "step_p99_ns": float(np.quantile(times_N, 0.99)),
+        "tokens_per_s": outcome.tokens / seconds,
+        "energy_j_per_1k_tokens": None if energy_uj is None else energy_uj / 1e6 / outcome.tokens * 1000,
+        "hbm_bytes_per_step": outcome.hbm_bytes / len(times_N),
+        "reconfigurations": outcome.reconfigurations,
+        "reconfigure_share": outcome.reconfigure_ns / outcome.makespan_ns,
+        "captures": outcome.captures,
+        "capture_ns": outcome.capture_ns,
+        "control_stall_share": outcome.stall_ns / outcome.makespan_ns,
+        "unsliced_share": outcome.unsliced_steps / len(times_N),
+        "fallback_steps": outcome.fallback_steps,
+        "layouts": layouts_of(outcome),
+    }
+
+
+def layouts_of(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return the layouts by use, each slice with the share of its time that it was busy."""
+    used = sorted(outcome.layouts.items(), key=lambda item: (-item[1].steps, repr(item[0])))
+    return [
+        {
+            "steps": use.steps,
+            "slices": [
+                {"slice": slice_words(one), "busy_share": float(busy / use.step_ns)}
+                for one, busy in zip(layout.slices, use.busy_ns_S, strict=True)
+            ],
+        }
+        for layout, use in used
+    ]
+
+
+def phase_effects(evidence: Evidence, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """Return each phase's effects and their workload half-widths, for phases of at least 8 steps."""
+    times_PN = times_of(evidence.main, names)
+    phase_N = evidence.main[names[0]].phase_ids()
+    rows: list[dict[str, Any]] = []
+    for index, phase in enumerate(PHASES):
+        part_PN = times_PN[:, phase_N == index]
+        if part_PN.shape[1] < 8:
+            continue
+        effect_P = paired.effect_percent(part_PN, 0)
+        half_P = paired.half_width(paired.block_bootstrap(part_PN, 0, seed=seed, num_draws=500))
+        effects = [
+            {"policy": n, "effect_percent": float(e), "workload_half_percent": float(h)}
+            for n, e, h in zip(names, effect_P, half_P, strict=True)
+        ]
+        share = float(part_PN[0].sum() / times_PN[0].sum())
+        rows.append({"phase": phase, "steps": part_PN.shape[1], "time_share": share, "effects": effects})
+    return rows
