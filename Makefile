@@ -12,7 +12,7 @@ run: $(RUN)/.ready
 	$(RUN)/bin/expertslice whatif
 
 test: $(DEV)/.ready
-	PYTHONSAFEPATH=1 $(DEV)/bin/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	PYTHONSAFEPATH=1 $(DEV)/bin/pytest -n 2 --dist worksteal -p no:benchmark $(PYTEST_ARGS)
 
 test-all: $(DEV)/.ready
 	PYTHONSAFEPATH=1 $(DEV)/bin/pytest -m "not gpu" $(PYTEST_ARGS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .contract import ByTokens, Observation, Pinned, Plan, Setup, SliceLayout
+from .contract import ByTokens, Observation, Plan, Setup, SliceLayout
 
 CLOSE = 0.03
 """Plans this close to the best on one step are priced on others as well."""
@@ -26,53 +26,31 @@ def sampled_steps(counts_HLE: NDArray[np.int32], num_samples: int) -> list[NDArr
 
 
 def plan_costs_ns(setup: Setup, plans: Sequence[Plan], counts_LE: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Return what the belief says each plan takes for one step; infinity for those not worth asking about.
+    """Return what the belief says each plan takes for one step; infinity for a plan that leaves a slice without work.
 
-    Plans of one layout that place the step's experts alike are priced once. Not asked about: a plan that leaves a slice
-    without work, since a plan with fewer slices does the same; and, for rules by tokens, tiles whose rows do not suit
-    the load.
+    A plan with fewer slices does the same. Plans of one layout that place the step's experts alike are priced once.
     """
     assert setup.belief is not None
-    rows_of = {v.name: v.block_m for v in setup.variants}
-    work: dict[bytes, list[float] | None] = {}
+    costs: list[float] = []
     priced: dict[tuple[SliceLayout, bytes], float] = {}
     for plan in plans:
         ids_LE = _placed_ids(plan, counts_LE)
-        placed = bytes([plan.layout.num_slices]) + ids_LE.tobytes()
-        key = (plan.layout, placed)
-        if key in priced:
-            continue
-        if placed not in work:
-            work[placed] = _typical_rows(ids_LE, counts_LE, plan.layout.num_slices)
-        typical = work[placed]
-        suits = typical is not None and (
-            isinstance(plan.placement, Pinned)
-            or all(_rows_suit(rows_of[one.up], rows) for one, rows in zip(plan.layout.slices, typical, strict=True))
-        )
-        priced[key] = float(setup.belief.step_ns(plan, counts_LE)) if suits else float("inf")
-    keys = [(plan.layout, bytes([plan.layout.num_slices]) + _placed_ids(plan, counts_LE).tobytes()) for plan in plans]
-    return np.asarray([priced[key] for key in keys])
+        key = (plan.layout, ids_LE.tobytes())
+        if key not in priced:
+            busy = np.bincount(ids_LE.ravel(), counts_LE.ravel(), plan.layout.num_slices).all()
+            priced[key] = float(setup.belief.step_ns(plan, counts_LE)) if busy else float("inf")
+        costs.append(priced[key])
+    return np.asarray(costs)
 
 
 def suitable_tile(setup: Setup, names: Sequence[str], counts_LE: NDArray[np.int32]) -> str:
-    """Return the first of the tiles whose rows suit a load on one slice; the last when none does."""
-    rows = _typical_rows(np.zeros(counts_LE.shape, dtype=np.int16), counts_LE, 1) or [0.0]
-    return next((name for name in names if _rows_suit(setup.variant(name).block_m, rows[0])), names[-1])
-
-
-def _typical_rows(ids_LE: NDArray[np.int16], counts_LE: NDArray[np.int32], num_slices: int) -> list[float] | None:
-    """Return the rows of an expert on each slice as its average row sees them; None when a slice has none."""
-    weights = counts_LE.ravel().astype(np.float64)
-    rows_S = np.bincount(ids_LE.ravel(), weights, num_slices)
-    squares_S = np.bincount(ids_LE.ravel(), weights * weights, num_slices)
-    return (squares_S / rows_S).tolist() if rows_S.all() else None
+    """Return the first of the tiles whose rows suit the experts as an average row sees them, or the last."""
+    rows = float((counts_LE.astype(np.float64) ** 2).sum() / max(1, counts_LE.sum()))
+    return next((name for name in names if _rows_suit(setup.variant(name).block_m, rows)), names[-1])
 
 
 def _rows_suit(block_m: int, typical_rows: float) -> bool:
-    """Return whether a tile has rows for its experts: too few read the weights again and again, too many are padding.
-
-    A roofline does not know how often a tile reads what it multiplies.
-    """
+    """Return whether a tile has rows for its experts: too few read the weights again, too many are padding."""
     return min(typical_rows / 2, 128) <= block_m <= max(4 * typical_rows, 64)
 
 

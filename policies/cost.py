@@ -1,7 +1,7 @@
 """What a plan costs, in closed form: physics from data-sheet figures and measured ceilings, nothing else.
 
 `CostModel` with detail "tiles" is the simulator's truth: waves, padding, tails, L2 and shared-memory limits. Detail
-"roofline" is what a policy believes: each expert takes the longer of its bytes and its padded arithmetic. The two
+"roofline" is what a policy believes: each expert takes the longest of its bytes, L2 traffic and padded tiles. The two
 differ in form on purpose: a planner that holds the simulator's own model proves nothing.
 
 Shape letters: L MoE layers, E routed experts, S slices.
@@ -111,4 +111,5 @@ class CostModel:
         self, plan: Plan, counts_LE: NDArray[np.integer], other_L: Sequence[Sequence[OtherWork]], first_layer: int
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         owner_LE = owners(plan, counts_LE, first_layer)
-        return roofs(counts_LE, owner_LE, other_L, self.model, self.shares(plan.layout))
+        shares, tables = self.shares(plan.layout), self.tables(plan.layout)
+        return roofs(counts_LE, owner_LE, other_L, self.model, shares, tables)

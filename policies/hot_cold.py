@@ -25,7 +25,7 @@ class HotCold:
     reads_clock: ClassVar[bool] = False
 
     guarded: bool = True
-    min_gain: float = 0.01
+    min_gain: float = 0.02
     """Fraction of the unsliced time that slicing must save."""
     plan_every: int = 32
     """Steps between choices."""

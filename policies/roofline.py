@@ -1,10 +1,10 @@
 """A policy's belief about cost: rooflines alone.
 
-Each expert takes the longer of its bytes and its padded arithmetic at its slice's share of the device; a layer takes as
-long as its longest slice, and no less than all bytes, or all arithmetic on shared SMs, take together. No waves, no
-tails, no L2, no shared memory.
+Each expert takes the longest of its DRAM bytes, its L2 traffic and its tiles' pipe time at its slice's share of the
+device; a layer takes as long as its longest slice, and no less than each of the three takes on what slices share. No
+waves, no tails, no filling of pipelines, and no account of who runs beside whom.
 
-Shape letters: L MoE layers, E routed experts, S slices.
+Shape letters: L MoE layers, E routed experts, S slices, P products, D widths (1 where experts are alike).
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..traces.schema import DTYPE_BYTES, MoeSpec, OtherWork
+from ..traces.schema import MoeSpec, OtherWork
 from .front import head_ns, hop_ns, tail_ns
 from .shares import Shares
 from .tiles import read_bytes_per_ns
+from .work import Tables
 
 
 class Roofs(NamedTuple):
@@ -26,22 +27,29 @@ class Roofs(NamedTuple):
     slice_ns_LS: NDArray[np.float64]
 
 
-def _expert_loads(
-    counts_LE: NDArray[np.integer], owner_LE: NDArray[np.integer], spec: MoeSpec, shares: Shares
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return (bytes, padded FLOP) of every expert, product by product [P, L, E]."""
-    size = DTYPE_BYTES[spec.dtype]
-    products = [spec.products(spec.d_ff_of(e)) for e in range(spec.num_experts)]
-    by_product = list(zip(*products, strict=True))
-    block_PS = np.array(
-        [[s.tiles[p == len(by_product) - 1].block_m for s in shares.slices] for p in range(len(by_product))]
+class _Needs(NamedTuple):
+    """What every expert asks for, [P, L, E]."""
+
+    dram_bytes: NDArray[np.float64]
+    l2_bytes: NDArray[np.float64]
+    pipe_ns: NDArray[np.float64]
+    """Over all its tiles, of one SM."""
+    flops: NDArray[np.float64]
+    """As executed, padding included."""
+
+
+def _needs(counts_LE: NDArray[np.integer], owner_LE: NDArray[np.integer], tables: Tables) -> _Needs:
+    width_E = np.arange(counts_LE.shape[1]) % tables.weight_bytes_PD.shape[1]
+    row_tiles = -(-counts_LE // tables.rows_PS[:, owner_LE])
+    column_tiles = tables.columns_PSD[:, owner_LE, width_E]
+    weights = tables.weight_bytes_PD[:, None, width_E]
+    tiles = row_tiles * column_tiles
+    return _Needs(
+        dram_bytes=(counts_LE > 0) * weights + counts_LE * tables.row_bytes_PD[:, None, width_E],
+        l2_bytes=row_tiles * weights + column_tiles * counts_LE * tables.in_bytes_PD[:, None, width_E],
+        pipe_ns=tiles * tables.tile_PSD[0][:, owner_LE, width_E],
+        flops=tiles * tables.tile_PSD[2][:, owner_LE, width_E],
     )
-    rows_PLE = block_PS[:, owner_LE]
-    padded_PLE = -(-counts_LE // rows_PLE) * rows_PLE
-    weight_PE = np.array([[d.k_dim * d.n_dim for d in ds] for ds in by_product], dtype=np.float64)
-    row_PE = np.array([[d.k_dim + d.out_dim for d in ds] for ds in by_product], dtype=np.float64)
-    moved = size * (np.where(counts_LE > 0, weight_PE[:, None], 0.0) + counts_LE * row_PE[:, None])
-    return moved, 2.0 * padded_PLE * weight_PE[:, None]
 
 
 def roofs(
@@ -50,32 +58,42 @@ def roofs(
     other_L: Sequence[Sequence[OtherWork]],
     spec: MoeSpec,
     shares: Shares,
+    tables: Tables,
 ) -> Roofs:
     """Return what every layer of a step takes."""
-    device, slices = shares.device, shares.slices
-    moved_PLE, flops_PLE = _expert_loads(counts_LE, owner_LE, spec, shares)
-    read_S = np.array([shares.read_per_ns_SC[s, share.ctas] for s, share in enumerate(slices)])
-    rate_S = np.array([shares.flops_per_ns * share.sms / device.sm_count for share in slices])
-    slice_LS = np.zeros((len(counts_LE), len(slices)))
-    for s in range(len(slices)):
-        ns_PLE = np.maximum(moved_PLE / read_S[s], flops_PLE / rate_S[s])
+    needs = _needs(counts_LE, owner_LE, tables)
+    slice_LS = np.zeros((len(counts_LE), len(shares.slices)))
+    for s, share in enumerate(shares.slices):
+        dram_ns = needs.dram_bytes / shares.read_per_ns_SC[s, share.ctas]
+        # A slice's part of the device's matrix rate is no limit of its own: its SMs' pipes are.
+        ns_PLE = np.maximum(
+            np.maximum(dram_ns, needs.l2_bytes / shares.l2_per_ns_S[s]),
+            np.maximum(needs.pipe_ns / share.sms, needs.flops / shares.flops_per_ns),
+        )
         slice_LS[:, s] = (ns_PLE * (owner_LE == s)).sum(axis=(0, 2))
-        if slices[s].remote:
+        if share.remote:
             rows_L = (counts_LE * (owner_LE == s)).sum(axis=1)
             slice_LS[:, s] += [hop_ns(int(rows), spec, shares) if rows else 0.0 for rows in rows_L]
-    bytes_L, flops_L = moved_PLE.sum(axis=(0, 2)), flops_PLE.sum(axis=(0, 2))
+    dram_L, l2_L, pipe_L, flops_L = (need.sum(axis=(0, 2)) for need in needs)
     for layer, works in enumerate(other_L):
         for work in works:
             if work.slice_id is not None:
-                s = work.slice_id
-                slice_LS[layer, s] += max(work.hbm_bytes / read_S[s], work.flops / rate_S[s])
-                bytes_L[layer] += work.hbm_bytes
+                slice_LS[layer, work.slice_id] += _beside_ns(work, work.slice_id, shares)
+                dram_L[layer] += work.hbm_bytes
                 flops_L[layer] += work.flops
-    together = read_bytes_per_ns(device, sum(share.reach for share in slices))
-    layer_L = np.maximum(slice_LS.max(axis=1), 0.0 if shares.own_memory else bytes_L / together)
+    layer_L = np.maximum(slice_LS.max(axis=1), flops_L / shares.flops_per_ns)
+    if not shares.own_memory:
+        together = read_bytes_per_ns(shares.device, sum(share.reach for share in shares.slices))
+        layer_L = np.maximum(layer_L, np.maximum(dram_L / together, l2_L / shares.l2_bytes_per_ns))
     if shares.pooled:
-        layer_L = np.maximum(layer_L, flops_L / shares.flops_per_ns)
+        layer_L = np.maximum(layer_L, pipe_L / shares.device.sm_count)
     return Roofs(layer_L + _fixed_ns(counts_LE, other_L, spec, shares), slice_LS)
+
+
+def _beside_ns(work: OtherWork, s: int, shares: Shares) -> float:
+    part = shares.slices[s].sms / shares.device.sm_count
+    read = shares.read_per_ns_SC[s, shares.slices[s].ctas]
+    return max(work.hbm_bytes / float(read), work.flops / (shares.flops_per_ns * part))
 
 
 def _fixed_ns(

@@ -66,17 +66,17 @@ class Shares:
         return [share.reach for share in self.slices]
 
     @cached_property
-    def ctas_S(self) -> NDArray[np.int64]:  # noqa: N802
+    def ctas_S(self) -> NDArray[np.int64]:
         """Return the CTAs of each slice."""
         return np.array([share.ctas for share in self.slices])
 
     @cached_property
-    def sms_S(self) -> NDArray[np.int64]:  # noqa: N802
+    def sms_S(self) -> NDArray[np.int64]:
         """Return the SMs of each slice."""
         return np.array([share.sms for share in self.slices])
 
     @cached_property
-    def l2_per_ns_S(self) -> NDArray[np.float64]:  # noqa: N802
+    def l2_per_ns_S(self) -> NDArray[np.float64]:
         """Return the L2 bytes per ns that each slice gets alone."""
         return np.array([share.memory_part * self.l2_bytes_per_ns for share in self.slices])
 
@@ -110,7 +110,7 @@ class Shares:
         return fits
 
     @cached_property
-    def read_per_ns_SC(self) -> NDArray[np.float64]:  # noqa: N802
+    def read_per_ns_SC(self) -> NDArray[np.float64]:
         """Return DRAM bytes per ns of each slice [S, C + 1] by its active CTAs."""
         most = max(share.ctas for share in self.slices)
         table = np.ones((len(self.slices), most + 1))

@@ -70,7 +70,7 @@ def is_unsliced(plan):
 
 
 def test_guard_keeps_unsliced_below_the_minimum_gain():
-    for saved, sliced in ((0.005, False), (0.02, True)):
+    for saved, sliced in ((0.015, False), (0.04, True)):
         belief = Priced(lambda plan, saved=saved: 10**6 if is_unsliced(plan) else round(10**6 * (1 - saved)))
         plan = decide(HotCold(), replace(SETUP, belief=belief), observe(mixed()))
         assert is_unsliced(plan) is not sliced
