@@ -7,6 +7,8 @@ from typing import Any
 
 from ..policies.contract import MECHANISMS, Mechanism, Policy
 from ..policies.data import load_device, nearest
+from ..policies.layouts import one_slice_plan
+from ..policies.validate import validate
 from ..traces.compose import ComposedSource
 from ..traces.schema import StepSource
 from ..traces.trace import RoutingTrace
@@ -103,7 +105,9 @@ def _runnable(
     truth = world.truth()
     for name, policy in policies.items():
         try:
-            policy.layouts(world.setup(foresees=policy.foresees, truth=truth))
+            setup = world.setup(foresees=policy.foresees, truth=truth)
+            for layout in policy.layouts(setup):
+                validate(one_slice_plan(layout), setup)
             kept[name] = policy
         except ValueError as error:
             if strict or name == REFERENCE:

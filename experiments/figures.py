@@ -124,7 +124,7 @@ def times_figure(result: Result, folder: Path | None) -> Drawn:
     figure, ax = axes(2.9)
     # Curves may lie on each other: dashes of different lengths let both be seen.
     share, dashes = np.linspace(0, 1, ECDF_POINTS), itertools.cycle(("-", "--", "-.", ":"))
-    top = max(float(np.quantile(o.times(), 0.995)) for o in main.values())
+    top = max(float(np.quantile(o.times(), 0.985)) for o in main.values())
     for name, colour in colours(list(result.ranking.names)).items():
         ax.plot(
             np.quantile(main[name].times(), share) / 1e3, 100 * share, next(dashes), color=colour, label=name, lw=1.5

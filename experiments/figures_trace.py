@@ -26,7 +26,9 @@ def draw_trace(stats: TraceStatistics, mean_LE: Floats, folder: Path) -> list[Dr
 
 
 def _layers(ax: Any, x: Floats, values_LX: Floats, label: str) -> None:
-    """Draw the median layer as a line over the range of all layers."""
+    """Draw the median layer as a line over the range of all layers; points that no layer knows are left out."""
+    known = ~np.isnan(values_LX).all(axis=0)
+    x, values_LX = x[known], values_LX[:, known]
     low, middle, high = np.nanmin(values_LX, axis=0), np.nanmedian(values_LX, axis=0), np.nanmax(values_LX, axis=0)
     ax.fill_between(x, low, high, color=PALETTE[0], alpha=0.22, lw=0, label="all layers")
     ax.plot(x, middle, color=PALETTE[0], marker="o", ms=3.5, label=label)

@@ -78,17 +78,21 @@ def _fit(opened: Opened) -> SynthSpec:
     """Fit the generator, or take the fit of the same trace from the cache."""
     from rich.console import Console
 
-    from ..traces.fit import fit
-
     path = _cache_path(opened)
     if path.is_file():
         return SynthSpec.from_json(path.read_text(encoding="utf-8"))
     trace = in_memory(opened.source)
     source: StepSource = opened.source if trace is None else some_requests(trace)
     with Console(stderr=True).status(f"fitting a generator to {opened.name}: once a trace, up to a minute"):
-        spec = fit(source)
+        spec = _fit_of(source)
     _remember(path, spec.to_json())
     return spec
+
+
+def _fit_of(source: StepSource) -> SynthSpec:
+    from ..traces.fit import fit
+
+    return fit(source)
 
 
 def _cache_path(opened: Opened) -> Path:

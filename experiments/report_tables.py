@@ -7,6 +7,9 @@ from typing import Any
 from ..policies.contract import DeviceSpec
 from .table import COLUMNS, cells, share_words
 
+SHOWN_LAYOUT = 0.02
+"""Share of the steps from which a layout is listed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -156,7 +159,8 @@ def _slices(summary: dict[str, Any]) -> Table:
         [Cell(row["policy"], row["policy"]), number(layout["steps"], "d"), number(index, "d"),
          Cell(one["slice"], one["slice"]), number(100 * one["busy_share"], ".1f", " %")]
         for row in summary["ranking"]
-        for layout in row["layouts"][:3]
+        for place, layout in enumerate(row["layouts"])
+        if place == 0 or layout["steps"] >= SHOWN_LAYOUT * row["steps"]
         for index, one in enumerate(layout["slices"])
     ]  # fmt: skip
     caption = "Busy share of every slice in each policy's most used layouts: its kernels' time over the step's."

@@ -5,7 +5,7 @@ The same tasks, in the same order, with seeds of their own: one worker or severa
 
 import contextlib
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,7 @@ def plan_tasks(case: Case, folder: Path) -> list[Task]:
     like = case.source.composition if isinstance(case.source, ComposedSource) else None
     if like is None and case.rebatch is not None:
         like = composition_like(case.rebatch)
-    like = replace(like, num_steps=num_steps) if like else None
-    batches = rebatched(case.rebatch, like, count=NUM_COMPOSITIONS, seed=case.options.seed)
+    batches = rebatched(case.rebatch, like, count=NUM_COMPOSITIONS, num_steps=num_steps, seed=case.options.seed)
     tasks: list[Task] = []
 
     def add(kind: str, index: int, source: StepSource, label: str, draw: int | None = None) -> None:

@@ -167,8 +167,6 @@ def _losers(ranking: Ranking, evidence: Evidence) -> list[str]:
         return []
     use = max(outcome.layouts.values(), key=lambda u: u.steps)
     busy = ", ".join(f"{share_words(share)}" for share in use.busy_ns_S / use.step_ns)
-    lost = outcome.reconfigure_ns + outcome.capture_ns + outcome.stall_ns
-    return [
-        f"{ranking.names[p]} loses {effect:.1f} % ± {half:.1f}: its slices are busy {busy} of the time, and changing "
-        f"plans costs {share_words(lost / outcome.makespan_ns, 1)}."
-    ]
+    lost = (outcome.reconfigure_ns + outcome.capture_ns + outcome.stall_ns) / outcome.makespan_ns
+    changes = f", and changing plans costs {share_words(lost, 1)}" if lost >= 0.001 else ""
+    return [f"{ranking.names[p]} loses {effect:.1f} % ± {half:.1f}: its slices are busy {busy} of the time{changes}."]

@@ -14,6 +14,7 @@ from ..traces.compose import ComposedSource, Composition
 from ..traces.schema import PHASES, MoeSpec, Phase, Provenance, RoutedStep, StepSource
 from ..traces.trace import RoutingTrace
 
+MOST_SKIPPED = 2000
 LEAST_REQUESTS = 8
 """Re-batching fewer requests than this says nothing about other batches."""
 
@@ -160,12 +161,19 @@ def _chunk(trace: RoutingTrace) -> int | None:
     return int(np.unique(pairs, axis=1, return_counts=True)[1].max())
 
 
-def rebatched(trace: RoutingTrace | None, like: Composition | None, *, count: int, seed: int) -> list[FixedSteps]:
-    """Return independent batches of a trace's requests; none where there are no requests to batch anew."""
+def rebatched(
+    trace: RoutingTrace | None, like: Composition | None, *, count: int, num_steps: int, seed: int
+) -> list[FixedSteps]:
+    """Return independent batches of a trace's requests; none where there are no requests to batch anew.
+
+    Batches start empty, with every prompt at once: steps are taken from when as many have passed as a request lasts.
+    """
     if trace is None or like is None:
         return []
+    skip = min(MOST_SKIPPED, int((trace.phase_T != 0).sum()) // len(np.unique(trace.request_id_T)))
+    like = replace(like, num_steps=skip + num_steps)
     composed = [ComposedSource(trace=trace, composition=replace(like, seed=seed + i + 1)) for i in range(count)]
-    return [fixed(one.steps(), one) for one in composed]
+    return [fixed(itertools.islice(one.steps(), skip, None), one) for one in composed]
 
 
 def shape_of(source: StepSource) -> str:

@@ -1,0 +1,123 @@
+"""`trace info | import | compose | synth`, and routing made for another model."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from expertslice.experiments import fitted
+from expertslice.traces.schema import MoeSpec
+from expertslice.traces.spec import zipf_spec
+from expertslice.traces.statistics import gini
+from expertslice.traces.store import open_trace, write_trace
+from expertslice.traces.synth import synthesise
+
+
+def test_info_shows_statistics_and_writes_figures(expertslice, trace_path, tmp_path):
+    code, out, err = expertslice("trace", "info", trace_path, "--figures", "figs", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["trace"]["num_steps"] == 48
+    assert len(found["statistics"]["gini_L"]) == 3
+    assert len(found["trace"]["figures"]) == 5
+    assert all((tmp_path / path).stat().st_size > 1000 for path in found["trace"]["figures"])
+    code, out, _ = expertslice("trace", "info", trace_path)
+    assert code == 0
+    assert "Gini" in out
+
+
+def test_compose_writes_other_batches(expertslice, trace_path, tmp_path):
+    code, out, err = expertslice("trace", "compose", trace_path, "o.parquet", "--batch-size", 4, "--steps", 9, "--json")
+    assert code == 0, err
+    assert json.loads(out)["num_steps"] == 9
+    assert open_trace(tmp_path / "o.parquet").num_steps == 9
+
+
+def test_synth_makes_routing_for_a_model(expertslice, tmp_path):
+    written = []
+    for name in ("a", "b"):
+        code, _, err = expertslice("trace", "synth", f"{name}.parquet", "--model", "mixtral-8x7b", "--requests", 2)
+        assert code == 0, err
+        written.append((tmp_path / f"{name}.parquet").read_bytes())
+    trace = open_trace(tmp_path / "a.parquet")
+    assert (trace.num_layers, trace.num_experts, trace.top_k) == (32, 8, 2)
+    assert trace.provenance.model == "mixtral-8x7b"
+    assert written[0] == written[1]
+
+
+def test_import_reads_other_formats(expertslice, tmp_path):
+    rows = [{"layer": layer, "topk_ids": [[0, 1], [1, 2]]} for layer in range(2)]
+    (tmp_path / "foreign.txt").write_text(json.dumps(rows))
+    code, _, err = expertslice("trace", "import", "foreign.txt", "o.parquet")
+    assert code == 2
+    assert err.startswith("expertslice: ")
+    assert not (tmp_path / "o.parquet").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
+def test_damaged_files_are_one_sentence(expertslice, trace_path, tmp_path, damage):
+    whole = trace_path.read_bytes()
+    content = {"truncated": whole[: len(whole) // 2], "foreign": b"not a trace" * 20, "empty": b""}[damage]
+    (tmp_path / "bad.parquet").write_bytes(content)
+    for command in (("trace", "info"), ("whatif",)):
+        code, out, err = expertslice(*command, "bad.parquet")
+        assert code == 2
+        assert out == ""
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_gates_that_are_no_numbers_are_refused(expertslice, trace_path, tmp_path):
+    trace = open_trace(trace_path).read()
+    gates = np.full(trace.expert_ids_TLK.shape, 0.5, np.float16)
+    write_trace(replace(trace, gates_TLK=gates), tmp_path / "gates.parquet")
+    assert expertslice("trace", "info", "gates.parquet", "--json")[0] == 0
+    gates[3] = np.nan
+    from expertslice.traces import store
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "check_trace", lambda trace: None)
+        write_trace(replace(trace, gates_TLK=gates), tmp_path / "nan.parquet")
+    code, _, err = expertslice("trace", "info", "nan.parquet")
+    assert code == 2
+    assert "gates" in err
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 2), (3, 20, 2), (3, 8, 4), (2, 5, 2), (7, 64, 8)])
+def test_resized_routing_keeps_its_skew(shape):
+    spec = zipf_spec(3, 8, 2, zipf_s=1.0, decode_tokens=64)
+    model = MoeSpec(name="m", num_layers=shape[0], num_experts=shape[1], top_k=shape[2], d_model=64, d_ff=(64,))
+    trace = synthesise(fitted.resized(spec, model), 16, 0)
+    assert (trace.num_layers, trace.num_experts, trace.top_k) == shape
+    before = synthesise(spec, 16, 0)
+
+    def skew(one):
+        loads = [
+            np.bincount(one.expert_ids_TLK[:, layer].ravel(), minlength=one.num_experts)
+            for layer in range(one.num_layers)
+        ]
+        return np.median([gini(load_E) for load_E in loads])
+
+    assert skew(trace) == pytest.approx(skew(before), abs=0.2)
+
+
+def test_the_same_shape_is_left_alone():
+    spec = zipf_spec(3, 8, 2)
+    model = MoeSpec(name="m", num_layers=3, num_experts=8, top_k=2, d_model=64, d_ff=(64,))
+    assert fitted.resized(spec, model) is spec
+
+
+def test_a_model_of_ones_own_is_asked_about_with_fitted_routing(
+    expertslice, trace_path, config_path, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fitted, "_fit_of", lambda source: zipf_spec(3, 8, 2, prompt_tokens=8, decode_tokens=24))
+    quick = ("--policy", "static", "--steps", 24, "--batch-size", 8, "--jobs", 1, "--no-report", "--json")
+    code, out, err = expertslice("whatif", "--model", config_path, "--fit-routing", trace_path, *quick)
+    assert code == 0, err
+    summary = json.loads(out)
+    assert any("synthetic" in note for note in summary["notes"])
+    assert summary["workload"]["num_steps"] == 24
+    assert list((tmp_path / "cache" / "expertslice").iterdir())
+    monkeypatch.setattr(fitted, "_fit_of", lambda source: pytest.fail("the fit was not remembered"))
+    assert expertslice("whatif", "--model", config_path, "--fit-routing", trace_path, *quick)[0] == 0

@@ -1,0 +1,208 @@
+"""A whole comparison: its numbers, its folder, its bytes, and what is left when it is stopped."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from expertslice.experiments import records
+from expertslice.experiments.records import read_records
+
+QUICK = ("--policy", "static", "--policy", "hot_cold", "--jobs", "1", "--no-report")
+
+
+def test_json_is_one_document_and_nothing_else(expertslice, trace_path, config_path):
+    code, out, err = expertslice("whatif", trace_path, "--model", config_path, *QUICK, "--policy", "oracle", "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["provisional"] is True
+    assert {row["policy"] for row in summary["ranking"]} == {"unsliced", "static", "hot_cold", "oracle"}
+
+
+def test_the_table_names_ranks_bounds_and_the_status(expertslice, trace_path, config_path):
+    code, out, _ = expertslice("whatif", trace_path, "--model", config_path, *QUICK, "--policy", "oracle")
+    assert code == 0
+    assert "provisional" in out.lower()
+    assert "bound, not deployable" in out
+    assert "why" in out
+    assert "runs/" in out
+
+
+def test_every_policy_runs_on_the_same_steps(finished):
+    _, summary, folder = finished
+    for row in summary["ranking"]:
+        found = list(read_records(folder / f"steps-{row['policy']}.parquet"))
+        assert [record.step for record in found] == list(range(48))
+        times = np.diff([0, *(record.end_ns for record in found)])
+        assert row["step_mean_ns"] == pytest.approx(times.mean())
+        assert row["step_p99_ns"] == pytest.approx(np.quantile(times, 0.99))
+
+
+def test_metrics_are_consistent(finished):
+    _, summary, _ = finished
+    reference = next(row for row in summary["ranking"] if row["policy"] == "unsliced")
+    tokens = summary["workload"]["num_tokens"]
+    for row in summary["ranking"]:
+        assert row["tokens_per_s"] == pytest.approx(tokens / (row["step_mean_ns"] * row["steps"]) * 1e9)
+        assert row["effect_percent"] == pytest.approx(100 * (row["step_mean_ns"] / reference["step_mean_ns"] - 1))
+        assert row["effect_half_percent"] >= max(row["workload_half_percent"], row["model_half_percent"]) * 0.9
+        assert row["energy_j_per_1k_tokens"] > 0
+        assert all(0 <= one["busy_share"] <= 1 for layout in row["layouts"] for one in layout["slices"])
+    assert reference["effect_percent"] == 0
+    assert reference["effect_half_percent"] == 0
+
+
+def test_bounds_take_no_rank_and_stand_last(finished):
+    _, summary, _ = finished
+    assert [row["policy"] for row in summary["ranking"] if not row["deployable"]] == ["oracle"]
+    assert summary["ranking"][-1]["rank"] is None
+    ranks = [row["rank"] for row in summary["ranking"][:-1]]
+    assert ranks == sorted(ranks)
+    assert ranks[0] == 1
+
+
+def test_the_oracle_is_not_slower_than_unsliced(finished):
+    _, summary, _ = finished
+    oracle = next(row for row in summary["ranking"] if row["policy"] == "oracle")
+    assert oracle["effect_percent"] < 1
+
+
+def test_the_folder_holds_what_repeats_the_run(finished, trace_path):
+    import hashlib
+
+    _, summary, folder = finished
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    assert manifest["trace"]["sha256"] == hashlib.sha256(trace_path.read_bytes()).hexdigest()
+    assert manifest["policies"]["hot_cold"]["params"]["min_gain"] > 0
+    assert manifest["device"]["status"] == "provisional"
+    assert manifest["versions"]["numpy"]
+    assert json.loads((folder / "summary.json").read_text())["ranking"] == json.loads(json.dumps(summary["ranking"]))
+    assert {p.suffix for p in folder.iterdir()} == {".json", ".parquet", ".html", ".svg", ".png"}
+    assert not list(folder.parent.glob("*.partial"))
+
+
+def test_one_worker_or_two_write_the_same_bytes(expertslice, trace_path, config_path, tmp_path):
+    quick = ("--policy", "hot_cold", "--no-report", "--steps", "32", "--json")
+    folders = []
+    for jobs in (1, 2):
+        code, out, err = expertslice("whatif", trace_path, "--model", config_path, *quick, "--jobs", jobs)
+        assert code == 0, err
+        folders.append(tmp_path / json.loads(out)["folder"])
+    first, second = (
+        {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"} for folder in folders
+    )
+    assert first == second
+    assert sum(name.endswith(".parquet") for name in first) == 2
+
+
+def test_parameters_are_set_and_recorded(expertslice, trace_path, config_path, tmp_path):
+    quick = ("--policy", "static", "--no-report", "--steps", "16", "--jobs", "1", "--json")
+    code, out, err = expertslice("whatif", trace_path, "--model", config_path, *quick, "--set", "static.num_slices=2")
+    assert code == 0, err
+    summary = json.loads(out)
+    manifest = json.loads((tmp_path / summary["folder"] / "manifest.json").read_text())
+    assert manifest["policies"]["static"]["params"]["num_slices"] == 2
+    static = next(row for row in summary["ranking"] if row["policy"] == "static")
+    assert len(static["layouts"][0]["slices"]) == 2
+
+
+def test_default_policies_that_cannot_run_are_left_out_by_name(expertslice, trace_path, config_path):
+    quick = ("--steps", "16", "--jobs", "1", "--no-report", "--json", "--mechanism", "shared")
+    code, out, err = expertslice("whatif", trace_path, "--model", config_path, *quick)
+    assert code == 0, err
+    assert any("static is left out" in note for note in json.loads(out)["notes"])
+    code, _, err = expertslice("whatif", trace_path, "--model", config_path, *quick, "--policy", "static")
+    assert code == 2
+    assert "shared" in err
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(expertslice, trace_path, config_path, tmp_path, monkeypatch):
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+
+    monkeypatch.setattr(records.RecordWriter, "_flush", full)
+    code, _, err = expertslice("whatif", trace_path, "--model", config_path, *QUICK)
+    assert code == 2
+    assert "disk is full" in err
+    assert len(err.strip().splitlines()) == 1
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(expertslice, trace_path, config_path, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = expertslice("whatif", trace_path, "--model", config_path, *QUICK, "--out", tmp_path / "file" / "x")
+    assert code == 2
+    assert "give another path" in err
+
+
+def test_a_policy_that_raises_is_named(expertslice, trace_path, config_path, tmp_path, monkeypatch):
+    from expertslice.policies.hot_cold import HotCold
+
+    def broken(self, obs, state):
+        raise RuntimeError("no idea")
+
+    monkeypatch.setattr(HotCold, "plan", broken)
+    code, _, err = expertslice("whatif", trace_path, "--model", config_path, *QUICK)
+    assert code == 2
+    assert "HotCold" in err
+    assert "no idea" in err
+    kept = next((tmp_path / "runs").iterdir())
+    assert json.loads((kept / "manifest.json").read_text())["status"] == "partial"
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_keeps_finished_policies(start, tmp_path, config_path, write_batches, jobs):
+    write_batches(tmp_path / "long.parquet", 600)
+    quick = ("--policy", "static", "--policy", "hot_cold", "--no-report", "--jobs", jobs)
+    process = start("whatif", "long.parquet", "--model", config_path, *quick, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("runs/*.partial/*.parquet")):
+        assert time.monotonic() < deadline, process.stderr.read()
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert err.strip().splitlines()[-1].startswith("expertslice: stopped; finished policies are kept in")
+    assert "Traceback" not in err
+    (folder,) = (tmp_path / "runs").iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "partial"
+    assert manifest["finished_files"]
+    for name in manifest["finished_files"]:
+        assert pq.read_table(folder / name).num_rows == 600
+    assert not list(folder.glob("*.part"))
+
+
+MEASURE = """
+import resource, sys
+from expertslice.experiments.cli import run
+code = run(sys.argv[1:])
+print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+
+
+def peak_kib(path, config_path, folder):
+    """Return the peak memory of a run in a process of its own."""
+    quick = ["--policy", "static", "--jobs", "1", "--no-report"]
+    command = [sys.executable, "-c", MEASURE, "whatif", str(path), "--model", str(config_path), *quick]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    code, peak = done.stderr.split()[-2:]
+    assert code == "0", done.stderr
+    return int(peak)
+
+
+def test_memory_does_not_grow_with_the_trace(tmp_path, config_path, write_batches):
+    paths = [tmp_path / f"{steps}.parquet" for steps in (200, 2000)]
+    for path, steps in zip(paths, (200, 2000), strict=True):
+        write_batches(path, steps)
+    short, long = (peak_kib(path, config_path, tmp_path) for path in paths)
+    assert long <= 1.05 * short
