@@ -48,12 +48,12 @@ def compile_tile(shape: Sequence[int], compute_capability: int, dtype: str = "bf
     Raises:
         RuntimeError: triton runs as an interpreter in this process.
     """
-    from ..kernels.ahead import DOWN, UP, Resources, resources
+    from ..kernels.ahead import DOWN, UP, Resources, tile_resources
     from ..kernels.spec import LaunchSpec
 
     m, n, k, warps, stages = shape
     spec = LaunchSpec(block_m=m, block_n=n, block_k=k, num_warps=warps, num_stages=stages, num_ctas=1)
-    found = [resources(spec, compute_capability, dtype, **role) for role in (UP, DOWN)]
+    found = [tile_resources(spec, compute_capability, dtype, **role) for role in (UP, DOWN)]
     return Resources(
         smem_bytes=max(one.smem_bytes for one in found),
         regs_per_thread=max(one.regs_per_thread for one in found),

@@ -1,12 +1,16 @@
-"""Compile the grouped product for a GPU that need not be there: what a tile holds of an SM, and whether it spills.
+"""Compile kernels for a GPU that need not be there: what a tile holds of an SM, and whether it spills.
 
 Not for a process in which Triton interprets.
 """
 
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import triton
@@ -14,10 +18,11 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .fused import fused_kernel
 from .grouped import grouped_kernel
 from .spec import LaunchSpec
 
-PLAIN: dict[str, Any] = {
+GROUPED: dict[str, Any] = {
     "STEAL": False,
     "DEPENDENT": False,
     "TOP_K": 4,
@@ -33,6 +38,15 @@ PLAIN: dict[str, Any] = {
 }
 UP = {"GATHER": True, "EPILOGUE": "swiglu"}
 DOWN = {"SCATTER": True}
+WIDE_TYPES = {
+    "scale_ptr": "*fp32",
+    "weights_ptr": "*fp32",
+    "logits_ptr": "*fp32",
+    "bias_ptr": "*fp32",
+    "offset_ptr": "*i64",
+    "bias_offset_ptr": "*i64",
+}
+ROW_SIZES = ("k_dim", "n_dim", "d_model", "d_ff", "a_pitch", "out_pitch", "x_pitch", "hidden_pitch", "rows_pitch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +59,21 @@ class Resources:
     """Above 0: registers were spilled."""
 
 
+def kernel_source(kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> ASTSource:
+    """Return a kernel's source: arguments without a type are int32, behind a pointer where the name says so."""
+    types = WIDE_TYPES | types
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*i32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    # Without divisibility the loads are scalar and the register count means nothing.
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in ROW_SIZES]
+    return ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+
+
 def grouped_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> ASTSource:
-    """Return the kernel's source for a tile; `chosen` are constants that differ from a plain product's."""
-    constants = PLAIN | chosen
-    gated = constants["EPILOGUE"] == "swiglu"
+    """Return the grouped product's source for a tile; `chosen` are constants that differ from a plain product's."""
+    constants = GROUPED | chosen
     constants |= {
         "A_DESC": spec.descriptors and not constants["GATHER"],
         "B_DESC": spec.descriptors,
@@ -57,37 +82,54 @@ def grouped_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> ASTS
         "BLOCK_N": spec.block_n,
         "BLOCK_K": spec.block_k,
     }
-    wide = {"scale_ptr": "*fp32", "offset_ptr": "*i64", "bias_offset_ptr": "*i64"}
-    types = wide | dict.fromkeys(("a", "b", "out_ptr", "bias_ptr"), f"*{dtype}")
+    types = dict.fromkeys(("a", "b", "out_ptr", "bias_ptr"), f"*{dtype}")
     if constants["A_DESC"]:
         types["a"] = f"tensordesc<{dtype}[{spec.block_m},{spec.block_k}]>"
     if constants["B_DESC"]:
-        block = f"2,{spec.block_n // 2}" if gated else f"{spec.block_n}"
-        types["b"] = f"tensordesc<{dtype}[{block},{spec.block_k}]>"
-    names = grouped_kernel.arg_names
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "*i32" if name.endswith("_ptr") else "i32")
-        for name in names
+        types["b"] = _weight_type(dtype, constants["EPILOGUE"], spec.block_n, spec.block_k)
+    return kernel_source(grouped_kernel, constants, types)
+
+
+def fused_source(spec: LaunchSpec, epilogue: str, dtype: str = "bf16") -> ASTSource:
+    """Return the fused launch's source for a tile that serves all products."""
+    constants = {
+        "THREE": epilogue == "relu",
+        "DEPENDENT": True,
+        "TOP_K": 2,
+        "EPILOGUE": epilogue,
+        "HAS_BIAS": False,
+        "EVEN_D": True,
+        "EVEN_F": True,
+        "B_DESC": spec.descriptors,
+        "PRECISION": "ieee",
+        "BLOCK_M": spec.block_m,
+        "UP_N": spec.block_n,
+        "DOWN_N": spec.block_n,
+        "BLOCK_K": spec.block_k,
     }
-    # Without divisibility the loads are scalar and the register count means nothing.
-    sizes = ("k_dim", "n_dim", "a_pitch", "out_pitch")
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in sizes]
-    return ASTSource(grouped_kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    pointers = [name for name in fused_kernel.arg_names if name.startswith(("x_", "b", "hidden", "rows_"))]
+    types = dict.fromkeys([n for n in pointers if n != "begins_ptr" and not n.endswith("_pitch")], f"*{dtype}")
+    if spec.descriptors:
+        ups = ("b0",) if epilogue == "swiglu" else ("b0", "b1")
+        types |= dict.fromkeys(("b1", "b2"), _weight_type(dtype, "none", spec.block_n, spec.block_k))
+        types |= dict.fromkeys(ups, _weight_type(dtype, epilogue, spec.block_n, spec.block_k))
+    return kernel_source(fused_kernel, constants, types)
 
 
-def resources(spec: LaunchSpec, compute_capability: int, dtype: str = "bf16", **chosen: Any) -> Resources:
-    """Return what one tile holds as compiled for a GPU of that compute capability (90: Hopper).
+def _weight_type(dtype: str, epilogue: str, block_n: int, block_k: int) -> str:
+    rows = f"2,{block_n // 2}" if epilogue == "swiglu" else f"{block_n}"
+    return f"tensordesc<{dtype}[{rows},{block_k}]>"
+
+
+def resources(source: ASTSource, compute_capability: int, **options: Any) -> Resources:
+    """Return what one CTA holds as compiled for a GPU of that compute capability (90: Hopper).
 
     Raises:
         RuntimeError: triton runs as an interpreter in this process.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("triton interprets in this process; unset TRITON_INTERPRET before starting it")
-    compiled = triton.compile(
-        grouped_source(spec, dtype, **chosen),
-        target=GPUTarget("cuda", compute_capability, 32),
-        options={"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.max_regs},
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -97,3 +139,24 @@ def resources(spec: LaunchSpec, compute_capability: int, dtype: str = "bf16", **
     if found is None:
         raise RuntimeError(f"cuobjdump reported no registers: {report!r:.200}; is it the one that triton ships?")
     return Resources(smem_bytes=compiled.metadata.shared, regs_per_thread=int(found[1]), stack_bytes=int(found[2]))
+
+
+def tile_resources(spec: LaunchSpec, compute_capability: int, dtype: str = "bf16", **chosen: Any) -> Resources:
+    """Return what one tile of the grouped product holds; `chosen` as in `grouped_source`."""
+    return resources(grouped_source(spec, dtype, **chosen), compute_capability, **spec.options)
+
+
+def main() -> None:
+    """Compile the [tile fields, capability, dtype, chosen constants] on standard input; print their resources."""
+    jobs = json.load(sys.stdin)
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        json.dump(list(pool.map(_run_job, jobs)), sys.stdout)
+
+
+def _run_job(job: tuple[dict[str, Any], int, str, dict[str, Any]]) -> dict[str, int]:
+    fields, capability, dtype, chosen = job
+    return asdict(tile_resources(LaunchSpec(**fields, num_ctas=1), capability, dtype, **chosen))
+
+
+if __name__ == "__main__":
+    main()

@@ -57,6 +57,18 @@ def activate(x, EPILOGUE: tl.constexpr, PAIRED: tl.constexpr, BLOCK_M: tl.conste
 
 
 @triton.jit
+def weight_rows(col, n_dim, GATED: tl.constexpr, HALVES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return which weight row each column of a tile is; SwiGLU's gate and up rows alternate, or fill half each."""
+    n_N = tl.arange(0, BLOCK_N)
+    if GATED and HALVES:
+        half: tl.constexpr = BLOCK_N // 2
+        return col // 2 + n_N % half + n_N // half * (n_dim // 2)
+    if GATED:
+        return (col + n_N) // 2 + (col + n_N) % 2 * (n_dim // 2)
+    return col + n_N
+
+
+@triton.jit
 def expert_tile(
     a, b, out_ptr, bias_ptr, scale_ptr, row_slot_ptr, offset_ptr, bias_offset_ptr, k_dim_ptr, n_dim_ptr,
     expert, row, row_stop, col, col_stop, k_dim, n_dim, a_pitch, out_pitch,
@@ -90,10 +102,7 @@ def expert_tile(
     else:
         a += row.to(tl.int64) * a_pitch
         a_start_M = m_M * a_pitch
-    col_N = col + tl.arange(0, BLOCK_N)
-    # SwiGLU reads gate and up rows alternately, so that one thread holds both of a pair.
-    weight_N = col_N // 2 + col_N % 2 * (n_dim // 2) if GATED else col_N
-    weight_N = tl.minimum(weight_N, n_dim - 1)
+    weight_N = tl.minimum(weight_rows(col, n_dim, GATED, B_DESC, BLOCK_N), n_dim - 1)
     k_K = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, k_dim, BLOCK_K):
@@ -114,13 +123,7 @@ def expert_tile(
             x, w = x.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     if HAS_BIAS:
-        if GATED and B_DESC:
-            place_N = tl.arange(0, BLOCK_N)
-            half: tl.constexpr = BLOCK_N // 2
-            bias_N = col // 2 + place_N % half + place_N // half * (n_dim // 2)
-        else:
-            bias_N = weight_N
-        acc += tl.load(bias_ptr + bias_start + bias_N, mask=col_N < n_dim, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + bias_start + weight_N).to(tl.float32)[None, :]
     live_M = m_M < row_stop - row
     slot_M = tl.load(row_slot_ptr + m_M) if SCATTER or HAS_SCALE else m_M
     y = activate(round_to(acc, OUT), EPILOGUE, not B_DESC, BLOCK_M, BLOCK_N) if EPILOGUE != "none" else acc
@@ -142,7 +145,7 @@ def expert_tile(
 @triton.jit
 def grouped_kernel(
     a, b, out_ptr, bias_ptr, scale_ptr, row_slot_ptr, offset_ptr, bias_offset_ptr, k_dim_ptr, n_dim_ptr,
-    plan_ptr, tiles_ptr, begins_ptr, offsets_ptr, tickets_ptr,
+    sizes_ptr, tiles_ptr, begins_ptr, offsets_ptr, tickets_ptr,
     slice_id, num_slices, row_list, k_dim, n_dim, a_pitch, out_pitch,
     STEAL: tl.constexpr, FLATTEN: tl.constexpr, DEPENDENT: tl.constexpr,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, EPILOGUE: tl.constexpr,
@@ -159,13 +162,13 @@ def grouped_kernel(
             victim = (slice_id + hop) % num_slices
             begin = tl.load(begins_ptr + victim)
             # Another slice's tiles may be larger or smaller than ours: cut them by its geometry, walk them by our own.
-            their_m = tl.load(plan_ptr + BLOCK_M_AT + row_list * SLICES + victim)
-            their_n = tl.load(plan_ptr + BLOCK_N_AT + row_list * SLICES + victim)
+            their_m = tl.load(sizes_ptr + BLOCK_M_AT + row_list * SLICES + victim)
+            their_n = tl.load(sizes_ptr + BLOCK_N_AT + row_list * SLICES + victim)
             n_tiles = tl.cdiv(n_dim, their_n)
             num_tiles = (tl.load(begins_ptr + victim + 1) - begin) * n_tiles
             ticket = tl.atomic_add(tickets_ptr + victim, 1, sem="relaxed")
             while ticket < num_tiles:
-                expert, row, row_end, n = locate_tile(ticket, begin, tiles_ptr, offsets_ptr, n_tiles, their_m)
+                expert, row, row_end, n, _ = locate_tile(ticket, begin, tiles_ptr, offsets_ptr, n_tiles, their_m)
                 row_stop = tl.minimum(row_end, row + their_m)
                 col_stop = tl.minimum(n_dim, (n + 1) * their_n)
                 num_m = tl.cdiv(row_stop - row, BLOCK_M)
@@ -185,7 +188,7 @@ def grouped_kernel(
         n_tiles = tl.cdiv(n_dim, BLOCK_N)
         num_tiles = (tl.load(begins_ptr + slice_id + 1) - begin) * n_tiles
         for i in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
-            expert, row, row_end, n = locate_tile(i, begin, tiles_ptr, offsets_ptr, n_tiles, BLOCK_M)
+            expert, row, row_end, n, _ = locate_tile(i, begin, tiles_ptr, offsets_ptr, n_tiles, BLOCK_M)
             expert_tile(
                 a, b, out_ptr, bias_ptr, scale_ptr, row_slot_ptr,
                 offset_ptr, bias_offset_ptr, k_dim_ptr, n_dim_ptr,
@@ -235,7 +238,7 @@ def grouped_product(
         TensorDescriptor.from_tensor(x[:, : held.k_dim], [spec.block_m, block_k]) if a_desc else x,
         weight_descriptor(held, epilogue, spec.block_n, block_k) if by_desc else held.weight,
         out, held.bias, scale_TK, ws.row_slot_N, held.offset_E, held.bias_offset_E, held.k_dim_E, held.n_dim_E,
-        ws.plan, ws.tiles_QC[row_list], ws.begins_QS[row_list], ws.offsets_E1, ws.tickets[product],
+        ws.tile_sizes(launch), ws.tiles_QC[row_list], ws.begins_QS[row_list], ws.offsets_E1, ws.tickets[product],
         slice_id, len(launch.slices), row_list, held.k_dim, held.n_dim, x.stride(0), out.stride(0),
         STEAL=launch.steal, FLATTEN=spec.flatten, DEPENDENT=dependent, TOP_K=ws.spec.top_k,
         GATHER=first, SCATTER=last, EPILOGUE=epilogue, HAS_BIAS=held.bias is not None,
@@ -243,5 +246,5 @@ def grouped_product(
         EVEN_K=not held.uneven and held.k_dim % block_k == 0, A_DESC=a_desc, B_DESC=by_desc,
         PRECISION="tf32" if launch.tf32 else "ieee",
         BLOCK_M=spec.block_m, BLOCK_N=spec.block_n, BLOCK_K=block_k,
-        num_warps=spec.num_warps, num_stages=spec.num_stages, maxnreg=spec.max_regs, launch_pdl=dependent,
+        **spec.options, launch_pdl=dependent,
     )  # fmt: skip

@@ -5,7 +5,7 @@ of that expert's first row tile. Column tiles are not listed: a slice whose prod
 tiles 0 .. n_tiles * row tiles - 1, and tile i belongs to the expert of the row tile at i // n_tiles. Within an expert
 all row tiles of one column tile come before the next column, so that its weights are read from memory once.
 
-Shape letters: E experts, S slices, Q lists of row tiles (up, down), C row tiles of a chunk.
+Shape letters: E experts, S slices, Q lists of row tiles (up, down).
 """
 
 import triton
@@ -14,7 +14,8 @@ import triton.language as tl
 from .spec import BLOCK_M_AT, BOUNDS_AT, NUM_BOUNDS_AT, ORDER_AT, PINNED_AT, SLICE_IDS_AT, SLICES
 
 EXPERT_BITS = tl.constexpr(12)
-EXPERT_MASK = tl.constexpr(4095)
+EXPERT_MASK = tl.constexpr((1 << 12) - 1)
+LOAD_MASK = tl.constexpr((1 << 21) - 1)
 MAX_TILES = 1 << 19
 """Row tiles of a list: what an int32 entry can hold beside the expert."""
 NUM_COUNTERS = 4
@@ -28,8 +29,8 @@ def tile_capacity(num_rows: int, num_experts: int, block_m: int) -> int:
 
 
 @triton.jit
-def slice_of_experts(counts_E, e_E, num_experts, plan_ptr):
-    """Return the slice of each expert: pinned by the plan, or found from its tokens."""
+def slice_of_experts(counts_E, e_E, num_experts, num_slices, plan_ptr):
+    """Return the slice of each expert: pinned by the plan, or found from its tokens; the last one if it is too high."""
     num_bounds = tl.load(plan_ptr + NUM_BOUNDS_AT)
     slices_E = tl.load(plan_ptr + PINNED_AT + e_E, mask=(e_E < num_experts) & (num_bounds < 0), other=0)
     if num_bounds >= 0:
@@ -37,7 +38,22 @@ def slice_of_experts(counts_E, e_E, num_experts, plan_ptr):
         for j in range(num_bounds):
             place_E += (counts_E >= tl.load(plan_ptr + BOUNDS_AT + j)).to(tl.int32)
         slices_E = tl.load(plan_ptr + SLICE_IDS_AT + place_E)
-    return slices_E
+    return tl.minimum(slices_E, num_slices - 1)
+
+
+@triton.jit
+def order_experts(counts_E, slices_E, e_E, order):
+    """Return counts, slices and ids of the experts, sorted by slice, then load, then id unless `order` is 0."""
+    if order > 0:
+        load_E = tl.where(order == 1, LOAD_MASK - counts_E, counts_E)
+        # One number holds all three: slice above load (21 bits) above id (12 bits).
+        key_E = (slices_E.to(tl.int64) << 33) | (load_E.to(tl.int64) << EXPERT_BITS) | e_E.to(tl.int64)
+        key_E = tl.sort(key_E)
+        e_E = (key_E & EXPERT_MASK).to(tl.int32)
+        load_E = ((key_E >> EXPERT_BITS) & LOAD_MASK).to(tl.int32)
+        counts_E = tl.where(order == 1, LOAD_MASK - load_E, load_E)
+        slices_E = (key_E >> 33).to(tl.int32)
+    return counts_E, slices_E, e_E
 
 
 @triton.jit
@@ -45,7 +61,9 @@ def build_queues(
     counts_E,
     e_E,
     num_experts,
+    num_slices,
     plan_ptr,
+    sizes_ptr,
     tiles_ptr,
     begins_ptr,
     tickets_ptr,
@@ -54,48 +72,48 @@ def build_queues(
     part,
     num_parts,
     NUM_LISTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
     """Write the lists of row tiles [Q, capacity] and where each slice's run begins [Q, S + 1]; clear the counters.
 
-    Part `part` of `num_parts` writes every num_parts-th chunk; each part works out the whole order for itself.
+    Part `part` of `num_parts` writes its share of the entries; each part works out the whole order for itself.
     """
-    slices_E = slice_of_experts(counts_E, e_E, num_experts, plan_ptr)
-    order = tl.load(plan_ptr + ORDER_AT)
-    by_load_E = tl.where(order == 0, 0, tl.where(order == 1, 0x7FFFFFFF - counts_E, counts_E))
-    # One number orders experts: slice (6 bits), load (31), expert (12).
-    key_E = (slices_E.to(tl.int64) << 43) | (by_load_E.to(tl.int64) << 12) | e_E.to(tl.int64)
-    s_S = tl.arange(0, 2 * SLICES)
+    slices_E = slice_of_experts(counts_E, e_E, num_experts, num_slices, plan_ptr)
+    counts_E, slices_E, e_E = order_experts(counts_E, slices_E, e_E, tl.load(plan_ptr + ORDER_AT))
     if part == 0:
         tl.store(tickets_ptr + tl.arange(0, COUNTERS * SLICES), tl.zeros([COUNTERS * SLICES], tl.int32))
     for q in tl.static_range(NUM_LISTS):
-        block_m_E = tl.load(plan_ptr + BLOCK_M_AT + q * SLICES + slices_E)
+        block_m_E = tl.load(sizes_ptr + BLOCK_M_AT + q * SLICES + slices_E)
         num_E = tl.cdiv(counts_E, block_m_E)
-        first_E = tl.sum(tl.where(key_E[None, :] < key_E[:, None], num_E[None, :], 0), axis=1)
+        first_E = tl.zeros_like(num_E)
+        begin = 0
+        for s in range(num_slices):
+            ours_E = tl.where(slices_E == s, num_E, 0)
+            first_E = tl.where(slices_E == s, begin + tl.cumsum(ours_E, axis=0) - ours_E, first_E)
+            begin += tl.sum(ours_E)
+            if part == 0:
+                tl.store(begins_ptr + q * (SLICES + 1) + s + 1, begin)
         if part == 0:
-            begin_S = tl.sum(tl.where(slices_E[None, :] < s_S[:, None], num_E[None, :], 0), axis=1)
-            tl.store(begins_ptr + q * (SLICES + 1) + s_S, begin_S, mask=s_S <= SLICES)
-        entry_E = tl.where(num_E > 0, (first_E << EXPERT_BITS) | e_E, -1)
-        total = tl.sum(num_E)
-        for start in range(part * BLOCK_C, total, num_parts * BLOCK_C):
-            tile_C = start + tl.arange(0, BLOCK_C)
-            # Entries grow with the first tile, so the owner of a tile is the largest entry that starts at or before it.
-            owner_C = tl.max(tl.where(first_E[None, :] <= tile_C[:, None], entry_E[None, :], -1), axis=1)
-            tl.store(tiles_ptr + q * capacity + tile_C, owner_C, mask=tile_C < total)
+            tl.store(begins_ptr + q * (SLICES + 1), 0)
+        for j in range(part, tl.max(num_E), num_parts):
+            place_E = q * capacity + first_E + j
+            tl.store(tiles_ptr + place_E, (first_E << EXPERT_BITS) | e_E, mask=j < num_E)
             if q == 0:
-                for stage in tl.static_range(2):
-                    zero_C = tl.zeros([BLOCK_C], tl.int32)
-                    tl.store(ready_ptr + stage * capacity + tile_C, zero_C, mask=tile_C < total)
+                tl.store(ready_ptr + place_E, tl.zeros_like(num_E), mask=j < num_E)
+                tl.store(ready_ptr + capacity + place_E, tl.zeros_like(num_E), mask=j < num_E)
 
 
 @triton.jit
 def locate_tile(i, begin, tiles_ptr, offsets_ptr, n_tiles, block_m):
-    """Return (expert, first row, end of the expert's rows, column tile) of tile i of the queue that starts at begin."""
+    """Return what tile i of the queue that starts at `begin` is.
+
+    That is its expert, its first row, the end of the expert's rows, its column tile, its row tile's place in the list.
+    """
     entry = tl.load(tiles_ptr + begin + i // n_tiles)
     expert = entry & EXPERT_MASK
     row_start = tl.load(offsets_ptr + expert)
     row_end = tl.load(offsets_ptr + expert + 1)
     num_m = tl.cdiv(row_end - row_start, block_m)
-    local = i - ((entry >> EXPERT_BITS) - begin) * n_tiles
-    return expert, row_start + local % num_m * block_m, row_end, local // num_m
+    first = entry >> EXPERT_BITS
+    local = i - (first - begin) * n_tiles
+    m = local % num_m
+    return expert, row_start + m * block_m, row_end, local // num_m, first + m

@@ -1,8 +1,8 @@
 """Routing on the device: logits to experts, weights, counts, a stable order of rows, and tile queues.
 
-Up to `SMALL_TOKENS` tokens take one launch of one CTA, more take two launches. Nothing is counted with atomics and
-nothing is read back, so that order and bits depend on the logits and the plan alone. `reference.route` and
-`reference.dispatch` define the result.
+A batch that fits one block (64 tokens of up to 128 experts) takes one launch of one CTA, larger ones take two launches.
+Nothing is counted with atomics and nothing is read back, so that order and bits depend on the logits and the plan
+alone. `reference.route`, `dispatch` and `queues` define the result.
 
 Shape letters: T tokens, E experts, K top-k, N routed rows, B blocks of tokens.
 """
@@ -21,13 +21,14 @@ from .spec import INTERPRET, LayerLaunch, RouterSpec
 if TYPE_CHECKING:
     from .workspace import Workspace
 
-SMALL_TOKENS = 64
-BLOCK_TOKENS = 64
+MAX_BLOCK_TOKENS = 64
+BLOCK_SCORES = 8192
+"""Scores that one CTA holds at once: 64 tokens of 128 experts."""
 QUEUE_PARTS = 8
 
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
-NOTHING = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
-"""Below the key of every score."""
+NOTHING = tl.constexpr(-0x7FFFFFFF)
+"""Below the order of every finite score."""
 
 
 @triton.jit
@@ -46,53 +47,55 @@ def finite(x):
 
 
 @triton.jit
-def sortable(x):
-    """Return int32 that sort like the floats; its own inverse on bits."""
-    bits = x.to(tl.int32, bitcast=True)
+def order_of(x):
+    """Return int32 that sort like the floats."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
-def make_keys(x, place):
-    """Return int64 keys that rise with the score and, among equals, with falling place."""
-    x = tl.where(x == 0.0, 0.0, x)
-    return (sortable(x).to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
-
-
-@triton.jit
-def key_score(key):
-    """Return the score of a key."""
-    order = (key >> 32).to(tl.int32)
+def score_of(order):
+    """Return the float of an order."""
     return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
 
 
 @triton.jit
+def best_of(order, place, axis: tl.constexpr):
+    """Return the largest order along an axis and where it is; of equals, the lowest place."""
+    key = tl.max((order.to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64), axis=axis)
+    return (key >> 32).to(tl.int32), (0x7FFFFFFF - (key & 0xFFFFFFFF)).to(tl.int32)
+
+
+@triton.jit
 def keep_best_groups(
-    keys, SOFTMAX: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr
+    order, SOFTMAX: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr
 ):
-    """Blank the keys of experts outside the best groups."""
-    grouped = tl.reshape(keys, [BT, GROUPS, BE // GROUPS])
-    first = tl.max(grouped, axis=2)
-    score = key_score(first)
+    """Blank the orders of experts outside the best groups."""
+    size: tl.constexpr = BE // GROUPS
+    grouped = tl.reshape(order, [BT, GROUPS, size])
+    member = tl.arange(0, size)[None, None, :]
+    first, place = best_of(grouped, member, 2)
+    score = score_of(first)
     if not SOFTMAX:
-        score += key_score(tl.max(tl.where(grouped == first[:, :, None], NOTHING, grouped), axis=2))
-    group_keys = make_keys(score, tl.arange(0, GROUPS)[None, :])
-    chosen = tl.zeros([BT, GROUPS], tl.int32)
-    for _ in tl.static_range(TOP_GROUPS):
-        hit = group_keys == tl.max(group_keys, axis=1)[:, None]
-        chosen = tl.where(hit, 1, chosen)
-        group_keys = tl.where(hit, NOTHING, group_keys)
-    return tl.reshape(tl.where(chosen[:, :, None] > 0, grouped, NOTHING), [BT, BE])
+        second, _ = best_of(tl.where(member == place[:, :, None], NOTHING, grouped), member, 2)
+        score += score_of(second)
+    group = tl.arange(0, GROUPS)[None, :]
+    group_order = order_of(score)
+    for _ in range(TOP_GROUPS):
+        _score, chosen = best_of(group_order, group, 1)
+        group_order = tl.where(group == chosen[:, None], NOTHING, group_order)
+    return tl.reshape(tl.where(group_order[:, :, None] == NOTHING, grouped, NOTHING), [BT, BE])
 
 
 @triton.jit
 def pair_tree_sum(x, BT: tl.constexpr, BE: tl.constexpr):
     """Sum rows over adjacent pairs, so that the order is the same in every launch."""
-    width: tl.constexpr = BE // 2
-    if width == 0:
-        return tl.reshape(x, [BT])
-    left, right = tl.split(tl.reshape(x, [BT, width, 2]))
-    return pair_tree_sum(left + right, BT, width)
+    if BE == 1:
+        total = tl.reshape(x, [BT])
+    else:
+        left, right = tl.split(tl.reshape(x, [BT, BE // 2, 2]))
+        total = pair_tree_sum(left + right, BT, BE // 2)
+    return total
 
 
 @triton.jit
@@ -127,25 +130,25 @@ def choose(
     choice = score
     if HAS_BIAS:
         choice = finite(score + tl.load(bias_ptr + e_E, mask=e_E < num_experts, other=0.0)[None, :])
-    keys = tl.where(known, make_keys(choice, e_E[None, :]), NOTHING)
+    order = tl.where(known, order_of(choice), NOTHING)
     if GROUPS > 1:
-        keys = keep_best_groups(keys, SOFTMAX, GROUPS, TOP_GROUPS, BT, BE)
+        order = keep_best_groups(order, SOFTMAX, GROUPS, TOP_GROUPS, BT, BE)
     slot = tl.full([BT, BE], -1, tl.int32)
     k_K = tl.arange(0, BK)[None, :]
     ids = tl.full([BT, BK], -1, tl.int32)
     picked = tl.zeros([BT, BK], tl.float32)
     total = tl.zeros([BT], tl.float32)
-    for k in tl.static_range(TOP_K):
-        best = tl.max(keys, axis=1)
-        hit = keys == best[:, None]
-        weight = tl.sum(tl.where(hit, score, 0.0), axis=1) if HAS_BIAS else key_score(best)
+    for k in range(TOP_K):
+        best, expert = best_of(order, e_E[None, :], 1)
+        hit = e_E[None, :] == expert[:, None]
+        weight = tl.sum(tl.where(hit, score, 0.0), axis=1) if HAS_BIAS else score_of(best)
         if SOFTMAX:
             weight = expf(weight - top)
         total += weight
         picked = tl.where(k_K == k, weight[:, None], picked)
-        ids = tl.where(k_K == k, (0x7FFFFFFF - (best & 0xFFFFFFFF)).to(tl.int32)[:, None], ids)
+        ids = tl.where(k_K == k, expert[:, None], ids)
         slot = tl.where(hit & live, k, slot)
-        keys = tl.where(hit, NOTHING, keys)
+        order = tl.where(hit, NOTHING, order)
     if RENORMALISE:
         picked = tl.div_rn(picked, tl.broadcast_to((total if SOFTMAX else total + 1e-20)[:, None], [BT, BK]))
     elif SOFTMAX:
@@ -184,9 +187,9 @@ def live_tokens(num_tokens_ptr, num_rows, PADDED: tl.constexpr):
 
 @triton.jit
 def route_small_kernel(
-    logits_ptr, bias_ptr, num_tokens_ptr, plan_ptr, ids_ptr, weights_ptr, counts_ptr, offsets_ptr, row_slot_ptr,
-    tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, num_rows, num_experts, capacity,
-    PADDED: tl.constexpr, DEPENDENT: tl.constexpr, NUM_LISTS: tl.constexpr, BLOCK_C: tl.constexpr,
+    logits_ptr, bias_ptr, num_tokens_ptr, plan_ptr, sizes_ptr, ids_ptr, weights_ptr, counts_ptr, offsets_ptr,
+    row_slot_ptr, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, num_rows, num_experts, num_slices, capacity,
+    PADDED: tl.constexpr, DEPENDENT: tl.constexpr, NUM_LISTS: tl.constexpr,
     TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr, SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
@@ -206,8 +209,8 @@ def route_small_kernel(
     place_rows(slot, t_T, ends_E - counts_E, row_slot_ptr, TOP_K)
     store_counts(counts_E, ends_E, e_E, num_experts, counts_ptr, offsets_ptr)
     build_queues(
-        counts_E, e_E, num_experts, plan_ptr, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, capacity, 0, 1,
-        NUM_LISTS, BE, BLOCK_C,
+        counts_E, e_E, num_experts, num_slices, plan_ptr, sizes_ptr, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr,
+        capacity, 0, 1, NUM_LISTS,
     )  # fmt: skip
 
 
@@ -235,9 +238,9 @@ def route_block_kernel(
 
 @triton.jit
 def place_block_kernel(
-    plan_ptr, ids_ptr, block_counts_ptr, counts_ptr, offsets_ptr, row_slot_ptr,
-    tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, num_rows, num_experts, num_blocks, capacity,
-    DEPENDENT: tl.constexpr, NUM_LISTS: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+    plan_ptr, sizes_ptr, ids_ptr, block_counts_ptr, counts_ptr, offsets_ptr, row_slot_ptr,
+    tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, num_rows, num_experts, num_slices, num_blocks, capacity,
+    DEPENDENT: tl.constexpr, NUM_LISTS: tl.constexpr, NUM_PARTS: tl.constexpr,
     TOP_K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Place one block's rows; the programs past the blocks write the queues. Each adds up all blocks for itself."""
@@ -257,17 +260,27 @@ def place_block_kernel(
     if block < num_blocks:
         t_T = block * BT + tl.arange(0, BT)
         slot = tl.full([BT, BE], -1, tl.int32)
-        for k in tl.static_range(TOP_K):
+        for k in range(TOP_K):
             id_T = tl.load(ids_ptr + t_T.to(tl.int64) * TOP_K + k, mask=t_T < num_rows, other=-1)
             slot = tl.where(id_T[:, None] == e_E[None, :], k, slot)
         place_rows(slot, t_T, ends_E - counts_E + before_E, row_slot_ptr, TOP_K)
     else:
         build_queues(
-            counts_E, e_E, num_experts, plan_ptr, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, capacity,
-            block - num_blocks, NUM_PARTS, NUM_LISTS, BE, BLOCK_C,
+            counts_E, e_E, num_experts, num_slices, plan_ptr, sizes_ptr, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr,
+            capacity, block - num_blocks, NUM_PARTS, NUM_LISTS,
         )  # fmt: skip
     if block == 0:
         store_counts(counts_E, ends_E, e_E, num_experts, counts_ptr, offsets_ptr)
+
+
+def padded_experts(num_experts: int) -> int:
+    """Return the columns of a block of scores."""
+    return max(16, triton.next_power_of_2(num_experts))
+
+
+def block_tokens(num_experts: int) -> int:
+    """Return the most tokens that one CTA routes at once."""
+    return min(MAX_BLOCK_TOKENS, BLOCK_SCORES // padded_experts(num_experts))
 
 
 def route(
@@ -283,8 +296,8 @@ def route(
 
     `num_tokens`, one int32 on the device, says how many leading rows are tokens; None: all of them.
     """
-    num_rows, block_e = logits_TE.shape[0], max(16, triton.next_power_of_2(router.num_experts))
-    block_t = min(triton.next_power_of_2(max(num_rows, 1)), BLOCK_TOKENS)
+    num_rows, block_e = logits_TE.shape[0], padded_experts(router.num_experts)
+    block_t = min(triton.next_power_of_2(max(num_rows, 1)), block_tokens(router.num_experts))
     num_blocks = max(1, triton.cdiv(num_rows, block_t))
     choice = {
         "PADDED": num_tokens is not None,
@@ -299,23 +312,25 @@ def route(
         "BT": block_t,
         "BE": block_e,
         "BK": triton.next_power_of_2(router.top_k),
-        "num_warps": 16 if block_t * block_e > 8192 else 8 if block_t * block_e > 1024 else 4,
+        "num_warps": min(32, max(4, block_t * block_e // 256)),
         "enable_fp_fusion": False,
         "launch_pdl": launch.dependent and not INTERPRET.value,
     }
+    plan = (ws.plan, ws.tile_sizes(launch))
     rows = (ws.counts_E, ws.offsets_E1, ws.row_slot_N)
     queues = (ws.tiles_QC, ws.begins_QS, ws.tickets, ws.ready_2C)
     inputs = (logits_TE, bias_E, num_tokens)
     sizes = (num_rows, router.num_experts)
-    lists = {"NUM_LISTS": launch.num_lists, "BLOCK_C": 64}
+    num_slices, num_lists = len(launch.slices), launch.num_lists
     if num_blocks == 1:
         route_small_kernel[(1,)](
-            *inputs, ws.plan, ws.ids_TK, ws.weights_TK, *rows, *queues, *sizes, ws.capacity, **choice, **lists
-        )
+            *inputs, *plan, ws.ids_TK, ws.weights_TK, *rows, *queues, *sizes, num_slices, ws.capacity,
+            NUM_LISTS=num_lists, **choice,
+        )  # fmt: skip
         return
     route_block_kernel[(num_blocks,)](*inputs, ws.ids_TK, ws.weights_TK, ws.block_counts_BE, *sizes, **choice)
     place_block_kernel[(num_blocks + QUEUE_PARTS,)](
-        ws.plan, ws.ids_TK, ws.block_counts_BE, *rows, *queues, *sizes, num_blocks, ws.capacity,
-        NUM_PARTS=QUEUE_PARTS, BLOCK_B=16, **lists,
+        *plan, ws.ids_TK, ws.block_counts_BE, *rows, *queues, *sizes, num_slices, num_blocks, ws.capacity,
+        NUM_LISTS=num_lists, NUM_PARTS=QUEUE_PARTS, BLOCK_B=min(64, BLOCK_SCORES // block_e),
         **{k: choice[k] for k in ("DEPENDENT", "TOP_K", "BT", "BE", "num_warps", "launch_pdl")},
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What a launch is told: tiles and grids, how tokens are routed, and the plan as one buffer of int32 words.
 
-The plan reaches the device as data: the same captured graph runs any placement and tile order of its layout. Only the
-tiles, grids, stealing and fusing of a `LayerLaunch` are fixed by capture.
+The plan reaches the device as data: the same captured graph runs any placement and tile order of its layout. Only a
+`LayerLaunch` is fixed by capture: tiles, grids, stealing, fusing.
 
 Shape letters: E routed experts, S slices, Q lists of row tiles (up, down).
 """
@@ -26,14 +26,15 @@ MAX_EXPERTS = 512
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TILE_ORDERS = ("expert", "heavy", "light")
 
-# Word offsets of a plan: bounds and slice ids of the token rule, tile geometry [Q, S], pinned slices [E].
+# Word offsets of a plan: tile order, bounds and slice ids of the token rule, pinned slices [E]; zeros mean slice 0.
 ORDER_AT = tl.constexpr(0)
 NUM_BOUNDS_AT = tl.constexpr(1)
 BOUNDS_AT = tl.constexpr(2)
 SLICE_IDS_AT = tl.constexpr(BOUNDS_AT.value + MAX_SLICES)
-BLOCK_M_AT = tl.constexpr(SLICE_IDS_AT.value + MAX_SLICES)
-BLOCK_N_AT = tl.constexpr(BLOCK_M_AT.value + 2 * MAX_SLICES)
-PINNED_AT = tl.constexpr(BLOCK_N_AT.value + 2 * MAX_SLICES)
+PINNED_AT = tl.constexpr(SLICE_IDS_AT.value + MAX_SLICES)
+# Word offsets of a launch's tiles: block_m [Q, S], block_n [Q, S].
+BLOCK_M_AT = tl.constexpr(0)
+BLOCK_N_AT = tl.constexpr(2 * MAX_SLICES)
 SLICES = tl.constexpr(MAX_SLICES)
 
 
@@ -69,6 +70,11 @@ class LaunchSpec:
         """Registers a thread may take: what leaves room for a neighbour on the SM where the accumulator allows it."""
         return 160 if self.block_m * self.block_n <= 64 * 32 * self.num_warps else 255
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_regs}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceLaunch:
@@ -76,6 +82,8 @@ class SliceLaunch:
 
     up: LaunchSpec
     down: LaunchSpec
+    sm_count: int | None = None
+    """SMs that the slice owns; None: it shares the device with the other slices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +177,7 @@ class TokenRule:
 
 
 def encode_plan(
-    launch: LayerLaunch,
+    num_slices: int,
     num_experts: int,
     placement: TokenRule | Sequence[int] | None = None,
     *,
@@ -178,37 +186,42 @@ def encode_plan(
     """Return a plan as int32 words on the host, ready to be copied over a workspace's.
 
     Args:
-        launch: the layout that the plan is for.
+        num_slices: of the layout that the plan is for.
         num_experts: E.
         placement: a token rule, the slice of each expert [E], or None for slice 0 alone.
         tile_order: expert, heavy (most tokens first) or light, within each slice.
     """
-    num_slices = len(launch.slices)
     words = torch.zeros(plan_words(num_experts), dtype=torch.int32)
     if tile_order not in TILE_ORDERS:
         raise ValueError(f"plan: tile order {tile_order!r}; allowed are {', '.join(TILE_ORDERS)}")
     words[ORDER_AT.value] = TILE_ORDERS.index(tile_order)
     slice_ids = placement.slice_ids if isinstance(placement, TokenRule) else tuple(placement or [0] * num_experts)
+    if not 0 <= min(slice_ids) <= max(slice_ids) < num_slices:
+        raise ValueError(f"plan: slice ids {sorted(set(slice_ids))}; the layout has slices 0..{num_slices - 1}")
     if isinstance(placement, TokenRule):
         words[NUM_BOUNDS_AT.value] = len(placement.bounds)
         _put(words, BOUNDS_AT.value, placement.bounds)
         _put(words, SLICE_IDS_AT.value, slice_ids)
-    else:
-        if len(slice_ids) != num_experts:
-            raise ValueError(f"plan: slices for {len(slice_ids)} experts; the model has {num_experts}")
-        words[NUM_BOUNDS_AT.value] = -1
-        _put(words, PINNED_AT.value, slice_ids)
-    if not 0 <= min(slice_ids) <= max(slice_ids) < num_slices:
-        raise ValueError(f"plan: slice ids {sorted(set(slice_ids))}; the layout has slices 0..{num_slices - 1}")
-    for row, specs in enumerate(zip(*((s.up, s.down) for s in launch.slices), strict=True)):
-        _put(words, BLOCK_M_AT.value + row * MAX_SLICES, [s.block_m for s in specs])
-        _put(words, BLOCK_N_AT.value + row * MAX_SLICES, [s.block_n for s in specs])
+        return words
+    if len(slice_ids) != num_experts:
+        raise ValueError(f"plan: slices for {len(slice_ids)} experts; the model has {num_experts}")
+    words[NUM_BOUNDS_AT.value] = -1
+    _put(words, PINNED_AT.value, slice_ids)
     return words
 
 
 def plan_words(num_experts: int) -> int:
     """Return the length of a plan."""
     return PINNED_AT.value + num_experts
+
+
+def encode_tiles(launch: LayerLaunch) -> Tensor:
+    """Return the rows and columns of every slice's tiles, for up and for down, as int32 words on the host."""
+    words = torch.zeros(4 * MAX_SLICES, dtype=torch.int32)
+    for row, specs in enumerate(zip(*((s.up, s.down) for s in launch.slices), strict=True)):
+        _put(words, BLOCK_M_AT.value + row * MAX_SLICES, [s.block_m for s in specs])
+        _put(words, BLOCK_N_AT.value + row * MAX_SLICES, [s.block_n for s in specs])
+    return words
 
 
 def _put(words: Tensor, start: int, values: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ tensor, with each expert's offset and sizes beside it. SwiGLU's first product ho
 Shape letters: E experts, F rows of a weight (output columns), D columns of a weight.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from ..traces.schema import MoeSpec
 from .spec import TORCH_DTYPE
 
 EPILOGUES = {"relu3": ("relu", "relu", "none"), "swiglu": ("swiglu", "none"), "gelu2": ("gelu", "none")}
+MAX_EXPERT_ELEMENTS = 2**31 - 2**20
+"""Of one expert's product: what a tile adds to an expert's start is an int32."""
 ALIGN = 16
 """Elements that every expert of a flat tensor starts at a multiple of, for 16-byte loads."""
 
@@ -169,6 +172,8 @@ def _check(spec: MoeSpec, tensors: Sequence[Tensor | None], shapes: Sequence[tup
     for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
         if tensor is None:
             continue
+        if math.prod(shape[-2:]) > MAX_EXPERT_ELEMENTS:
+            raise ValueError(f"model {spec.name!r}: {what} {i} has {list(shape[-2:])}; 2**31 elements are the most")
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or not tensor.is_contiguous():
             layout = "contiguous" if tensor.is_contiguous() else "strided"
             raise ValueError(

@@ -7,7 +7,7 @@ Shape letters: T tokens, E experts, K top-k, N routed rows (T times K), D model,
 of row tiles, C row tiles, W words of a plan.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..traces.schema import MoeSpec
 from .queues import MAX_TILES, NUM_COUNTERS, tile_capacity
-from .routing import BLOCK_TOKENS
-from .spec import MAX_BLOCK_M, MAX_SLICES, TORCH_DTYPE, plan_words
+from .routing import block_tokens, padded_experts
+from .spec import MAX_BLOCK_M, MAX_SLICES, TORCH_DTYPE, LayerLaunch, encode_tiles, plan_words
 from .weights import ALIGN
 
 SMALLEST_BLOCK_M = 16
@@ -31,7 +31,7 @@ class Workspace:
     capacity: int
     """Row tiles that a list can hold."""
     plan: Tensor
-    """[W] int32: copy the words of `encode_plan` here; slice 0 alone, tiles of 16 rows, until then."""
+    """[W] int32: copy the words of `encode_plan` here; all experts on slice 0 until then."""
     ids_TK: Tensor
     """int32, -1 for padding rows."""
     weights_TK: Tensor
@@ -53,6 +53,8 @@ class Workspace:
     rows_ND: Tensor
     """The last product's rows at their place t * K + slot."""
     out_TD: Tensor
+    sizes: dict[LayerLaunch, Tensor] = field(default_factory=dict)
+    """Tile sizes on the device, for each launch seen: see `tile_sizes`."""
 
     @classmethod
     def allocate(cls, spec: MoeSpec, max_tokens: int, device: torch.device | str) -> "Workspace":
@@ -61,8 +63,7 @@ class Workspace:
         capacity = tile_capacity(num_rows, spec.num_experts, SMALLEST_BLOCK_M)
         if max_tokens < 0 or capacity > MAX_TILES:
             raise ValueError(f"workspace for {max_tokens} tokens; give 0 to {MAX_TILES // spec.top_k * 15} or so")
-        num_blocks = triton.cdiv(max(1, max_tokens), BLOCK_TOKENS)
-        block_e = max(16, triton.next_power_of_2(spec.num_experts))
+        num_blocks = triton.cdiv(max(1, max_tokens), block_tokens(spec.num_experts))
         dtype = TORCH_DTYPE[spec.dtype]
 
         def ints(*shape: int) -> Tensor:
@@ -81,7 +82,7 @@ class Workspace:
             counts_E=ints(spec.num_experts),
             offsets_E1=ints(spec.num_experts + 1),
             row_slot_N=ints(num_rows + MAX_BLOCK_M),
-            block_counts_BE=ints(num_blocks, block_e),
+            block_counts_BE=ints(num_blocks, padded_experts(spec.num_experts)),
             tiles_QC=ints(2, capacity),
             begins_QS=ints(2, MAX_SLICES + 1),
             tickets=ints(NUM_COUNTERS, MAX_SLICES),
@@ -90,6 +91,12 @@ class Workspace:
             rows_ND=rows(num_rows, spec.d_model),
             out_TD=torch.empty(max_tokens, spec.d_model, dtype=dtype, device=device),
         )
+
+    def tile_sizes(self, launch: LayerLaunch) -> Tensor:
+        """Return a launch's tile sizes on the device; the first call copies them, so make one before capturing."""
+        if launch not in self.sizes:
+            self.sizes[launch] = encode_tiles(launch).to(self.plan.device)
+        return self.sizes[launch]
 
     @property
     def bytes(self) -> int:
