@@ -40,16 +40,21 @@ def best_k(score_NE: NDArray[np.floating], k: int) -> NDArray[np.int64]:
     return np.argpartition(-score_NE, k - 1, axis=-1)[..., :k]
 
 
-def conditional_recall(given_NC: F32, chosen_NE: F32, learn_N: NDArray[np.bool_], k: int) -> float | None:
+def conditional_recall(given_NC: F32, chosen_NE: F32, fold_N: NDArray[np.int64], k: int) -> float | None:
     """Return which share of the chosen experts is among the k that go most often with what is given.
 
-    P(expert | condition) is counted on the `learn_N` tokens; with several conditions at once the shares are summed.
-    Judged on the other tokens. None where either part is empty.
+    P(expert | condition) is counted on the tokens of all folds but one and judged on that one, each in turn; with
+    several conditions at once the shares are summed. None where all tokens are of one fold.
     """
-    judge_N = ~learn_N
-    if not learn_N.any() or not judge_N.any():
+    folds = np.unique(fold_N)
+    if len(folds) < 2:
         return None
-    share_CE = given_NC[learn_N].T @ chosen_NE[learn_N]
-    share_CE /= np.maximum(given_NC[learn_N].sum(axis=0), 1)[:, None]
-    found_NK = np.take_along_axis(chosen_NE[judge_N], best_k(given_NC[judge_N] @ share_CE, k), axis=1)
-    return float(found_NK.sum() / chosen_NE[judge_N].sum())
+    parts = [(given_NC[fold_N == fold], chosen_NE[fold_N == fold]) for fold in folds]
+    both = [given_MC.T @ chosen_ME for given_MC, chosen_ME in parts]
+    marks = [given_MC.sum(axis=0) for given_MC, _ in parts]
+    found = 0.0
+    for (given_MC, chosen_ME), both_CE, marks_C in zip(parts, both, marks, strict=True):
+        share_CE = (sum(both) - both_CE) / np.maximum(sum(marks) - marks_C, 1)[:, None]
+        best_MK = best_k(given_MC @ share_CE, k)
+        found += float(np.take_along_axis(chosen_ME, best_MK, axis=1).sum())
+    return found / float(chosen_NE.sum())

@@ -41,7 +41,7 @@ DRAWN_ENTRIES = 3_000_000
 """Marks per layer of the tokens drawn at each correction."""
 LIKELIHOOD_ENTRIES = 12_000_000
 """Marks over all layers of the tokens that the likelihood sees."""
-ROUNDS = ((1.0, 0.9, 0.8, 0.7, 0.6, 0.5), (0.5, 0.4, 0.3), (0.3, 0.25, 0.2))
+ROUNDS = ((1.0, 1.0, 0.9, 0.8, 0.7, 0.6), (0.7, 0.5, 0.4), (0.4, 0.3, 0.3))
 """Gains of the corrections; each round draws new requests, so that the fit does not adapt to one draw."""
 
 
@@ -229,7 +229,11 @@ def _likeliest(panel: Panel, num_experts: int) -> tuple[list[LayerChoice], NDArr
 def _match_layers(
     panel: Panel, layers: list[LayerChoice], tilt: _Tilt, num_experts: int
 ) -> tuple[list[LayerChoice], F32]:
-    """Match the layers from the first up, each on what was drawn of the one below; return them and the tilt's factors."""
+    """Match the layers from the first up, each on what was drawn of the one below.
+
+    Returns:
+        The layers, and the factor on each expert's tilt, float32 [L, E].
+    """
     num_positions, num_requests = panel.ids_PRLK.shape[:2]
     wanted_drawn = int(np.clip(DRAWN_ENTRIES // (num_experts * num_positions), 32, 384))
     drawn = panel.pick(_evenly(num_requests, wanted_drawn))
@@ -239,7 +243,8 @@ def _match_layers(
         )
         for level in range(len(layers))
     ]
-    scale_LE = np.ones_like(tilt.own_LE)
+    # The prior has shrunk the tilts it could not see well.
+    scale_LE = np.full_like(tilt.own_LE, 2.0)
     for turn, gains in enumerate(ROUNDS):
         tilt_RLE = _typical_tilt(tilt, drawn.domain_R, turn)
         below_PRK: Ids | None = None

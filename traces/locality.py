@@ -27,19 +27,19 @@ def overlap_by_lag(
     return shares
 
 
-def overlap_within_requests(counts_RE: NDArray[np.int64], tokens_R: NDArray[np.int64], top_k: int) -> float | None:
+def overlap_within_requests(counts_RE: NDArray[np.integer], tokens_R: NDArray[np.int64], top_k: int) -> float | None:
     """Return the overlap of two random tokens of one request, all pairs weighing alike; None: no request has two."""
     num_pairs = int((tokens_R * (tokens_R - 1)).sum())
     shared = float((counts_RE.astype(np.float64) ** 2).sum() - counts_RE.sum())
     return shared / (num_pairs * top_k) if num_pairs else None
 
 
-def overlap_independent(counts_E: NDArray[np.int64], num_tokens: int, top_k: int) -> float:
+def overlap_independent(counts_E: NDArray[np.integer], num_tokens: int, top_k: int) -> float:
     """Return the overlap of two tokens that choose independently with this load."""
     return float(((counts_E / num_tokens) ** 2).sum() / top_k)
 
 
-def distinct_independent(counts_E: NDArray[np.int64], num_tokens: int, batch: int) -> float:
+def distinct_independent(counts_E: NDArray[np.integer], num_tokens: int, batch: int) -> float:
     """Return how many experts `batch` tokens use on average when they choose independently with this load."""
     return float((1 - (1 - np.minimum(counts_E / num_tokens, 1)) ** batch).sum())
 

@@ -11,11 +11,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .choice import F32, Ids, LayerChoice, Shape, choose, multi_hot
+from .choice import F32, NUM_BINS, Ids, LayerChoice, Shape, choose, multi_hot
 from .dependence import conditional_recall, information_bias_bits, joint_counts, mutual_information_bits
 
 LAGS_G = (1, 4, 8, 16)
-GAIN_H = (1.0, 2.0, 3.0)
+NEAR_POSITIONS = 200
+"""Overlaps are matched on the first tokens of requests, where batches that start together are most alike."""
+RECALL_TOKENS = 25_000
+LOAD_GAIN = 0.8
+GAIN_H = (1.6, 2.5, 3.0)
 """Memory gain per unit of log-odds of overlap, by memory: the slower, the less one unit moves the overlap."""
 
 
@@ -24,11 +28,14 @@ class Moments:
     """What is matched; shares of tokens, float64."""
 
     inside_E: NDArray[np.float64]
+    inside_BE: NDArray[np.float64]
+    """By profile bin; a bin without tokens is 0."""
+    tokens_B: NDArray[np.int64]
     first_E: NDArray[np.float64]
     together_E: NDArray[np.float64]
     """Share of the pairs of tokens of one request that both chose the expert."""
     overlap_G: NDArray[np.float64]
-    """Share of a token's experts that the token `LAGS_G` before it chose; nan where no request is that long."""
+    """Share of a token's experts that the token `LAGS_G` before it chose, early in requests; nan where none is so long."""
     overlap_any: float
     """The same for any two tokens of a request."""
     information_bits: float | None = None
@@ -44,9 +51,13 @@ def moments(ids_PRK: Ids, shape: Shape, below_PRK: Ids | None, num_experts: int)
     tokens, sum_RE = int(shape.tokens_R.sum()), hot_PRE.sum(axis=0)
     num_pairs = max(int((shape.tokens_R * (shape.tokens_R - 1)).sum()), 1)
     together_E = ((sum_RE.astype(np.float64) ** 2).sum(axis=0) - sum_RE.sum(axis=0)) / num_pairs
-    alive_N = shape.alive.ravel()
+    alive_N, bin_N = shape.alive.ravel(), shape.bins.ravel()
+    tokens_B = np.bincount(bin_N[alive_N], minlength=NUM_BINS)
+    inside_BE = (multi_hot(bin_N[:, None], NUM_BINS).T @ hot_NE) / np.maximum(tokens_B, 1)[:, None]
     return Moments(
         inside_E=sum_RE.sum(axis=0, dtype=np.float64) / tokens,
+        inside_BE=inside_BE,
+        tokens_B=tokens_B,
         first_E=np.bincount(ids_PRK[..., 0].ravel()[alive_N], minlength=num_experts) / tokens,
         together_E=together_E,
         overlap_G=np.array([_overlap(hot_PRE, shape, lag, k) for lag in LAGS_G]),
@@ -56,21 +67,27 @@ def moments(ids_PRK: Ids, shape: Shape, below_PRK: Ids | None, num_experts: int)
 
 
 def _overlap(hot_PRE: F32, shape: Shape, lag: int, k: int) -> float:
-    pairs = int(np.maximum(shape.tokens_R - lag, 0).sum())
+    hot_PRE = hot_PRE[:NEAR_POSITIONS]
+    pairs = int(np.maximum(np.minimum(shape.tokens_R, NEAR_POSITIONS) - lag, 0).sum())
     return float(np.vdot(hot_PRE[lag:], hot_PRE[:-lag])) / (pairs * k) if pairs else np.nan
 
 
 def _across(ids_PRK: Ids, hot_NE: F32, shape: Shape, below_PRK: Ids) -> dict[str, float | None]:
-    """Measure the dependence on the layer below; learnt on every other request, judged on the rest."""
+    """Measure the dependence on the layer below; recall is learnt on every other request and judged on the rest."""
     k, num_experts = ids_PRK.shape[2], hot_NE.shape[1]
-    alive_N = shape.alive.ravel()
-    hot_NE, below_NK = hot_NE[alive_N], below_PRK.reshape(-1, k)[alive_N]
-    counts_EE = joint_counts(below_NK[:, 0], ids_PRK[..., 0].ravel()[alive_N], num_experts)
-    learn_N = np.broadcast_to(np.arange(len(shape.tokens_R)) % 2 == 0, shape.alive.shape).ravel()[alive_N]
+    alive_N = np.flatnonzero(shape.alive)
+    below_NK = below_PRK.reshape(-1, k)
+    counts_EE = joint_counts(below_NK[alive_N, 0], ids_PRK[..., 0].ravel()[alive_N], num_experts)
+    some_M = alive_N[:: max(len(alive_N) // RECALL_TOKENS, 1)]
+    fold_M = some_M % len(shape.tokens_R) % 2
+    recall = [
+        conditional_recall(multi_hot(below_NK[some_M, :width], num_experts), hot_NE[some_M], fold_M, k)
+        for width in (1, k)
+    ]
     return {
         "information_bits": mutual_information_bits(counts_EE) - information_bias_bits(counts_EE),
-        "recall_first": conditional_recall(multi_hot(below_NK[:, :1], num_experts), hot_NE, learn_N, k),
-        "recall_set": conditional_recall(multi_hot(below_NK, num_experts), hot_NE, learn_N, k),
+        "recall_first": recall[0],
+        "recall_set": recall[1],
     }
 
 
@@ -92,15 +109,33 @@ def _memory_step(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
     """Return the change of the memories' gains: fast from lag 1 against 4, middle from 4 against 16, slow from 8."""
     gap_G = _log_odds(wanted.overlap_G) - _log_odds(seen.overlap_G)
     gap_any = float(_log_odds(wanted.overlap_any) - _log_odds(seen.overlap_any))
-    gaps = np.array([gap_G[0] - gap_G[1], gap_G[1] - gap_G[3], gap_G[2] - 0.7 * gap_any])
+    gaps = np.array([gap_G[0] - gap_G[1], gap_G[1] - gap_G[3], gap_G[2] - 0.4 * gap_any])
     return np.nan_to_num(gaps) * GAIN_H
 
 
-def _tilt_ratio(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
-    """Return by how much each expert's variance between requests should grow; rare experts follow the rest."""
-    extra_E, seen_E = wanted.together_E - wanted.inside_E**2, seen.together_E - seen.inside_E**2
+def _tilt_step(wanted: Moments, seen: Moments, gain: float) -> NDArray[np.float64]:
+    """Return the factor on each expert's tilt that brings its variance between requests to the wanted one.
+
+    Late corrections, of small gain, move all experts of the layer together: a single expert's variance is known
+    from the drawn requests only roughly, and what overshoots adds more than what undershoots takes away.
+    """
+    extra_E = np.maximum(wanted.together_E - wanted.inside_E**2, 0)
+    seen_E = np.maximum(seen.together_E - seen.inside_E**2, 0)
     floor = max(float(extra_E.mean()), 1e-9) / 30
-    return np.clip((np.maximum(extra_E, 0) + floor) / (np.maximum(seen_E, 0) + floor), 0.3, 3)
+    ratio_E = np.clip((extra_E + floor) / (seen_E + floor), 0.3, 3)
+    # Once by overlap, which full experts decide, and once by divergence, which counts every expert alike.
+    weight_E = 1 / np.maximum(wanted.inside_E, 0.1 * wanted.inside_E.mean())
+    ratios = [(extra_E @ w_E + floor) / (seen_E @ w_E + floor) for w_E in (np.ones_like(weight_E), weight_E)]
+    together = np.clip(np.sqrt(np.prod(ratios)), 0.3, 3)
+    return ratio_E ** (1.2 * gain**2) * together ** (0.8 * (1 - gain))
+
+
+def _profile_step(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
+    """Return the change of the profile: what a bin lacks beyond what all tokens lack, shrunk where tokens are few."""
+    lacks_BE = _log_weight(np.maximum(wanted.inside_BE, 1e-3)) - _log_weight(np.maximum(seen.inside_BE, 1e-3))
+    lacks_E = _log_weight(np.maximum(wanted.inside_E, 1e-3)) - _log_weight(np.maximum(seen.inside_E, 1e-3))
+    fewer_B = np.minimum(wanted.tokens_B, seen.tokens_B)
+    return np.clip(lacks_BE - lacks_E, -1, 1) * (fewer_B / (fewer_B + 100))[:, None]
 
 
 def _corrected(layer: LayerChoice, wanted: Moments, seen: Moments, gain: float) -> LayerChoice:
@@ -113,8 +148,9 @@ def _corrected(layer: LayerChoice, wanted: Moments, seen: Moments, gain: float) 
     return replace(
         layer,
         # What a memory adds on average leaves the logit again, or the load would shift.
-        logit_E=(layer.logit_E + gain * logit_E - memory_H1.sum() * wanted.inside_E).astype(np.float32),
-        first_E=(layer.first_E + 0.8 * gain * first_E).astype(np.float32),
+        logit_E=(layer.logit_E + LOAD_GAIN * logit_E - memory_H1.sum() * wanted.inside_E).astype(np.float32),
+        first_E=(layer.first_E + LOAD_GAIN * first_E).astype(np.float32),
+        profile_BE=(layer.profile_BE + 0.5 * gain * _profile_step(wanted, seen)).astype(np.float32),
         memory_HE=(layer.memory_HE + memory_H1).astype(np.float32),
         below_first_EE=layer.below_first_EE * np.float32(first_scale),
         below_rest_EE=layer.below_rest_EE * np.float32(rest_scale),
@@ -137,11 +173,10 @@ def match(
     """Correct a layer once per gain; `tilt_RE` and `below_PRK` stay the same, the noise is drawn anew each time."""
     k = round(float(wanted.inside_E.sum()))
     scale_E = np.ones(tilt_RE.shape[1], np.float32)
-    for turn, gain in enumerate((*gains, 0.0)):
-        rng = np.random.default_rng([turn, tilt_RE.shape[0]])
-        ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, rng)
-        if gain:
-            seen = moments(ids_PRK, shape, below_PRK, tilt_RE.shape[1])
-            layer = _corrected(layer, wanted, seen, gain)
-            scale_E = np.clip(scale_E * _tilt_ratio(wanted, seen) ** (0.8 * gain), 0.02, 10).astype(np.float32)
+    for turn, gain in enumerate(gains):
+        ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, np.random.default_rng([turn, len(tilt_RE)]))
+        seen = moments(ids_PRK, shape, below_PRK, tilt_RE.shape[1])
+        layer = _corrected(layer, wanted, seen, gain)
+        scale_E = np.clip(scale_E * _tilt_step(wanted, seen, gain), 0.02, 10).astype(np.float32)
+    ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, np.random.default_rng([len(gains), len(tilt_RE)]))
     return Matched(layer=layer, ids_PRK=ids_PRK, tilt_scale_E=scale_E)

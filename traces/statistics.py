@@ -7,6 +7,7 @@ Shape letters: T tokens in reading order, S steps, R requests, L MoE layers, E e
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ F64 = NDArray[np.float64]
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZES = (1, 8, 32, 128)
 BATCH_STEPS = 200
+FOLDS = 5
 Column = float | list[float] | F64
 
 
@@ -67,12 +69,12 @@ class TraceStatistics:
 
     top1_entropy_bits_L: F64 | None = None
     mutual_information_bits_L: F64 | None = None
-    """Of the first choices of layers l and l + 1, one entry less than layers; plug-in, so too high by about the bias."""
+    """Of the first choices of layers l and l + 1 (one entry less than layers); plug-in: too high by about the bias."""
     information_bias_bits_L: F64 | None = None
     recall_L: F64 | None = None
     """Share of the experts of layer l + 1 among the K that go most often with layer l's first choice.
 
-    Learnt on the first 80 % of the requests in order, judged on the others.
+    Learnt on four requests of five and judged on the fifth, each in turn; nan for one request.
     """
     recall_set_L: F64 | None = None
     """The same from all K choices of layer l, their conditional shares summed."""
@@ -137,12 +139,13 @@ def summarise(
         layer |= {} if below_TK is None else _dependence(below_TK, ids_TK, groups, source.num_experts)
         for name, value in layer.items():
             columns.setdefault(name, []).append(value)
+    arrays: dict[str, Any] = {name: np.array(values, np.float64) for name, values in columns.items()}
     return TraceStatistics(
         num_tokens=source.num_tokens,
         num_requests=groups.num_requests,
         lags_G=lags,
         batch_sizes_Z=batch_sizes,
-        **{name: np.array(values, np.float64) for name, values in columns.items()},
+        **arrays,
     )
 
 
@@ -216,13 +219,14 @@ def _dependence(
 ) -> dict[str, Column]:
     counts_EE = joint_counts(below_TK[:, 0], ids_TK[:, 0], num_experts)
     chosen_TE, k = multi_hot(ids_TK, num_experts), ids_TK.shape[1]
-    learn_T = groups.request_of < 0.8 * groups.num_requests
     given = {
         "recall_L": multi_hot(below_TK[:, :1], num_experts),
         "recall_set_L": multi_hot(below_TK, num_experts),
         "recall_popularity_L": np.ones((len(ids_TK), 1), np.float32),
     }
-    recall = {name: conditional_recall(given_TC, chosen_TE, learn_T, k) for name, given_TC in given.items()}
+    recall = {
+        name: conditional_recall(given_TC, chosen_TE, groups.request_of % FOLDS, k) for name, given_TC in given.items()
+    }
     return {
         "top1_entropy_bits_L": float(entropy_bits(counts_EE.sum(axis=0) / len(ids_TK))),
         "mutual_information_bits_L": mutual_information_bits(counts_EE),
