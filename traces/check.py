@@ -31,6 +31,8 @@ def reading(path: Path) -> Generator[None]:
         raise TraceError(f"{path} cannot be used: {error}") from error
     except FileNotFoundError as error:
         raise TraceError(f"{path} does not exist; check the path") from error
+    except KeyError as error:
+        raise TraceError(f"{path} lacks {first_line(error)}; check that it is whole, or save it again") from error
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
     except Exception as error:
@@ -90,7 +92,7 @@ def _check_columns(trace: RoutingTrace) -> None:
         ("step_T", 0, trace.num_steps),
         ("phase_T", 0, 2),
         ("domain_T", UNKNOWN, len(trace.domains)),
-        ("position_T", 0, None),
+        ("position_T", 0, 1 << 31),
     ):
         _check_range(name, getattr(trace, name), low, high)
 

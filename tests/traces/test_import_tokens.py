@@ -439,6 +439,7 @@ class TestCacheLab:
         assert phases(trace) == [("prefill", 3), ("decode", 1), ("decode", 1), ("prefill", 4), ("decode", 1)]
         assert trace.request_id_T.tolist() == [0] * 5 + [1] * 5
         assert (trace.num_experts, trace.provenance.model, notes) == (9, "tiny", "")
+        assert trace.provenance.source == "imported from t.jsonl (moe-cache-lab)"
         assert trace.gates_TLK[0, 0].tolist() == [0.75, 0.125]
 
     def test_damage(self, tmp_path):
@@ -448,6 +449,7 @@ class TestCacheLab:
             ([self.META | {"format_version": 2}, *events], "allowed is 1"),
             ([self.META, *events[:-1]], "1 of 3 tokens lack some of layers"),
             ([self.META], "0 of 0 tokens"),
+            ([self.META, *(event | {"token_position": 2**40} for event in events[-2:])], "position_T spans"),
             ([self.META, nan, *events[1:]], "routing weights holds NaN"),
             ([self.META, events[0] | {"selected_experts": [1]}, *events[1:]], "layers or top-k are mixed"),
             ([self.META, events[0] | {"selected_experts": [1, 9]}, *events[1:]], "allowed is 0 to 8"),

@@ -223,7 +223,7 @@ def test_streaming_memory_does_not_grow_with_the_trace(tmp_path, monkeypatch):
         ({"phase_T": lambda t: t.phase_T + 2}, "phase_T"),
         ({"domain_T": lambda t: t.domain_T + 3}, "domain_T"),
         ({"domains": lambda _: ("a", "a")}, "give each name once"),
-        ({"position_T": lambda t: t.position_T - 2**30}, "position_T spans .* at least 0"),
+        ({"position_T": lambda t: t.position_T - 2**30}, "position_T spans .* allowed is 0 to 2147483647"),
         ({"step_table": lambda t: replace(t.step_table, moe_ns_SL=np.zeros((3, 9), int))}, "needs \\(3, 2\\)"),
         ({"step_table": lambda t: replace(t.step_table, segment_S=t.step_table.segment_S + 1)}, "segment_S"),
         ({"step_table": lambda t: replace(t.step_table, phase_S=t.step_table.phase_S[:0])}, "step"),
@@ -299,7 +299,7 @@ def test_foreign_newer_and_altered_files(tmp_path):
     same(rewritten(table, header), make_trace([1, 2]))
     for old, new, words in (
         (b'"schema_version": 1', b'"schema_version": 2', "schema 2 and this expertslice reads up to 1; upgrade"),
-        (b'"num_layers": 2', b'"num_layers": 3', "experts_2"),
+        (b'"num_layers": 2', b'"num_layers": 3', "lacks .*experts_2"),
         (b'"top_k": 2', b'"top_k": 1', "layer 0 is stored as"),
         (b'"num_experts": 8', b'"num_experts": 5', "expert ids spans"),
         (b'"num_experts": 8', b'"num_experts": 9', "checksum"),
@@ -308,7 +308,7 @@ def test_foreign_newer_and_altered_files(tmp_path):
         assert old in header
         with pytest.raises(TraceError, match=words):
             rewritten(table, header.replace(old, new))
-    with pytest.raises(TraceError, match="damaged"):
+    with pytest.raises(TraceError, match=r"lacks .*position"):
         rewritten(table.drop(["position"]), header)
     for column, words in (("position", "checksum"), ("step", "follows step")):
         place = table.column_names.index(column)

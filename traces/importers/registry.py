@@ -1,7 +1,7 @@
 """The table of formats: how each is recognised by what a file holds, and which importer reads it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
@@ -171,7 +171,9 @@ def import_trace(path: str | Path, *, format: str | None = None, **options: Unpa
         for content in contents:
             if not known.matches(content):
                 raise TraceError(f"{content.path} is not {known.about}; leave the format out to have it told")
-        return known.build(contents, options)
+        result = known.build(contents, options)
+    provenance = replace(result.trace.provenance, source=f"imported from {Path(path).name} ({result.format})")
+    return replace(result, trace=replace(result.trace, provenance=provenance))
 
 
 def detect(path: str | Path) -> str:

@@ -5,7 +5,7 @@ Shape letters: T tokens, S steps, L MoE layers, E experts, K top-k.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,12 +115,12 @@ def finish_tokens(
         rows = _without_dummies(rows, said)
     steps, step_T = np.unique(rows.step_T, return_inverse=True)
     tokens = len(step_T)
-    provenance = Provenance(source=f"imported: {format}", model=options.get("model"), notes="; ".join(said))
+    provenance = Provenance(source=format, model=options.get("model"), notes="; ".join(said))
     trace = RoutingTrace(
         num_experts=num_experts,
         provenance=provenance,
         request_id_T=rows.request_id_T.astype(np.int64),
-        position_T=rows.position_T.astype(np.int32),
+        position_T=cast("NDArray[np.int32]", rows.position_T),
         phase_T=rows.phase_T,
         step_T=step_T.astype(np.int64),
         domain_T=np.full(tokens, UNKNOWN, np.int16) if rows.domain_T is None else rows.domain_T,
@@ -131,8 +131,10 @@ def finish_tokens(
             phase_S=_step_phases(rows.phase_T, step_T, len(steps)), segment_S=np.zeros(len(steps), "u1")
         ),
     )
+    # Narrowed after the check, so that what does not fit is refused rather than wrapped round.
     check_trace(trace)
-    trace = replace(trace, expert_ids_TLK=trace.expert_ids_TLK.astype(id_dtype(num_experts)))
+    narrow = {"expert_ids_TLK": trace.expert_ids_TLK.astype(id_dtype(num_experts))}
+    trace = replace(trace, position_T=trace.position_T.astype(np.int32), **narrow)
     return ImportResult(trace=trace, format=format, notes=tuple(said))
 
 
@@ -232,7 +234,7 @@ def finish_counts(
     if dummy_S.any():
         said.append(f"{dummy_S.sum()} constant steps (warm-up or graph capture) dropped")
     kept = np.flatnonzero(~dummy_S)
-    provenance = Provenance(source=f"imported: {format}", model=options.get("model"), notes="; ".join(said))
+    provenance = Provenance(source=format, model=options.get("model"), notes="; ".join(said))
     labels = tuple(labels[step] for step in kept) if labels else ()
     load = ExpertLoad(top_k=top_k, provenance=provenance, counts_SLE=counts_SLE[kept], labels=labels)
     check_load(load)
