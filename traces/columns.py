@@ -151,9 +151,9 @@ def read_tokens(table: ArrowTable, header: Header) -> tuple[int, RoutingTrace]:
 def _numpy(table: ArrowTable, name: str) -> NDArray[Any]:
     """Return an integer column, UNKNOWN where it is null."""
     column = table.column(name)
-    return (
-        column.fill_null(UNKNOWN).to_numpy() if column.null_count and column.type != pa.uint8() else column.to_numpy()
-    )
+    if not pa.types.is_integer(column.type) or (column.null_count and column.type == pa.uint8()):
+        raise TraceError(f"column {name} has gaps or is no integer; record or import the trace again")
+    return column.fill_null(UNKNOWN).to_numpy() if column.null_count else column.to_numpy()
 
 
 def _numpy_valid(table: ArrowTable, name: str) -> NDArray[np.bool_]:

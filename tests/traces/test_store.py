@@ -315,6 +315,10 @@ def test_foreign_newer_and_altered_files(tmp_path):
         moved = table.set_column(place, column, pa.array(table[column].to_numpy() + 1))
         with pytest.raises(TraceError, match=words):
             rewritten(moved, header)
+    place = table.column_names.index("segment")
+    for gaps in (pa.nulls(len(table), pa.uint8()), pa.array([0.5] * len(table))):
+        with pytest.raises(TraceError, match="column segment has gaps or is no integer"):
+            rewritten(table.set_column(place, "segment", gaps), header)
     with pytest.raises(TraceError, match="skip a step"):
         rewritten(table.take(pa.array([2, 1, 0])), header)
 
