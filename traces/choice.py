@@ -19,6 +19,8 @@ MEMORY_H = (0.0, 0.7, 0.9)
 """How much of a memory stays from token to token: the token before, the last 3 or so, the last 10."""
 FIRST_OF_BIN_B = np.array([*range(16), 20, 24, 32, 48, 64, 96, 128, 192, 256])
 """First position of each bin of the profile; bins of prefill come first, then as many of decode."""
+WIDTH_OF_BIN_B = np.diff(FIRST_OF_BIN_B, append=2 * FIRST_OF_BIN_B[-1])
+"""Positions of each bin; of the last, which has no end, about."""
 NUM_BINS = 2 * len(FIRST_OF_BIN_B)
 WARM_UP = 16
 """Tokens after which memories stand as they do at a request's start: a request does not begin from nothing."""
@@ -88,8 +90,7 @@ def _standing(layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | N
     logit_PRE = layer.profile_BE[shape.bins]
     logit_PRE += layer.logit_E + tilt_RE
     if below_PRK is not None:
-        num_experts = len(layer.logit_E)
-        rest_NE = multi_hot(below_PRK[..., 1:].reshape(-1, below_PRK.shape[2] - 1), num_experts)
+        rest_NE = multi_hot(below_PRK.reshape(-1, below_PRK.shape[2])[:, 1:], len(layer.logit_E))
         logit_PRE += (rest_NE @ layer.below_rest_EE).reshape(logit_PRE.shape)
         logit_PRE += layer.below_first_EE[np.maximum(below_PRK[..., 0], 0)]
     return logit_PRE

@@ -6,7 +6,8 @@ Shape letters: T tokens, S steps, P positions, R requests, L MoE layers, E exper
 H memories, N sampled tokens, B position bins.
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ from .choice import (
     multi_hot,
     remember,
 )
-from .matching import match, moments
+from .matching import match, moments, profile_trust
 from .requests import group_requests, prompt_lengths
 from .schema import StepSource
 from .spec import SynthSpec, logits_of_load, plain_layer
@@ -39,6 +40,8 @@ PANEL_ENTRIES = 24_000_000
 """Marks per layer of the tokens that moments are measured on."""
 DRAWN_ENTRIES = 3_000_000
 """Marks per layer of the tokens drawn at each correction."""
+ACROSS_TOKENS = 30_000
+"""Tokens on which the dependence on the layer below is measured."""
 LIKELIHOOD_ENTRIES = 12_000_000
 """Marks over all layers of the tokens that the likelihood sees."""
 ROUNDS = ((1.0, 1.0, 0.9, 0.8, 0.7, 0.6), (0.7, 0.5, 0.4), (0.4, 0.3, 0.3))
@@ -66,6 +69,7 @@ def panel_of(trace: RoutingTrace) -> Panel:
     groups = group_requests(trace)
     chosen_R = _evenly(groups.num_requests, min(groups.num_requests, MAX_REQUESTS))
     longest = min(max(PANEL_ENTRIES // (trace.num_experts * len(chosen_R)), 64), MAX_POSITIONS)
+    longest = max(longest, 4 * MAX_POSITIONS // len(chosen_R))
     chosen_R = chosen_R[np.argsort(-groups.lengths[chosen_R], kind="stable")]
     tokens_R = np.minimum(groups.lengths[chosen_R], longest)
     ids_PRLK = np.full((tokens_R[0], len(chosen_R), trace.num_layers, trace.top_k), PAD, np.int32)
@@ -161,7 +165,7 @@ def _tilt(tilt_RLE: NDArray[np.float64], domain_R: NDArray[np.int64], num_domain
         domain_DLE /= (np.bincount(domain_R, minlength=num_domains) + 4)[:, None, None]
     rest_RX = (tilt_RLE - domain_DLE[domain_R]).reshape(shape[0], -1)
     _, size_F, axis_FX = np.linalg.svd(rest_RX / np.sqrt(shape[0]), full_matrices=False)
-    num_factors = min(MAX_FACTORS, shape[0] - 1)
+    num_factors = min(MAX_FACTORS, shape[0] - 1, len(size_F))
     factor_FX = size_F[:num_factors, None] * axis_FX[:num_factors]
     own_X = np.sqrt(np.maximum((rest_RX**2).mean(axis=0) - (factor_FX**2).sum(axis=0), 0))
     return _Tilt(
@@ -235,14 +239,17 @@ def _match_layers(
         The layers, and the factor on each expert's tilt, float32 [L, E].
     """
     num_positions, num_requests = panel.ids_PRLK.shape[:2]
-    wanted_drawn = int(np.clip(DRAWN_ENTRIES // (num_experts * num_positions), 32, 384))
+    wanted_drawn = int(np.clip(DRAWN_ENTRIES // (num_experts * num_positions), 16, 384))
     drawn = panel.pick(_evenly(num_requests, wanted_drawn))
+    num_across = min(int(panel.shape.tokens_R.sum()), int(drawn.shape.tokens_R.sum()), ACROSS_TOKENS)
     wanted = [
-        moments(
-            panel.ids_PRLK[:, :, level], panel.shape, panel.ids_PRLK[:, :, level - 1] if level else None, num_experts
-        )
-        for level in range(len(layers))
+        moments(ids_PRK, panel.shape, below_PRK, num_experts, num_across)
+        for below_PRK, ids_PRK in itertools.pairwise([None, *np.moveaxis(panel.ids_PRLK, 2, 0)])
+        if ids_PRK is not None
     ]
+    for level, layer in enumerate(layers):
+        trust_B1 = profile_trust(wanted[level]).astype(np.float32)[:, None]
+        layers[level] = replace(layer, profile_BE=layer.profile_BE * trust_B1)
     # The prior has shrunk the tilts it could not see well.
     scale_LE = np.full_like(tilt.own_LE, 2.0)
     for turn, gains in enumerate(ROUNDS):
@@ -250,7 +257,7 @@ def _match_layers(
         below_PRK: Ids | None = None
         for level, layer in enumerate(layers):
             tilt_RE = tilt_RLE[:, level] * scale_LE[level]
-            matched = match(layer, tilt_RE, drawn.shape, below_PRK, wanted[level], gains)
+            matched = match(layer, tilt_RE, drawn.shape, below_PRK, wanted[level], gains, num_across)
             layers[level], below_PRK = matched.layer, matched.ids_PRK
             scale_LE[level] *= matched.tilt_scale_E
     return layers, scale_LE

@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .choice import F32, NUM_BINS, Ids, LayerChoice, Shape, choose, multi_hot
-from .dependence import conditional_recall, information_bias_bits, joint_counts, mutual_information_bits
+from .choice import F32, NUM_BINS, WIDTH_OF_BIN_B, Ids, LayerChoice, Shape, choose, multi_hot
+from .dependence import conditional_recall, joint_counts, mutual_information_bits
 
 LAGS_G = (1, 4, 8, 16)
 NEAR_POSITIONS = 200
 """Overlaps are matched on the first tokens of requests, where batches that start together are most alike."""
-RECALL_TOKENS = 25_000
 LOAD_GAIN = 0.8
 GAIN_H = (1.6, 2.5, 3.0)
 """Memory gain per unit of log-odds of overlap, by memory: the slower, the less one unit moves the overlap."""
@@ -35,7 +34,7 @@ class Moments:
     together_E: NDArray[np.float64]
     """Share of the pairs of tokens of one request that both chose the expert."""
     overlap_G: NDArray[np.float64]
-    """Share of a token's experts that the token `LAGS_G` before it chose, early in requests; nan where none is so long."""
+    """Share of a token's experts that the token `LAGS_G` before it chose, early in requests; nan: none is that long."""
     overlap_any: float
     """The same for any two tokens of a request."""
     information_bits: float | None = None
@@ -43,8 +42,12 @@ class Moments:
     recall_set: float | None = None
 
 
-def moments(ids_PRK: Ids, shape: Shape, below_PRK: Ids | None, num_experts: int) -> Moments:
-    """Measure one layer, given what the layer below chose for the same tokens."""
+def moments(ids_PRK: Ids, shape: Shape, below_PRK: Ids | None, num_experts: int, num_across: int) -> Moments:
+    """Measure one layer, given what the layer below chose for the same tokens.
+
+    What depends on the layer below is measured on `num_across` tokens, the same number wherever two measurements are
+    compared: such measures are biased by how many there are.
+    """
     k = ids_PRK.shape[2]
     hot_NE = multi_hot(ids_PRK.reshape(-1, k), num_experts)
     hot_PRE = hot_NE.reshape(*ids_PRK.shape[:2], num_experts)
@@ -62,7 +65,7 @@ def moments(ids_PRK: Ids, shape: Shape, below_PRK: Ids | None, num_experts: int)
         together_E=together_E,
         overlap_G=np.array([_overlap(hot_PRE, shape, lag, k) for lag in LAGS_G]),
         overlap_any=float(together_E.sum() / k),
-        **({} if below_PRK is None else _across(ids_PRK, hot_NE, shape, below_PRK)),
+        **({} if below_PRK is None else _across(ids_PRK, hot_NE, shape, below_PRK, num_across)),
     )
 
 
@@ -72,20 +75,18 @@ def _overlap(hot_PRE: F32, shape: Shape, lag: int, k: int) -> float:
     return float(np.vdot(hot_PRE[lag:], hot_PRE[:-lag])) / (pairs * k) if pairs else np.nan
 
 
-def _across(ids_PRK: Ids, hot_NE: F32, shape: Shape, below_PRK: Ids) -> dict[str, float | None]:
+def _across(ids_PRK: Ids, hot_NE: F32, shape: Shape, below_PRK: Ids, num_across: int) -> dict[str, float | None]:
     """Measure the dependence on the layer below; recall is learnt on every other request and judged on the rest."""
     k, num_experts = ids_PRK.shape[2], hot_NE.shape[1]
     alive_N = np.flatnonzero(shape.alive)
-    below_NK = below_PRK.reshape(-1, k)
-    counts_EE = joint_counts(below_NK[alive_N, 0], ids_PRK[..., 0].ravel()[alive_N], num_experts)
-    some_M = alive_N[:: max(len(alive_N) // RECALL_TOKENS, 1)]
+    some_M = alive_N[np.linspace(0, len(alive_N) - 1, num_across).astype(np.int64)]
+    below_MK, first_M = below_PRK.reshape(-1, k)[some_M], ids_PRK[..., 0].ravel()[some_M]
     fold_M = some_M % len(shape.tokens_R) % 2
     recall = [
-        conditional_recall(multi_hot(below_NK[some_M, :width], num_experts), hot_NE[some_M], fold_M, k)
-        for width in (1, k)
+        conditional_recall(multi_hot(below_MK[:, :width], num_experts), hot_NE[some_M], fold_M, k) for width in (1, k)
     ]
     return {
-        "information_bits": mutual_information_bits(counts_EE) - information_bias_bits(counts_EE),
+        "information_bits": mutual_information_bits(joint_counts(below_MK[:, 0], first_M, num_experts)),
         "recall_first": recall[0],
         "recall_set": recall[1],
     }
@@ -130,12 +131,24 @@ def _tilt_step(wanted: Moments, seen: Moments, gain: float) -> NDArray[np.float6
     return ratio_E ** (1.2 * gain**2) * together ** (0.8 * (1 - gain))
 
 
+def profile_trust(wanted: Moments) -> NDArray[np.float64]:
+    """Return how much of each bin's deviation from the whole is more than chance, 0..1 per bin.
+
+    Chance is the chi-square of as many independent tokens; those of one request count for fewer, as they are alike.
+    """
+    variance_E = np.maximum(wanted.inside_E * (1 - wanted.inside_E), 1e-9)
+    independent = float((wanted.inside_E**2).sum() / wanted.inside_E.sum())
+    alike = np.clip((wanted.overlap_any - independent) / max(1 - independent, 1e-9), 0, 1)
+    count_B = wanted.tokens_B / (1 + (np.tile(WIDTH_OF_BIN_B, 2) - 1) * alike)
+    excess_B = count_B * ((wanted.inside_BE - wanted.inside_E) ** 2 / variance_E).sum(axis=1)
+    return np.maximum(1 - len(variance_E) / np.maximum(excess_B, 1e-9), 0)
+
+
 def _profile_step(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
-    """Return the change of the profile: what a bin lacks beyond what all tokens lack, shrunk where tokens are few."""
+    """Return the change of the profile: what a bin lacks beyond what all tokens lack, as far as that is to trust."""
     lacks_BE = _log_weight(np.maximum(wanted.inside_BE, 1e-3)) - _log_weight(np.maximum(seen.inside_BE, 1e-3))
     lacks_E = _log_weight(np.maximum(wanted.inside_E, 1e-3)) - _log_weight(np.maximum(seen.inside_E, 1e-3))
-    fewer_B = np.minimum(wanted.tokens_B, seen.tokens_B)
-    return np.clip(lacks_BE - lacks_E, -1, 1) * (fewer_B / (fewer_B + 100))[:, None]
+    return np.clip(lacks_BE - lacks_E, -1, 1) * (profile_trust(wanted) * (seen.tokens_B > 0))[:, None]
 
 
 def _corrected(layer: LayerChoice, wanted: Moments, seen: Moments, gain: float) -> LayerChoice:
@@ -168,14 +181,20 @@ class Matched:
 
 
 def match(
-    layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | None, wanted: Moments, gains: tuple[float, ...]
+    layer: LayerChoice,
+    tilt_RE: F32,
+    shape: Shape,
+    below_PRK: Ids | None,
+    wanted: Moments,
+    gains: tuple[float, ...],
+    num_across: int,
 ) -> Matched:
     """Correct a layer once per gain; `tilt_RE` and `below_PRK` stay the same, the noise is drawn anew each time."""
     k = round(float(wanted.inside_E.sum()))
     scale_E = np.ones(tilt_RE.shape[1], np.float32)
     for turn, gain in enumerate(gains):
         ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, np.random.default_rng([turn, len(tilt_RE)]))
-        seen = moments(ids_PRK, shape, below_PRK, tilt_RE.shape[1])
+        seen = moments(ids_PRK, shape, below_PRK, tilt_RE.shape[1], num_across)
         layer = _corrected(layer, wanted, seen, gain)
         scale_E = np.clip(scale_E * _tilt_step(wanted, seen, gain), 0.02, 10).astype(np.float32)
     ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, np.random.default_rng([len(gains), len(tilt_RE)]))

@@ -158,10 +158,11 @@ def _summarise_counts(source: StepSource) -> TraceStatistics:
     if not num_tokens:
         raise ValueError("the source has no tokens; record or import at least one step with tokens first")
     layers = [_load(counts_E, num_tokens, source.top_k) for counts_E in counts_LE]
+    arrays: dict[str, Any] = {name: np.array([layer[name] for layer in layers], np.float64) for name in layers[0]}
     return TraceStatistics(
         num_tokens=num_tokens,
         num_requests=None,
-        **{name: np.array([layer[name] for layer in layers], np.float64) for name in layers[0]},
+        **arrays,
     )
 
 
