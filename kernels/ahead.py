@@ -25,7 +25,6 @@ from .spec import LaunchSpec
 GROUPED: dict[str, Any] = {
     "STEAL": False,
     "DEPENDENT": False,
-    "TOP_K": 4,
     "GATHER": False,
     "SCATTER": False,
     "EPILOGUE": "none",
@@ -95,7 +94,6 @@ def fused_source(spec: LaunchSpec, epilogue: str, dtype: str = "bf16") -> ASTSou
     constants = {
         "THREE": epilogue == "relu",
         "DEPENDENT": True,
-        "TOP_K": 2,
         "EPILOGUE": epilogue,
         "HAS_BIAS": False,
         "EVEN_D": True,

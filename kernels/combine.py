@@ -13,7 +13,7 @@ from .routing import live_tokens
 from .spec import INTERPRET
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def combine_kernel(
     rows_ptr,
     weights_ptr,

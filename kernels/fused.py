@@ -46,8 +46,8 @@ def wait_for(ready_ptr, needed):
 @triton.jit
 def fused_product(
     a, b, out_ptr, bias_ptr, row_slot_ptr, tiles_ptr, offsets_ptr, waits_ptr, signals_ptr,
-    begin, num_m, base, waits_for, k_dim, n_dim, a_pitch, out_pitch,
-    WAITS: tl.constexpr, SIGNALS: tl.constexpr, TOP_K: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    begin, num_m, base, waits_for, k_dim, n_dim, a_pitch, out_pitch, top_k,
+    WAITS: tl.constexpr, SIGNALS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr, B_DESC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -62,8 +62,8 @@ def fused_product(
             wait_for(waits_ptr + place, waits_for)
         expert_tile(
             a, b, out_ptr, bias_ptr, None, row_slot_ptr, None, None, None, None,
-            expert, row, row_end, n * BLOCK_N, n_dim, k_dim, n_dim, a_pitch, out_pitch,
-            TOP_K, not WAITS, not SIGNALS, EPILOGUE, HAS_BIAS, False, False, True, EVEN_K,
+            expert, row, row_end, n * BLOCK_N, n_dim, k_dim, n_dim, a_pitch, out_pitch, top_k,
+            not WAITS, not SIGNALS, EPILOGUE, HAS_BIAS, False, False, True, EVEN_K,
             False, B_DESC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if SIGNALS:
@@ -73,12 +73,12 @@ def fused_product(
     return base + num_tiles, n_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slice_id", "capacity", "top_k"])
 def fused_kernel(
     x_ptr, b0, b1, b2, bias0_ptr, bias1_ptr, bias2_ptr, hidden0_ptr, hidden1_ptr, rows_ptr,
     row_slot_ptr, tiles_ptr, begins_ptr, offsets_ptr, ready_ptr,
-    slice_id, capacity, d_model, n_dim, d_ff, x_pitch, hidden_pitch, rows_pitch,
-    THREE: tl.constexpr, DEPENDENT: tl.constexpr, TOP_K: tl.constexpr, EPILOGUE: tl.constexpr,
+    slice_id, capacity, d_model, n_dim, d_ff, x_pitch, hidden_pitch, rows_pitch, top_k,
+    THREE: tl.constexpr, DEPENDENT: tl.constexpr, EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr, B_DESC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, UP_N: tl.constexpr, DOWN_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -91,19 +91,19 @@ def fused_kernel(
     ready0, ready1 = ready_ptr, ready_ptr + capacity
     base, n_tiles = fused_product(
         x_ptr, b0, hidden0_ptr, bias0_ptr, row_slot_ptr, tiles_ptr, offsets_ptr, ready0, ready0,
-        begin, num_m, 0, 0, d_model, n_dim, x_pitch, hidden_pitch,
-        False, True, TOP_K, EPILOGUE, HAS_BIAS, EVEN_D, B_DESC, PRECISION, BLOCK_M, UP_N, BLOCK_K,
+        begin, num_m, 0, 0, d_model, n_dim, x_pitch, hidden_pitch, top_k,
+        False, True, EPILOGUE, HAS_BIAS, EVEN_D, B_DESC, PRECISION, BLOCK_M, UP_N, BLOCK_K,
     )  # fmt: skip
     if THREE:
         base, n_tiles = fused_product(
             hidden0_ptr, b1, hidden1_ptr, bias1_ptr, row_slot_ptr, tiles_ptr, offsets_ptr, ready0, ready1,
-            begin, num_m, base, n_tiles, d_ff, d_ff, hidden_pitch, hidden_pitch,
-            True, True, TOP_K, EPILOGUE, HAS_BIAS, EVEN_F, B_DESC, PRECISION, BLOCK_M, UP_N, BLOCK_K,
+            begin, num_m, base, n_tiles, d_ff, d_ff, hidden_pitch, hidden_pitch, top_k,
+            True, True, EPILOGUE, HAS_BIAS, EVEN_F, B_DESC, PRECISION, BLOCK_M, UP_N, BLOCK_K,
         )  # fmt: skip
     fused_product(
         hidden1_ptr if THREE else hidden0_ptr, b2, rows_ptr, bias2_ptr, row_slot_ptr, tiles_ptr, offsets_ptr,
         ready1 if THREE else ready0, ready0, begin, num_m, base, n_tiles, d_ff, d_model, hidden_pitch, rows_pitch,
-        True, False, TOP_K, "none", HAS_BIAS, EVEN_F, B_DESC, PRECISION, BLOCK_M, DOWN_N, BLOCK_K,
+        top_k, True, False, "none", HAS_BIAS, EVEN_F, B_DESC, PRECISION, BLOCK_M, DOWN_N, BLOCK_K,
     )  # fmt: skip
 
 
@@ -156,12 +156,11 @@ def _arguments(
         x_TD, *held, first.bias, middle.bias, last.bias, ws.hidden[0], ws.hidden[-1], ws.rows_ND,
         ws.row_slot_N, ws.tiles_QC[0], ws.begins_QS[0], ws.offsets_E1, ws.ready_2C,
         slice_id, ws.capacity, first.k_dim, first.n_dim, last.k_dim,
-        x_TD.stride(0), ws.hidden[0].stride(0), ws.rows_ND.stride(0),
+        x_TD.stride(0), ws.hidden[0].stride(0), ws.rows_ND.stride(0), ws.spec.top_k,
     )  # fmt: skip
     options = {
         "THREE": len(weights.products) == 3,
         "DEPENDENT": dependent,
-        "TOP_K": ws.spec.top_k,
         "EPILOGUE": weights.epilogues[0],
         "HAS_BIAS": first.bias is not None,
         "EVEN_D": first.k_dim % block_k == 0,

@@ -14,8 +14,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .choice import expf
 from .queues import locate_tile
-from .routing import expf
 from .spec import BLOCK_M_AT, BLOCK_N_AT, INTERPRET, SLICES, LayerLaunch
 from .weights import ProductWeights
 
@@ -71,8 +71,8 @@ def weight_rows(col, n_dim, GATED: tl.constexpr, HALVES: tl.constexpr, BLOCK_N: 
 @triton.jit
 def expert_tile(
     a, b, out_ptr, bias_ptr, scale_ptr, row_slot_ptr, offset_ptr, bias_offset_ptr, k_dim_ptr, n_dim_ptr,
-    expert, row, row_stop, col, col_stop, k_dim, n_dim, a_pitch, out_pitch,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, EPILOGUE: tl.constexpr,
+    expert, row, row_stop, col, col_stop, k_dim, n_dim, a_pitch, out_pitch, top_k,
+    GATHER: tl.constexpr, SCATTER: tl.constexpr, EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, UNEVEN: tl.constexpr, ALIGNED: tl.constexpr,
     EVEN_K: tl.constexpr, A_DESC: tl.constexpr, B_DESC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -97,7 +97,7 @@ def expert_tile(
     if A_DESC:
         a_start_M = m_M
     elif GATHER:
-        token_M = tl.load(row_slot_ptr + m_M, mask=m_M < row_stop - row, other=0) // TOP_K
+        token_M = tl.load(row_slot_ptr + m_M, mask=m_M < row_stop - row, other=0) // top_k
         a_start_M = token_M.to(tl.int64) * a_pitch
     else:
         a += row.to(tl.int64) * a_pitch
@@ -142,13 +142,13 @@ def expert_tile(
     tl.store(out_ptrs, y.to(OUT), mask=live_M[:, None] & (out_N < col_stop // FACTOR)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slice_id", "num_slices", "row_list", "top_k"])
 def grouped_kernel(
     a, b, out_ptr, bias_ptr, scale_ptr, row_slot_ptr, offset_ptr, bias_offset_ptr, k_dim_ptr, n_dim_ptr,
     sizes_ptr, tiles_ptr, begins_ptr, offsets_ptr, tickets_ptr,
-    slice_id, num_slices, row_list, k_dim, n_dim, a_pitch, out_pitch,
+    slice_id, num_slices, row_list, k_dim, n_dim, a_pitch, out_pitch, top_k,
     STEAL: tl.constexpr, FLATTEN: tl.constexpr, DEPENDENT: tl.constexpr,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, EPILOGUE: tl.constexpr,
+    GATHER: tl.constexpr, SCATTER: tl.constexpr, EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, UNEVEN: tl.constexpr, ALIGNED: tl.constexpr,
     EVEN_K: tl.constexpr, A_DESC: tl.constexpr, B_DESC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -178,8 +178,8 @@ def grouped_kernel(
                         offset_ptr, bias_offset_ptr, k_dim_ptr, n_dim_ptr,
                         expert, row + sub % num_m * BLOCK_M, row_stop,
                         tl.multiple_of(n * their_n, 16) + sub // num_m * BLOCK_N, col_stop,
-                        k_dim, n_dim, a_pitch, out_pitch,
-                        TOP_K, GATHER, SCATTER, EPILOGUE, HAS_BIAS, HAS_SCALE, UNEVEN, ALIGNED, EVEN_K,
+                        k_dim, n_dim, a_pitch, out_pitch, top_k,
+                        GATHER, SCATTER, EPILOGUE, HAS_BIAS, HAS_SCALE, UNEVEN, ALIGNED, EVEN_K,
                         A_DESC, B_DESC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                     )  # fmt: skip
                 ticket = tl.atomic_add(tickets_ptr + victim, 1, sem="relaxed")
@@ -192,8 +192,8 @@ def grouped_kernel(
             expert_tile(
                 a, b, out_ptr, bias_ptr, scale_ptr, row_slot_ptr,
                 offset_ptr, bias_offset_ptr, k_dim_ptr, n_dim_ptr,
-                expert, row, row_end, n * BLOCK_N, n_dim, k_dim, n_dim, a_pitch, out_pitch,
-                TOP_K, GATHER, SCATTER, EPILOGUE, HAS_BIAS, HAS_SCALE, UNEVEN, ALIGNED, EVEN_K,
+                expert, row, row_end, n * BLOCK_N, n_dim, k_dim, n_dim, a_pitch, out_pitch, top_k,
+                GATHER, SCATTER, EPILOGUE, HAS_BIAS, HAS_SCALE, UNEVEN, ALIGNED, EVEN_K,
                 A_DESC, B_DESC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
@@ -240,7 +240,7 @@ def grouped_product(
         out, held.bias, scale_TK, ws.row_slot_N, held.offset_E, held.bias_offset_E, held.k_dim_E, held.n_dim_E,
         ws.tile_sizes(launch), ws.tiles_QC[row_list], ws.begins_QS[row_list], ws.offsets_E1, ws.tickets[product],
         slice_id, len(launch.slices), row_list, held.k_dim, held.n_dim, x.stride(0), out.stride(0),
-        STEAL=launch.steal, FLATTEN=spec.flatten, DEPENDENT=dependent, TOP_K=ws.spec.top_k,
+        ws.spec.top_k, STEAL=launch.steal, FLATTEN=spec.flatten, DEPENDENT=dependent,
         GATHER=first, SCATTER=last, EPILOGUE=epilogue, HAS_BIAS=held.bias is not None,
         HAS_SCALE=scale_TK is not None, UNEVEN=held.uneven, ALIGNED=held.aligned,
         EVEN_K=not held.uneven and held.k_dim % block_k == 0, A_DESC=a_desc, B_DESC=by_desc,

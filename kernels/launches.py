@@ -1,0 +1,60 @@
+"""Which tiles and grids a layer is launched with when nobody tuned it: a model of the load, not a measurement.
+
+Shape letters: E experts, K top-k, T tokens.
+"""
+
+from dataclasses import replace
+
+from ..traces.schema import MoeSpec
+from .spec import LaunchSpec, LayerLaunch, SliceLaunch
+
+# Tiles by rows of an expert, with the CTAs that one SM holds.
+TILES: dict[int, tuple[tuple[LaunchSpec, int], ...]] = {
+    16: tuple(
+        (LaunchSpec(block_m=16, block_n=n, block_k=k, num_warps=4, num_stages=4, num_ctas=1), ctas)
+        for n, k, ctas in ((128, 64, 3), (64, 128, 2), (32, 128, 3))
+    ),
+    64: tuple(
+        (LaunchSpec(block_m=64, block_n=n, block_k=64, num_warps=4, num_stages=4, num_ctas=1), ctas)
+        for n, ctas in ((128, 2), (64, 3))
+    ),
+    128: tuple(
+        (LaunchSpec(block_m=128, block_n=n, block_k=64, num_warps=8, num_stages=4, num_ctas=1), 1) for n in (256, 128)
+    ),
+}
+HOPPER = (9, 0)
+
+
+def rows_per_expert(spec: MoeSpec, num_tokens: int) -> tuple[float, float]:
+    """Return how many experts even routing hits, and the rows of one of them."""
+    hit = spec.num_experts * (1 - (1 - spec.top_k / spec.num_experts) ** max(1, num_tokens))
+    return hit, max(1, num_tokens) * spec.top_k / hit
+
+
+def tile_for(
+    block_m: int, hit: float, rows: float, n_dim: int, *, sm_count: int, capability: tuple[int, int] = HOPPER
+) -> LaunchSpec:
+    """Return the widest tile of a height that still gives every SM work, with its grid."""
+    for spec, ctas in TILES[block_m]:
+        tiles = hit * -(-rows // block_m) * -(-n_dim // spec.block_n)
+        chosen = replace(spec, num_ctas=sm_count * ctas)
+        if tiles >= sm_count:
+            break
+    hopper = capability >= HOPPER and block_m >= 64
+    return replace(chosen, descriptors=hopper, flatten=hopper and block_m >= 128)
+
+
+def default_launch(
+    spec: MoeSpec, num_tokens: int, *, sm_count: int = 132, capability: tuple[int, int] = HOPPER
+) -> LayerLaunch:
+    """Return the unsliced launch of a model's layer for batches of about so many tokens."""
+    hit, rows = rows_per_expert(spec, num_tokens)
+    block_m = 16 if rows <= 20 else 64 if rows <= 96 else 128
+    if spec.dtype == "fp32" or (spec.kind == "gelu2" and block_m == 128):
+        block_m = min(block_m, 64)
+    products = spec.products(max(spec.d_ff))
+    up, down = (
+        tile_for(block_m, hit, rows, product.n_dim, sm_count=sm_count, capability=capability)
+        for product in (products[0], products[-1])
+    )
+    return LayerLaunch(slices=(SliceLaunch(up=up, down=down),))
