@@ -9,17 +9,19 @@ from ..policies.contract import MECHANISMS, Mechanism, Policy
 from ..policies.data import load_device, nearest
 from ..policies.layouts import one_slice_plan
 from ..policies.validate import validate
-from ..traces.compose import ComposedSource
+from ..traces.compose import Composition
 from ..traces.schema import StepSource
 from ..traces.trace import RoutingTrace
 from .inputs import BUNDLED, Opened, choose_model, choose_policies, choose_segment, in_memory, open_source
 from .ranking import REFERENCE
 from .runs import DEFAULT_ROOT
 from .simulate import World
-from .workload import Limited, Survey, survey
+from .workload import Limited, Survey, composition_like, survey
 
-NUM_WINDOWS, WINDOW_STEPS = 4, 12
-"""Sampled steps: what model errors are drawn on, and what the reasons are computed from."""
+NUM_WINDOWS = 4
+WINDOW_LAYERS = 96
+"""Layers of all steps of a window. Windows are what model errors are drawn on and reasons are computed from."""
+LEAST_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,8 @@ class Case:
     opened: Opened
     source: StepSource
     survey: Survey
-    rebatch: RoutingTrace | None
+    rebatch: tuple[RoutingTrace, Composition] | None
+    """Requests, and how they are batched; None where the trace holds too few, or counts alone."""
     policies: dict[str, Policy[Any]]
     notes: tuple[str, ...]
 
@@ -68,11 +71,12 @@ def prepare(options: Options) -> Case:
     if options.fit_routing is not None:
         from .fitted import fitted_source
 
-        opened, source, model, notes = fitted_source(options)
+        opened, source, rebatch, model, notes = fitted_source(options)
     else:
         opened = choose_segment(open_source(options.trace or BUNDLED), options.segment)
         model, said = choose_model(opened.source, options.model)
         source, notes = opened.source, (*opened.notes, *said)
+        rebatch = _rebatch(source)
     if options.steps is not None and options.steps < source.num_steps:
         source = Limited(source=source, limit=options.steps)
     world = World(device=device, model=model, mechanisms=mechanisms, seed=options.seed)
@@ -82,11 +86,19 @@ def prepare(options: Options) -> Case:
         world=world,
         opened=opened,
         source=source,
-        survey=survey(source, num_windows=NUM_WINDOWS, window_steps=WINDOW_STEPS),
-        rebatch=source.trace if isinstance(source, ComposedSource) else in_memory(opened.source),
+        survey=survey(
+            source, num_windows=NUM_WINDOWS, window_steps=max(LEAST_STEPS, WINDOW_LAYERS // source.num_layers)
+        ),
+        rebatch=rebatch,
         policies=policies,
         notes=(*notes, *left_out),
     )
+
+
+def _rebatch(source: StepSource) -> tuple[RoutingTrace, Composition] | None:
+    trace = in_memory(source)
+    like = None if trace is None else composition_like(trace)
+    return None if trace is None or like is None else (trace, like)
 
 
 def _mechanisms(names: Sequence[str]) -> frozenset[Mechanism]:

@@ -17,6 +17,7 @@ app = typer.Typer(help="Look at routing traces, import, batch and synthesise the
 
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same trace.")]
 Segment = Annotated[str | None, typer.Option(help="Part of the trace; 'all' takes every step.")]
+Out = Annotated[Path, typer.Option(help="The trace to write (Parquet).")]
 STATISTICS_TOKENS = 150_000
 """Statistics of more tokens than this take long and hardly move."""
 
@@ -121,8 +122,8 @@ def _statistics_rows(stats: "TraceStatistics") -> list[list[str]]:
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="A file of routing records of another tool.")],
-    out: Annotated[Path, typer.Argument(help="The trace to write (Parquet).")],
     *,
+    out: Out,
     form: Annotated[str | None, typer.Option("--format", help="Left out: detected.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="For formats that do not say.")] = None,
     as_json: AsJson = False,
@@ -139,8 +140,8 @@ def import_(
 @app.command()
 def compose(
     trace: Annotated[str, typer.Argument(help="A trace of requests, or 'bundled'.")],
-    out: Annotated[Path, typer.Argument(help="The trace to write (Parquet).")],
     *,
+    out: Out,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
     steps: Annotated[int | None, typer.Option(min=1, help="Left out: until every request has run once.")] = None,
     prefill_chunk: Annotated[int | None, typer.Option(min=1, help="Most tokens of one prompt in a step.")] = None,
@@ -175,15 +176,15 @@ def compose(
 
 @app.command()
 def synth(
-    out: Annotated[Path, typer.Argument(help="The trace to write (Parquet).")],
     *,
-    like: Annotated[str | None, typer.Option(help="Fit the generator to this trace, or to 'bundled'.")] = None,
+    out: Out,
+    fit: Annotated[str | None, typer.Option(help="Fit the generator to this trace, or to 'bundled'.")] = None,
     segment: Segment = None,
     model: Annotated[str | None, typer.Option(help="Take layers, experts and top-k from this model.")] = None,
-    zipf: Annotated[float, typer.Option(help="Skew of the load, without --like.")] = 0.5,
+    zipf: Annotated[float, typer.Option(help="Skew of the load, without --fit.")] = 0.5,
     requests: Annotated[int, typer.Option(min=1, help="Requests to draw.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=0, help="Per request, without --like.")] = 64,
-    decode_tokens: Annotated[int, typer.Option(min=0, help="Per request, without --like.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help="Per request, without --fit.")] = 64,
+    decode_tokens: Annotated[int, typer.Option(min=0, help="Per request, without --fit.")] = 64,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -196,13 +197,13 @@ def synth(
     from ..traces.synth import synthesise
 
     shape = load_model(model) if model else None
-    if like is not None:
+    if fit is not None:
         from .fitted import fit_like, resized
 
-        spec = fit_like(like, segment)
+        spec = fit_like(fit, segment)
         spec = resized(spec, shape) if shape else spec
     elif shape is None:
-        raise ValueError("nothing says what to synthesise; give --like TRACE, --model NAME, or both")
+        raise ValueError("nothing says what to synthesise; give --fit TRACE, --model NAME, or both")
     else:
         spec = zipf_spec(shape.num_layers, shape.num_experts, shape.top_k, zipf_s=zipf, prompt_tokens=prompt_tokens,
                          decode_tokens=decode_tokens, seed=seed)  # fmt: skip

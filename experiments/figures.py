@@ -21,6 +21,7 @@ from .table import effect_words, rank_words, share_words
 TERMS = (
     ("cold_share", "cold experts: memory", PALETTE[0]),
     ("hot_share", "hot experts: arithmetic", PALETTE[3]),
+    ("waste_share", "waves and padding", PALETTE[1]),
     ("launch_share", "routing, launches, combining", PALETTE[7]),
     ("other_share", "attention and other dense work", PALETTE[2]),
 )
@@ -77,7 +78,7 @@ def ranking_figure(result: Result, summary: dict[str, Any], folder: Path | None)
 def layers_figure(result: Result, folder: Path | None) -> Drawn:
     """Draw where each layer's time goes under an unsliced launch."""
     terms = result.why.terms
-    figure, ax = axes(0.9 + 0.24 * len(terms))
+    figure, ax = axes(1.0 + (0.24 if len(terms) <= 16 else 0.15) * len(terms))
     y, left = np.arange(len(terms)), np.zeros(len(terms))
     for name, label, colour in TERMS:
         width = np.array([getattr(t, name) * t.ns / 1e3 for t in terms])
@@ -87,9 +88,14 @@ def layers_figure(result: Result, folder: Path | None) -> Drawn:
     for t, total, gain in zip(terms, left, result.why.layer_gain_percent, strict=True):
         said = f"{gain:+.1f} %" if result.why.best else ""
         ax.annotate(said, (total, t.layer), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
-    ax.set(yticks=y, ylim=(len(terms) - 0.4, -0.6), xlabel="time of the layer, unsliced, µs", ylabel="MoE layer")
+    ax.set(
+        yticks=y[:: 1 + len(terms) // 20],
+        ylim=(len(terms) - 0.4, -0.6),
+        xlabel="time of the layer, unsliced, µs",
+        ylabel="MoE layer",
+    )
     ax.set_xlim(0, left.max() * 1.12)
-    ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
     best = result.why.best
     caption = "Slices can only help where memory-bound and arithmetic-bound experts share a layer" + (
         f"; the figure behind each bar is how much faster {best} is there." if best else "."

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..traces.choice import LayerChoice
-from ..traces.compose import ComposedSource, Composition
+from ..traces.compose import Composition
 from ..traces.requests import group_requests, select_rows
 from ..traces.schema import MoeSpec, StepSource
 from ..traces.spec import SynthSpec, logits_of_load
 from ..traces.trace import RoutingTrace
 from .inputs import Opened, choose_segment, in_memory, open_source
+from .workload import FixedSteps, rebatched
 
 if TYPE_CHECKING:
     from .case import Options
@@ -31,14 +32,18 @@ if TYPE_CHECKING:
 FIT_TOKENS = 12_000
 """Tokens that the generator is fitted to: whole requests, drawn at random, each cut to FIT_LENGTH."""
 FIT_LENGTH = 384
-STEPS = 256
+MOST_STEPS, LEAST_STEPS, LAYERS = 256, 64, 4096
+"""Without --steps: as many as make LAYERS layers in all, within these."""
 PREFILL_CHUNK = 256
 ROUNDS = 2
 """Requests synthesised per place in the batch."""
 
 
-def fitted_source(options: "Options") -> tuple[Opened, ComposedSource, MoeSpec, tuple[str, ...]]:
-    """Return the trace that was fitted, synthetic batches for the model, the model, and what to say about them.
+Fitted = tuple[Opened, FixedSteps, tuple[RoutingTrace, Composition], MoeSpec, tuple[str, ...]]
+
+
+def fitted_source(options: "Options") -> Fitted:
+    """Return the trace that was fitted, synthetic batches, what they were made of, the model, and what to say.
 
     Raises:
         ValueError: no model was named, or a trace was given as well.
@@ -59,14 +64,14 @@ def fitted_source(options: "Options") -> tuple[Opened, ComposedSource, MoeSpec, 
         batch_size=options.batch_size,
         prefill_chunk_tokens=PREFILL_CHUNK,
         max_tokens_per_step=PREFILL_CHUNK + options.batch_size,
-        num_steps=options.steps or STEPS,
-        seed=options.seed,
     )
     notes = (
         f"routing is synthetic: a generator fitted to {opened.name} and resized to {model.num_layers} layers, "
         f"{model.num_experts} experts, top-{model.top_k}; {model.name} itself may route otherwise",
     )
-    return opened, ComposedSource(trace=requests, composition=composition), model, (*opened.notes, *notes)
+    num_steps = options.steps or min(MOST_STEPS, max(LEAST_STEPS, LAYERS // model.num_layers))
+    batches = rebatched(requests, composition, num_steps=num_steps, seed=options.seed)
+    return opened, batches, (requests, composition), model, (*opened.notes, *notes)
 
 
 def fit_like(given: str, segment: str | None) -> SynthSpec:

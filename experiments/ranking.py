@@ -42,6 +42,8 @@ class Ranking:
     comparison: paired.Comparison
     ranks: tuple[paired.Rank | None, ...]
     """None for policies that foresee: a bound takes no place."""
+    faster_P: NDArray[np.bool_]
+    """Whether a deployable policy is faster than the reference by more than can be told from noise."""
     composition_CP: NDArray[np.float64]
     draw_MP: NDArray[np.float64]
     """Effect on the sampled steps under each draw."""
@@ -71,6 +73,7 @@ def rank(evidence: Evidence, foresees: Mapping[str, bool], *, seed: int) -> Rank
     nominal_P = _effects(evidence.nominal, names) if evidence.nominal else np.zeros(len(names))
     model_BP = paired.t_draws(draw_MP - nominal_P, seed=seed + 2)
     both_BP = workload_BP + model_BP
+    ranks, faster_P = _ranks(names, effect_P, both_BP, foresees)
     return Ranking(
         names=tuple(names),
         effect_P=effect_P,
@@ -78,7 +81,8 @@ def rank(evidence: Evidence, foresees: Mapping[str, bool], *, seed: int) -> Rank
         model_half_P=paired.half_width(model_BP),
         half_P=paired.half_width(both_BP),
         comparison=paired.compare_all(effect_P, both_BP),
-        ranks=_ranks(names, effect_P, both_BP, foresees),
+        ranks=ranks,
+        faster_P=faster_P,
         composition_CP=composition_CP,
         draw_MP=draw_MP,
         block_steps=block,
@@ -92,10 +96,13 @@ def _within_sd(compositions: Sequence[Mapping[str, Outcome]], names: Sequence[st
 
 def _ranks(
     names: Sequence[str], effect_P: NDArray[np.float64], both_BP: NDArray[np.float64], foresees: Mapping[str, bool]
-) -> tuple[paired.Rank | None, ...]:
+) -> tuple[tuple[paired.Rank | None, ...], NDArray[np.bool_]]:
     """Rank what can be deployed; only those comparisons are corrected for, so bounds cost no power."""
     placed = [p for p, name in enumerate(names) if not foresees[name]]
     comparison = paired.compare_all(effect_P[placed], both_BP[:, placed])
     ranks = paired.ranks_with_ties(effect_P[placed], comparison.differ_PP)
     of = dict(zip(placed, ranks, strict=True))
-    return tuple(of.get(p) for p in range(len(names)))
+    faster_P = np.zeros(len(names), dtype=bool)
+    # The reference is the first of the names, and so of those placed.
+    faster_P[placed] = comparison.differ_PP[:, 0] & (effect_P[placed] < 0)
+    return tuple(of.get(p) for p in range(len(names))), faster_P

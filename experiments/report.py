@@ -50,15 +50,14 @@ def render(result: Result, summary: dict[str, Any], figures: Sequence[Drawn]) ->
 def verdict(summary: dict[str, Any]) -> str:
     """Return the answer in one or two sentences."""
     rows = [row for row in summary["ranking"] if row["deployable"]]
+    sure = [row for row in rows if row["surely_faster"]]
     first = [row["policy"] for row in rows if row["rank"] == 1]
-    best = rows[0]
-    if "unsliced" in first:
-        tied = ", ".join(name for name in first if name != "unsliced")
-        also = f" {tied} cannot be told from it." if tied else ""
+    answer = "unsliced" if not sure else sure[0]["policy"]
+    tied = ", ".join(name for name in first if name != answer)
+    also = f" {tied} cannot be told from it." if tied and answer in first else ""
+    if not sure:
         return f"Stay unsliced: no policy is faster than the unsliced launch by more than can be told from noise.{also}"
-    tied = ", ".join(name for name in first if name != best["policy"])
-    also = f" {tied} cannot be told from it." if tied else ""
-    return f"{best['policy']}: {effect_words(best)} against unsliced (mean step time, 95 % interval).{also}"
+    return f"{answer}: {effect_words(sure[0])} against unsliced (mean step time, 95 % interval).{also}"
 
 
 def trust(summary: dict[str, Any]) -> list[str]:

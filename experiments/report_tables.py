@@ -129,12 +129,13 @@ def _layers(summary: dict[str, Any]) -> Table:
         [number(t["layer"], "d"), Cell(t["bound"], t["bound"]), number(t["ns"] / 1e3, ".1f", " µs"),
          number(t["cold_experts"], ".1f"), number(t["cold_tokens"], ".1f"), number(t["hot_experts"], ".1f"),
          number(t["hot_tokens"], ".0f"), number(t["max_over_mean"], ".1f", " ×"),
+         number(100 * t["waste_share"], ".0f", " %"),
          number(100 * t["launch_share"], ".0f", " %"), number(100 * t["floor_share"], ".0f", " %"),
          number(100 * t["overlap_share"], ".1f", " %"), number(t["gain_percent"], "+.1f", " %")]
         for t in summary["why"]["layers"]
     ]  # fmt: skip
     names = ("layer", "bound by", "time", "cold experts", "tokens each", "hot experts", "tokens each ",
-             "max / mean load", "launches", "of floor", "overlap could save",
+             "max / mean load", "waves, padding", "launches", "of floor", "overlap could save",
              f"gain of {best}" if best else "gain")  # fmt: skip
     caption = "Unsliced, mean of the sampled steps; cold experts are bound by memory, hot ones by arithmetic."
     return table(caption, names, rows)

@@ -103,6 +103,7 @@ def row_of(name: str, ranking: Ranking, outcome: Outcome, foresees: bool) -> dic
         "deployable": not foresees,
         "rank": place.rank if place else None,
         "tied": place.tied if place else False,
+        "surely_faster": bool(ranking.faster_P[p]),
         "effect_percent": float(ranking.effect_P[p]),
         "effect_half_percent": float(ranking.half_P[p]),
         "workload_half_percent": float(ranking.workload_half_P[p]),

@@ -32,6 +32,8 @@ class LayerTerms:
     hot_tokens: float
     cold_share: float
     hot_share: float
+    waste_share: float
+    """Waves that are not full, padded rows, and bandwidth that too few CTAs ask for."""
     launch_share: float
     """Routing, scheduling, combining and the gaps between kernels."""
     other_share: float
@@ -45,6 +47,8 @@ class LayerTerms:
     def bound(self) -> str:
         """Return what binds the layer, in a word or two."""
         experts = self.cold_share + self.hot_share
+        if self.waste_share > experts:
+            return "waves and padding"
         if self.launch_share > 0.5:
             return "launches"
         if self.other_share > 0.5:
@@ -69,6 +73,7 @@ def layer_terms(truth: CostModel, plan: Plan, steps: Iterable[RoutedStep]) -> li
             hot_tokens=_ratio(means["hot_tokens"][layer], means["hot"][layer]),
             cold_share=float(cold_L[layer] / ns_L[layer]),
             hot_share=float(hot_L[layer] / ns_L[layer]),
+            waste_share=float(means["waste_ns"][layer] / ns_L[layer]),
             launch_share=float(means["launch_ns"][layer] / ns_L[layer]),
             other_share=float(means["other_ns"][layer] / ns_L[layer]),
             overlap_share=float(means["overlap_ns"][layer] / ns_L[layer]),
@@ -97,6 +102,8 @@ def _step_terms(truth: CostModel, plan: Plan, step: RoutedStep) -> dict[str, NDA
     longer_LE = np.maximum(memory_LE, pipe_LE)
     ideal_L = np.maximum(longer_LE.sum(axis=1), 1.0)
     experts_L = np.maximum(ns_L - launch_L - other_ns_L, 0.0)
+    # Where neighbouring waves overlap, experts take less than the sum of what binds each of them.
+    used_L = np.minimum(1.0, experts_L / ideal_L)
     saved_L = 1 - np.maximum(memory_LE.sum(axis=1), pipe_LE.sum(axis=1)) / ideal_L
     floors = zip(bytes_L, flops_L, strict=True)
     dtype, device = truth.model.dtype, truth.device
@@ -104,9 +111,10 @@ def _step_terms(truth: CostModel, plan: Plan, step: RoutedStep) -> dict[str, NDA
         "ns": ns_L,
         "launch_ns": launch_L,
         "other_ns": other_ns_L,
-        "cold_ns": experts_L * (longer_LE * cold_LE).sum(axis=1) / ideal_L,
-        "hot_ns": experts_L * (longer_LE * hot_LE).sum(axis=1) / ideal_L,
-        "overlap_ns": experts_L * saved_L,
+        "cold_ns": used_L * (longer_LE * cold_LE).sum(axis=1),
+        "hot_ns": used_L * (longer_LE * hot_LE).sum(axis=1),
+        "waste_ns": np.maximum(experts_L - ideal_L, 0.0),
+        "overlap_ns": used_L * ideal_L * saved_L,
         "floor_ns": np.array([floor_ns(hbm_bytes=b, flops=f, device=device, dtype=dtype) for b, f in floors]),
         "cold": cold_LE.sum(axis=1),
         "hot": hot_LE.sum(axis=1),

@@ -11,7 +11,6 @@ from typing import Any
 
 from ..policies.contract import Plan, Policy
 from ..policies.layouts import one_slice_plan
-from ..traces.compose import ComposedSource
 from ..traces.schema import StepSource
 from .case import Case, Options, prepare
 from .errors import StoppedError
@@ -21,10 +20,13 @@ from .simulate import Outcome
 from .summary import Result, summarise
 from .tasks import Task, run_tasks
 from .why import explain
-from .workload import composition_like, rebatched
+from .workload import FixedSteps, rebatched
 
 NUM_DRAWS = 10
-NUM_COMPOSITIONS, COMPOSITION_STEPS = 3, 64
+NUM_COMPOSITIONS = 3
+COMPOSITION_LAYERS = 512
+"""Layers of all steps of one other batching; at least LEAST_STEPS steps."""
+LEAST_STEPS = 16
 
 
 def what_if(options: Options) -> tuple[Result, dict[str, Any], Path]:
@@ -88,13 +90,19 @@ def records_name(policy: str) -> str:
     return f"steps-{re.sub(r'[^A-Za-z0-9_.-]+', '-', policy)}.parquet"
 
 
+def other_batches(case: Case) -> list[FixedSteps]:
+    """Return independent batchings of the trace's requests; none where it has none to batch anew."""
+    if case.rebatch is None:
+        return []
+    wanted = max(LEAST_STEPS, COMPOSITION_LAYERS // case.source.num_layers)
+    num_steps, (trace, like) = min(wanted, case.survey.num_steps), case.rebatch
+    seeds = [case.options.seed + i + 1 for i in range(NUM_COMPOSITIONS)]
+    return [rebatched(trace, like, num_steps=num_steps, seed=seed) for seed in seeds]
+
+
 def plan_tasks(case: Case, folder: Path) -> list[Task]:
     """Return every simulation of the comparison: the trace, re-batched requests, draws of the model's errors."""
-    num_steps = min(COMPOSITION_STEPS, case.survey.num_steps)
-    like = case.source.composition if isinstance(case.source, ComposedSource) else None
-    if like is None and case.rebatch is not None:
-        like = composition_like(case.rebatch)
-    batches = rebatched(case.rebatch, like, count=NUM_COMPOSITIONS, num_steps=num_steps, seed=case.options.seed)
+    batches = other_batches(case)
     tasks: list[Task] = []
 
     def add(kind: str, index: int, source: StepSource, label: str, draw: int | None = None) -> None:

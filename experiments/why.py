@@ -26,7 +26,7 @@ class Why:
 
     terms: tuple[LayerTerms, ...]
     best: str | None
-    """The fastest deployable policy that is no worse than unsliced, other than unsliced itself."""
+    """The fastest policy that is surely faster than unsliced, else the fastest but unsliced itself."""
     layer_gain_percent: tuple[float, ...]
     """How much faster the best policy is in each layer."""
     sentences: tuple[str, ...]
@@ -57,19 +57,22 @@ def explain(ranking: Ranking, evidence: Evidence, truth: CostModel, plan: Plan, 
 
 
 def _best(ranking: Ranking) -> str | None:
+    """Return the fastest policy that is surely faster than unsliced, else the fastest but unsliced itself."""
     others = [p for p, place in enumerate(ranking.ranks) if place is not None and ranking.names[p] != REFERENCE]
-    return ranking.names[min(others, key=lambda p: ranking.effect_P[p])] if others else None
+    if not others:
+        return None
+    return ranking.names[min(others, key=lambda p: (not ranking.faster_P[p], ranking.effect_P[p]))]
 
 
 def _where_time_goes(terms: Sequence[LayerTerms]) -> str:
-    cold, hot, launches, other = (
-        share_words(weighted(terms, name)) for name in ("cold_share", "hot_share", "launch_share", "other_share")
-    )
+    names = ("cold_share", "hot_share", "waste_share", "launch_share", "other_share")
+    cold, hot, waste, launches, other = (share_words(weighted(terms, name)) for name in names)
     each = f" ({mean(terms, 'hot_tokens'):.0f} tokens each)" if mean(terms, "hot_experts") else ""
     parts = [
         f"{cold} of an unsliced step's time goes to {mean(terms, 'cold_experts'):.1f} cold experts a layer, bound by "
         f"memory ({mean(terms, 'cold_tokens'):.1f} tokens each)",
         f"{hot} to {mean(terms, 'hot_experts'):.1f} hot ones, bound by arithmetic{each}",
+        f"{waste} to waves that are not full and padded rows",
         f"{launches} to routing, launches and combining",
     ]
     if weighted(terms, "other_share"):
@@ -107,7 +110,7 @@ def _outcome(
         return ["No other deployable policy was asked for."]
     p = ranking.names.index(best)
     effect, half = ranking.effect_P[p], ranking.half_P[p]
-    if effect + half >= 0:
+    if not ranking.faster_P[p]:
         return [_no_gain(ranking, evidence, best, effect, half), f"{_dominant(terms)}."]
     outcome = evidence.main[best]
     sliced = 1 - outcome.unsliced_steps / len(outcome.step_ns)
@@ -118,11 +121,17 @@ def _outcome(
         average = sum(gain_L[layer] for layer in gained) / len(gained)
         bounds = sorted({terms[layer].bound for layer in gained})
         said.append(f"it is {average:.1f} % faster in {layer_words(gained)}, bound by {' or '.join(bounds)}")
-    sentences = [": ".join(said) + "."]
+    sentences = [": ".join(said) + ".", _bandwidth(evidence, best)]
     if flat and gained:
         bounds = sorted({terms[layer].bound for layer in flat})
         sentences.append(f"Nothing to gain in {layer_words(flat)} (bound by {' or '.join(bounds)}).")
     return sentences
+
+
+def _bandwidth(evidence: Evidence, best: str) -> str:
+    """Say at which rate the same bytes move: what a gain amounts to where memory binds."""
+    ours, theirs = (evidence.main[name].hbm_bytes / evidence.main[name].makespan_ns / 1e3 for name in (best, REFERENCE))
+    return f"Over the whole run it moves its bytes at {ours:.2f} TB/s, unsliced at {theirs:.2f} TB/s."
 
 
 def _no_gain(ranking: Ranking, evidence: Evidence, best: str, effect: float, half: float) -> str:
@@ -149,6 +158,7 @@ def _dominant(terms: Sequence[LayerTerms]) -> str:
     shares = {
         "Reading the weights of cold experts takes": weighted(terms, "cold_share"),
         "The arithmetic of hot experts takes": weighted(terms, "hot_share"),
+        "Waves that are not full and padded rows take": weighted(terms, "waste_share"),
         "Routing, launches and combining take": weighted(terms, "launch_share"),
         "Attention and other dense work take": weighted(terms, "other_share"),
     }

@@ -161,19 +161,14 @@ def _chunk(trace: RoutingTrace) -> int | None:
     return int(np.unique(pairs, axis=1, return_counts=True)[1].max())
 
 
-def rebatched(
-    trace: RoutingTrace | None, like: Composition | None, *, count: int, num_steps: int, seed: int
-) -> list[FixedSteps]:
-    """Return independent batches of a trace's requests; none where there are no requests to batch anew.
+def rebatched(trace: RoutingTrace, like: Composition, *, num_steps: int, seed: int) -> FixedSteps:
+    """Return another batching of a trace's requests.
 
     Batches start empty, with every prompt at once: steps are taken from when as many have passed as a request lasts.
     """
-    if trace is None or like is None:
-        return []
     skip = min(MOST_SKIPPED, int((trace.phase_T != 0).sum()) // len(np.unique(trace.request_id_T)))
-    like = replace(like, num_steps=skip + num_steps)
-    composed = [ComposedSource(trace=trace, composition=replace(like, seed=seed + i + 1)) for i in range(count)]
-    return [fixed(itertools.islice(one.steps(), skip, None), one) for one in composed]
+    composed = ComposedSource(trace=trace, composition=replace(like, num_steps=skip + num_steps, seed=seed))
+    return fixed(itertools.islice(composed.steps(), skip, None), composed)
 
 
 def shape_of(source: StepSource) -> str:

@@ -59,7 +59,7 @@ def simulate_little(patch):
 
     patch.setattr(whatif, "NUM_DRAWS", 2)
     patch.setattr(whatif, "NUM_COMPOSITIONS", 2)
-    patch.setattr(whatif, "COMPOSITION_STEPS", 16)
+    patch.setattr(whatif, "COMPOSITION_LAYERS", 48)
     patch.setattr(case, "NUM_WINDOWS", 2)
 
 

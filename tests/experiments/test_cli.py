@@ -76,7 +76,7 @@ def test_every_figure_of_a_device_has_its_source(expertslice):
         (["whatif", "no-such.parquet"], "no-such.parquet does not exist"),
         (["whatif", "--steps", "0"], "--steps"),
         (["trace", "info", "no-such.parquet"], "does not exist"),
-        (["trace", "synth", "out.parquet"], "--like"),
+        (["trace", "synth", "--out", "out.parquet"], "--fit"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_2(expertslice, arguments, expected):

@@ -119,15 +119,24 @@ def test_suggested_commands_exist(finished):
 @pytest.mark.parametrize(
     ("ranks", "expected"),
     [
-        ([("unsliced", 1, True, 0.0), ("a", 1, True, 1.0)], "Stay unsliced"),
-        ([("a", 1, False, -5.0), ("unsliced", 2, False, 0.0)], "a: −5.0 % ± 1.0 against unsliced"),
-        ([("a", 1, True, -5.0), ("b", 1, True, -4.8), ("unsliced", 3, False, 0.0)], "b cannot be told from it"),
+        ([("unsliced", 1, 0.0, False), ("a", 1, 1.0, False)], "Stay unsliced: no policy is faster"),
+        ([("a", 1, -3.0, False), ("unsliced", 1, 0.0, False)], "Stay unsliced: no policy is faster"),
+        ([("a", 1, -5.0, True), ("unsliced", 2, 0.0, False)], "a: −5.0 % ± 1.0 against unsliced"),
+        ([("a", 1, -5.0, True), ("b", 1, -4.8, True), ("unsliced", 3, 0.0, False)], "b cannot be told from it"),
+        ([("a", 1, -5.0, False), ("b", 1, -4.0, True), ("unsliced", 1, 0.0, False)], "b: −4.0 % ± 1.0"),
     ],
 )
-def test_the_verdict_follows_the_ranks(ranks, expected):
+def test_the_verdict_names_what_is_surely_faster(ranks, expected):
     rows = [
-        {"policy": n, "rank": r, "tied": t, "deployable": True, "effect_percent": e, "effect_half_percent": 1.0}
-        for n, r, t, e in ranks
+        {
+            "policy": n,
+            "rank": r,
+            "deployable": True,
+            "effect_percent": e,
+            "effect_half_percent": 1.0,
+            "surely_faster": s,
+        }
+        for n, r, e, s in ranks
     ]
     assert expected in report.verdict({"ranking": rows})
 

@@ -28,7 +28,9 @@ def test_info_shows_statistics_and_writes_figures(expertslice, trace_path, tmp_p
 
 
 def test_compose_writes_other_batches(expertslice, trace_path, tmp_path):
-    code, out, err = expertslice("trace", "compose", trace_path, "o.parquet", "--batch-size", 4, "--steps", 9, "--json")
+    code, out, err = expertslice(
+        "trace", "compose", trace_path, "--out", "o.parquet", "--batch-size", 4, "--steps", 9, "--json"
+    )
     assert code == 0, err
     assert json.loads(out)["num_steps"] == 9
     assert open_trace(tmp_path / "o.parquet").num_steps == 9
@@ -37,7 +39,9 @@ def test_compose_writes_other_batches(expertslice, trace_path, tmp_path):
 def test_synth_makes_routing_for_a_model(expertslice, tmp_path):
     written = []
     for name in ("a", "b"):
-        code, _, err = expertslice("trace", "synth", f"{name}.parquet", "--model", "mixtral-8x7b", "--requests", 2)
+        code, _, err = expertslice(
+            "trace", "synth", "--out", f"{name}.parquet", "--model", "mixtral-8x7b", "--requests", 2
+        )
         assert code == 0, err
         written.append((tmp_path / f"{name}.parquet").read_bytes())
     trace = open_trace(tmp_path / "a.parquet")
@@ -49,7 +53,7 @@ def test_synth_makes_routing_for_a_model(expertslice, tmp_path):
 def test_import_reads_other_formats(expertslice, tmp_path):
     rows = [{"layer": layer, "topk_ids": [[0, 1], [1, 2]]} for layer in range(2)]
     (tmp_path / "foreign.txt").write_text(json.dumps(rows))
-    code, _, err = expertslice("trace", "import", "foreign.txt", "o.parquet")
+    code, _, err = expertslice("trace", "import", "foreign.txt", "--out", "o.parquet")
     assert code == 2
     assert err.startswith("expertslice: ")
     assert not (tmp_path / "o.parquet").exists()
