@@ -33,6 +33,21 @@ def max_ctas_per_sm(variant: TileVariant, device: DeviceSpec) -> int:
     return ctas
 
 
+def uniform_slice(
+    mechanism: Mechanism, sm_count: int, tile: str, ctas_per_sm: int = 1, *, instance: int | None = None
+) -> Slice:
+    """Return a slice that fills its SMs with `ctas_per_sm` CTAs each, of one tile variant for every product."""
+    return Slice(
+        mechanism=mechanism,
+        sm_count=sm_count,
+        num_ctas=sm_count * ctas_per_sm,
+        ctas_per_sm=ctas_per_sm,
+        up=tile,
+        down=tile,
+        instance=instance,
+    )
+
+
 def shared_slice(setup: Setup, up: str, down: str, *, ctas_per_sm: int = 1) -> Slice:
     """Return a slice over all SMs of the device, which it does not own."""
     sms = setup.device.sm_count

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from splits import COLD, HOT, WIDE, tile
 
 from expertslice.policies.contract import (
     ByTokens,
@@ -24,7 +25,6 @@ from expertslice.policies.data import load_device
 from expertslice.policies.layouts import co_resident_layout, one_slice_plan, split_layout, unsliced_layout
 from expertslice.policies.tiles import TileConstants, tile_cost
 from expertslice.sim.needs import Needs
-from expertslice.sim.splits import COLD, HOT, WIDE, tile
 from expertslice.traces.schema import MoeSpec, OtherWork, Product, RoutedStep
 
 DEVICE = load_device("h100-sxm5-80gb")

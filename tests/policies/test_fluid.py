@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from splits import COLD, HOT, WIDE
 
 from expertslice.policies.contract import Slice, SliceLayout
 from expertslice.policies.data import load_device
@@ -10,7 +11,6 @@ from expertslice.policies.fluid import Fluid
 from expertslice.policies.rates import Segment, gap, rates, water_level
 from expertslice.policies.shares import Shares, shares_of
 from expertslice.policies.tiles import TileConstants
-from expertslice.sim.splits import COLD, HOT, WIDE
 
 DEVICE = load_device("h100-sxm5-80gb")
 

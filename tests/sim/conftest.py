@@ -1,6 +1,8 @@
 """Small models, loads and plans that the simulator's tests share."""
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +23,10 @@ from expertslice.policies.data import load_device
 from expertslice.policies.layouts import co_resident_layout, one_slice_plan, split_layout, unsliced_layout
 from expertslice.policies.loop import drive
 from expertslice.sim.backend import SimBackend
-from expertslice.sim.splits import COLD, HOT, WIDE
 from expertslice.traces.schema import MoeSpec, OtherWork, RoutedStep
+
+sys.path.insert(0, str(Path(__file__).parent))
+from splits import COLD, HOT, WIDE
 
 VARIANTS = (HOT, COLD, WIDE)
 

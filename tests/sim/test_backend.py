@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from splits import COLD, HOT
 
 from expertslice.policies.contract import ByTokens, Control, Plan, Setup, SliceLayout, StepRecord
 from expertslice.policies.cost import CostModel, floor_ns
@@ -19,7 +20,6 @@ from expertslice.policies.layouts import co_resident_layout, one_slice_plan, uns
 from expertslice.policies.loop import PolicyError, drive
 from expertslice.sim.backend import SimBackend
 from expertslice.sim.power import Power
-from expertslice.sim.splits import COLD, HOT
 from expertslice.traces.schema import MoeSpec, OtherWork, RoutedStep
 
 Runner = Callable[..., list[StepRecord]]

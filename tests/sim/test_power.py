@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from splits import WIDE
 
 from expertslice.policies.contract import DeviceSpec, Plan, Setup, StepRecord
 from expertslice.policies.cost import CostModel
@@ -11,7 +12,6 @@ from expertslice.policies.layouts import one_slice_plan, unsliced_layout
 from expertslice.policies.loop import DriveResult, drive
 from expertslice.sim.backend import SimBackend
 from expertslice.sim.power import EnergyMeter, Power
-from expertslice.sim.splits import WIDE
 from expertslice.traces.schema import RoutedStep
 
 MS = 1_000_000

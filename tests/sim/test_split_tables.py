@@ -11,77 +11,27 @@ import sys
 from pathlib import Path
 
 import pytest
+from splits import (
+    MIXED,
+    PROJECTION,
+    PROJECTION_CELLS,
+    Row,
+    clipped_zipf,
+    mixed_rows,
+    projection_row,
+    projection_rows,
+    section,
+    tile,
+)
 
 from expertslice.policies.contract import DeviceSpec
-from expertslice.sim.splits import Row, clipped_zipf, mean_abs_error, mixed_row, projection_row, table_of, tau, tile
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the measured rows lie in ../shared/reference")
 
-Shape = tuple[int, int, int, int, int, float]
-# d_model, f, experts, top-k, tokens, Zipf exponent: unsliced, sharing, cold on 16 / 32 / 48 / 64 SMs, ms.
-PROJECTION: dict[Shape, tuple[float, ...]] = {
-    (4096, 14336, 8, 2, 512, 1.5): (0.391, 0.349, 0.777, 0.444, 0.374, 0.373),
-    (2048, 4096, 64, 4, 2048, 2.0): (0.453, 0.408, 0.883, 0.497, 0.417, 0.415),
-    (2048, 4096, 32, 4, 2048, 1.0): (0.319, 0.297, 0.475, 0.305, 0.345, 0.412),
-    (2048, 768, 128, 8, 4096, 1.0): (0.254, 0.240, 0.549, 0.317, 0.245, 0.264),
-    (2048, 1024, 64, 8, 1024, 1.2): (0.120, 0.116),
-    (2048, 4096, 32, 4, 4096, 1.5): (0.454, 0.446, 0.623, 0.442, 0.509, 0.621),
-}
-PROJECTION_CELLS = ("unsliced", "sharing", "green 16", "green 32", "green 48", "green 64")
-# Bytes streamed, rows and dimensions of the dense product (the last is 137 GFLOP; its shape is not stated):
-# one after the other, plain streams, sharing, decode on 16 / 24 / 32 / 40 / 48 / 64 SMs, ms.
-MIXED: dict[str, tuple[float, tuple[int, int, int], tuple[float, ...]]] = {
-    "large-decode|gemm4096": (
-        2147.483648e6,
-        (4096, 8192, 8192),
-        (1.434, 1.432, 1.480, 1.706, 1.272, 1.204, 1.324, 1.318, 1.378),
-    ),
-    "mixtral-decode|gemm8192": (
-        1879.048192e6,
-        (8192, 8192, 8192),
-        (2.302, 2.161, 2.501, 2.001, 2.207, 2.003, 2.095, 2.204, 2.578),
-    ),
-    "qwen-decode|gemm2048": (
-        3221.225472e6,
-        (2048, 8192, 8192),
-        (1.423, 1.473, 1.317, 2.469, 1.682, 1.357, 1.277, 1.279, 1.314),
-    ),
-    "large-decode|small-gemm": (
-        2147.483648e6,
-        (4096, 4096, 4096),
-        (0.918, 0.914, 0.853, 1.605, 1.118, 0.935, 0.884, 0.868, 0.835),
-    ),
-}
-MIXED_CELLS = (
-    "one after the other", "streams", "sharing",
-    "green 16", "green 24", "green 32", "green 40", "green 48", "green 64",
-)  # fmt: skip
-
-
-def projection_rows(device: DeviceSpec, **reading: str) -> list[Row]:
-    rows: list[Row] = []
-    for shape, times in PROJECTION.items():
-        measured = dict(zip(PROJECTION_CELLS, times, strict=False))
-        rows.append(projection_row(shape, measured, device, **reading))
-    return rows
-
-
-def mixed_rows(device: DeviceSpec, **reading: str) -> list[Row]:
-    return [
-        mixed_row(name, moved, dense, dict(zip(MIXED_CELLS, times, strict=True)), device, **reading)
-        for name, (moved, dense, times) in MIXED.items()
-    ]
-
 
 def report(title: str, rows: list[Row]) -> None:
-    green = [row.only("green") for row in rows if len(row.cells) > 2]
-    lines = [
-        f"\n{title}\n{table_of(rows)}\ngreen contexts alone\n{table_of(green)}",
-        f"all cells: tau {tau(rows):.2f}, mean error {mean_abs_error(rows):.1%}",
-        f"green contexts: tau {tau(green):.2f}, mean error {mean_abs_error(green):.1%}\n",
-    ]
-    sys.stdout.write("\n".join(lines))
+    sys.stdout.write("\n" + section(title, rows))
 
 
 def costs(rows: list[Row], prefix: str = "") -> dict[str, float]:
