@@ -17,6 +17,7 @@ from .records import read_records
 from .simulate import Outcome
 from .summary import Result
 from .table import effect_words, rank_words, share_words
+from .why import signed
 
 TERMS = (
     ("cold_share", "cold experts: memory", PALETTE[0]),
@@ -26,6 +27,13 @@ TERMS = (
     ("other_share", "attention and other dense work", PALETTE[2]),
 )
 ECDF_POINTS = 400
+SHOWN_LAYERS = 10
+"""Layers of a timeline: more of them leave no room for their numbers."""
+
+
+def unit_of(ns: float) -> tuple[float, str]:
+    """Return the unit, in ns, and its name, that suits a duration."""
+    return (1e6, "ms") if ns >= 1e7 else (1e3, "µs")
 
 
 def draw_all(result: Result, summary: dict[str, Any], folder: Path) -> list[Drawn]:
@@ -78,27 +86,29 @@ def ranking_figure(result: Result, summary: dict[str, Any], folder: Path | None)
 def layers_figure(result: Result, folder: Path | None) -> Drawn:
     """Draw where each layer's time goes under an unsliced launch."""
     terms = result.why.terms
+    scale, unit = unit_of(10 * max(t.ns for t in terms))
     figure, ax = axes(1.0 + (0.24 if len(terms) <= 16 else 0.15) * len(terms))
     y, left = np.arange(len(terms)), np.zeros(len(terms))
     for name, label, colour in TERMS:
-        width = np.array([getattr(t, name) * t.ns / 1e3 for t in terms])
+        width = np.array([getattr(t, name) * t.ns / scale for t in terms])
         if width.any():
             ax.barh(y, width, left=left, color=colour, height=0.72, lw=0, label=label)
             left += width
     for t, total, gain in zip(terms, left, result.why.layer_gain_percent, strict=True):
-        said = f"{gain:+.1f} %" if result.why.best else ""
+        said = f"{signed(gain)} %" if result.why.best else ""
         ax.annotate(said, (total, t.layer), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
     ax.set(
         yticks=y[:: 1 + len(terms) // 20],
         ylim=(len(terms) - 0.4, -0.6),
-        xlabel="time of the layer, unsliced, µs",
+        xlabel=f"time of the layer, unsliced, {unit}",
         ylabel="MoE layer",
     )
     ax.set_xlim(0, left.max() * 1.12)
     ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
     best = result.why.best
-    caption = "Slices can only help where memory-bound and arithmetic-bound experts share a layer" + (
-        f"; the figure behind each bar is how much faster {best} is there." if best else "."
+    caption = (
+        "Slices can overlap memory-bound with arithmetic-bound experts of a layer, and fill waves better; no slice "
+        "shortens the rest" + (f". Behind each bar: how much faster {best} is there." if best else ".")
     )
     return finish(figure, name="layers", title="Where the time goes" + _tag(result), caption=caption, folder=folder)
 
@@ -131,12 +141,13 @@ def times_figure(result: Result, folder: Path | None) -> Drawn:
     # Curves may lie on each other: dashes of different lengths let both be seen.
     share, dashes = np.linspace(0, 1, ECDF_POINTS), itertools.cycle(("-", "--", "-.", ":"))
     top = max(float(np.quantile(o.times(), 0.985)) for o in main.values())
+    scale, unit = unit_of(top)
     for name, colour in colours(list(result.ranking.names)).items():
         ax.plot(
             np.quantile(main[name].times(), share) / 1e3, 100 * share, next(dashes), color=colour, label=name, lw=1.5
         )
-    ax.set(xlabel="step time, µs", ylabel="steps at most that long, %", ylim=(0, 100))
-    ax.set_xlim(None, top / 1e3 * 1.02)
+    ax.set(xlabel=f"step time, {unit}", ylabel="steps at most that long, %", ylim=(0, 100))
+    ax.set_xlim(None, top / scale * 1.02)
     ax.grid()
     ax.legend(loc="lower right")
     caption = (
@@ -155,12 +166,12 @@ def timeline_figure(result: Result, folder: Path | None) -> Drawn | None:
     pair = [(REFERENCE, theirs), (name, ours)]
     heights = [record.busy_ns_LS.shape[1] + 0.6 for _, record in pair]
     figure, panels = axes(1.0 + 0.34 * sum(heights), rows=2, sharex=True, gridspec_kw={"height_ratios": heights})
+    scale, unit = unit_of(max(record.end_ns - record.start_ns for _, record in pair))
     for ax, (policy, record) in zip(panels, pair, strict=True):
-        _draw_slices(ax, record)
-        took = (record.end_ns - record.start_ns) / 1e3
-        ax.axvline(took, color=INK, lw=0.8, ls=":")
-        ax.set_title(f"{policy}: {took:,.0f} µs")
-    panels[1].set_xlabel("time since the step started, µs")
+        _draw_slices(ax, record, scale)
+        ax.set_title(f"{policy}: whole step {(record.end_ns - record.start_ns) / scale:,.1f} {unit}")
+    few = theirs.busy_ns_LS.shape[0] > SHOWN_LAYERS
+    panels[1].set_xlabel(f"time since the step started, {unit}" + (f", first {SHOWN_LAYERS} layers" if few else ""))
     gain = 1 - (ours.end_ns - ours.start_ns) / (theirs.end_ns - theirs.start_ns)
     when = f"{share_words(abs(gain), 1)} {'earlier' if gain > 0 else 'later'}"
     caption = (
@@ -171,18 +182,20 @@ def timeline_figure(result: Result, folder: Path | None) -> Drawn | None:
     return finish(figure, name="timeline", title=title, caption=caption, folder=folder)
 
 
-def _draw_slices(ax: Any, record: StepRecord) -> None:
-    starts_LS, busy_LS = (record.start_ns_LS - record.start_ns) / 1e3, record.busy_ns_LS / 1e3
-    num_layers, num_slices = busy_LS.shape
-    wide = 0.012 * (record.end_ns - record.start_ns) / 1e3
+def _draw_slices(ax: Any, record: StepRecord, scale: float) -> None:
+    starts_LS, busy_LS = (record.start_ns_LS - record.start_ns) / scale, record.busy_ns_LS / scale
+    num_layers, num_slices = min(len(busy_LS), SHOWN_LAYERS), busy_LS.shape[1]
+    end = (starts_LS + busy_LS)[:num_layers].max()
     for s in range(num_slices):
         for layer in range(num_layers):
             begin, length = starts_LS[layer, s], busy_LS[layer, s]
             if length <= 0:
                 continue
             ax.barh(s, length, left=begin, height=0.8, color=PALETTE[0] if layer % 2 == 0 else PALETTE[9], lw=0)
-            if length > wide:
+            if length > 0.012 * end:
                 ax.text(begin + length / 2, s, str(layer), ha="center", va="center", fontsize=7, color="#101418")
+    if num_layers == len(busy_LS):
+        ax.axvline((record.end_ns - record.start_ns) / scale, color=INK, lw=0.8, ls=":")
     ax.set(yticks=range(num_slices), yticklabels=[f"slice {s}" for s in range(num_slices)])
     ax.set_ylim(num_slices - 0.5, -0.5)
     ax.grid(axis="x", color=GRID)
@@ -191,8 +204,9 @@ def _draw_slices(ax: Any, record: StepRecord) -> None:
 def sliced_step(result: Result) -> tuple[str, StepRecord, StepRecord] | None:
     """Return the best policy that slices and one of its typical sliced steps, with the same step unsliced."""
     ranking = result.ranking
-    for p in np.argsort(ranking.effect_P, kind="stable"):
-        name = ranking.names[int(p)]
+    # A bound is shown only when nothing that can be deployed slices.
+    for p in sorted(range(len(ranking.names)), key=lambda p: (ranking.ranks[p] is None, ranking.effect_P[p])):
+        name = ranking.names[p]
         outcome = result.evidence.main[name]
         if name == REFERENCE or outcome.unsliced_steps == len(outcome.step_ns):
             continue

@@ -6,7 +6,7 @@ Shape letters: L MoE layers, S slices.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,21 @@ class RecordWriter:
         with contextlib.suppress(OSError):
             self._file.close()
         self._part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path | None) -> Iterator[Callable[[StepRecord], None]]:
+    """Yield what takes records: a file that is complete or absent afterwards, or nothing without a path."""
+    if path is None:
+        yield lambda record: None
+        return
+    writer = RecordWriter(path)
+    try:
+        yield writer.append
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 def read_records(path: Path, first: int = 0, last: int | None = None) -> Iterator[StepRecord]:

@@ -32,7 +32,7 @@ from ..policies.layouts import fallback_plan
 from ..policies.loop import drive
 from ..sim.backend import SimBackend
 from ..traces.schema import PHASES, MoeSpec, RoutedStep
-from .records import RecordWriter
+from .records import writing
 
 KNOWN_PLANS = 64
 """Plans remembered to find a record's layout; records lag decisions by a few steps."""
@@ -214,16 +214,14 @@ def simulate(
     truth = world.truth(draw)
     setup = world.setup(foresees=policy.foresees, truth=truth)
     collector = Collector(name, setup)
-    writer = RecordWriter(records) if records else None
+    with writing(records) as write:
 
-    def on_record(record: StepRecord) -> None:
-        collector.on_record(record)
-        if writer:
-            writer.append(record)
-        if record.step % REPORT_EVERY_STEPS == 0:
-            on_steps(record.step)
+        def on_record(record: StepRecord) -> None:
+            collector.on_record(record)
+            write(record)
+            if record.step % REPORT_EVERY_STEPS == 0:
+                on_steps(record.step)
 
-    try:
         result = drive(
             policy,
             SimBackend(truth),
@@ -232,12 +230,6 @@ def simulate(
             on_record=on_record,
             on_decision=collector.on_decision,
         )
-        if writer:
-            writer.close()
-    except BaseException:
-        if writer:
-            writer.abandon()
-        raise
     collector.outcome.energy = result.energy
     on_steps(result.num_steps)
     return collector.outcome

@@ -65,28 +65,31 @@ def _best(ranking: Ranking) -> str | None:
 
 
 def _where_time_goes(terms: Sequence[LayerTerms]) -> str:
-    names = ("cold_share", "hot_share", "waste_share", "launch_share", "other_share")
-    cold, hot, waste, launches, other = (share_words(weighted(terms, name)) for name in names)
-    each = f" ({mean(terms, 'hot_tokens'):.0f} tokens each)" if mean(terms, "hot_experts") else ""
-    parts = [
-        f"{cold} of an unsliced step's time goes to {mean(terms, 'cold_experts'):.1f} cold experts a layer, bound by "
-        f"memory ({mean(terms, 'cold_tokens'):.1f} tokens each)",
-        f"{hot} to {mean(terms, 'hot_experts'):.1f} hot ones, bound by arithmetic{each}",
-        f"{waste} to waves that are not full and padded rows",
-        f"{launches} to routing, launches and combining",
-    ]
-    if weighted(terms, "other_share"):
-        parts.append(f"{other} to attention and other dense work")
+    said = {
+        "cold_share": f"{mean(terms, 'cold_experts'):.1f} cold experts a layer, bound by memory "
+        f"({mean(terms, 'cold_tokens'):.1f} tokens each)",
+        "hot_share": f"{mean(terms, 'hot_experts'):.1f} hot ones, bound by arithmetic "
+        f"({mean(terms, 'hot_tokens'):.0f} tokens each)",
+        "waste_share": "waves that are not full and padded rows",
+        "launch_share": "routing, launches and combining",
+        "other_share": "attention and other dense work",
+    }
+    shares = {name: weighted(terms, name) for name in said}
+    parts = [f"{share_words(shares[name])} to {words}" for name, words in said.items() if shares[name] >= 0.005]
+    parts[0] = parts[0].replace(" to ", " of an unsliced step's time goes to ", 1)
+    if len(parts) == 1:
+        return f"{parts[0]}."
     return ", ".join(parts[:-1]) + f" and {parts[-1]}."
 
 
 def _room(terms: Sequence[LayerTerms]) -> str:
     beside = [t for t in terms if min(t.cold_share, t.hot_share) >= BESIDE * (t.cold_share + t.hot_share) > 0]
-    overlap, floor = weighted(terms, "overlap_share"), weighted(terms, "floor_share")
+    overlap, waste, floor = (weighted(terms, name) for name in ("overlap_share", "waste_share", "floor_share"))
     where = f"in {layer_words([t.layer for t in beside])}" if beside else "in no layer"
     return (
-        f"Both kinds stand side by side {where}; overlapping them perfectly would save {share_words(overlap, 1)} of "
-        f"the step, and the experts' physical floor is {share_words(floor)} of it."
+        f"Both kinds stand side by side {where}: overlapping them perfectly would save {share_words(overlap, 1)} of "
+        f"the step, waves without gaps and padding {share_words(waste, 1)}; the experts' physical floor is "
+        f"{share_words(floor)} of it."
     )
 
 

@@ -1,0 +1,271 @@
+"""The layer benchmark: the whole layer, routing included, ours beside torch's grouped product, each in a CUDA graph.
+
+`python -P -m expertslice.experiments.bench_layer --out FOLDER --seconds 400`. Rows are appended to rows.jsonl as they
+finish; a call stops at its time limit, and `--resume FILE` skips the rows that the file already holds. Weights are
+cold: sets in rotation that exceed the L2 cache four times. Correctness comes first: a row whose output is not that of
+the sequential definition is reported and not timed.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..policies.cost import floor_ns
+from ..policies.data import load_device
+from ..traces.models import load_model
+from ..traces.schema import DTYPE_BYTES, MoeSpec
+from .bench_arms import (
+    Batch,
+    agreement,
+    best_launch,
+    candidates,
+    capture,
+    describe,
+    draw_logits,
+    interleave,
+    our_step,
+    torch_grouped,
+)
+from .runs import provenance, to_json
+
+SWIGLU_MODELS = ("qwen3-30b-a3b", "mixtral-8x7b", "large", "olmoe-1b-7b", "medium", "small")
+TOKENS = (1, 32, 256, 2048, 8192)
+RELU_TOKENS = {"small": (1, 32, 256, 2048), "medium": (1, 32, 256, 2048), "large": (1, 32, 256, 2048)}
+L2_FACTOR = 4
+MEMORY_SHARE = 0.5
+MOST_SETS = 40
+MOST_REL_DIFFERENCE = 2e-3
+"""Of bf16 outputs whose bits differ where the matrix library does not walk K in order."""
+TUNE_S = 12.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    model: str
+    kind: str
+    skew: str
+    tokens: int
+
+    @property
+    def spec(self) -> MoeSpec:
+        """Return the layer's shape."""
+        return replace(load_model(self.model), kind=self.kind, num_layers=1)
+
+
+def all_rows() -> list[Row]:
+    """Return the rows: SwiGLU layers of the models compared, then the paper's three-layer ReLU layers."""
+    rows = [
+        Row(model=model, kind="swiglu", skew=skew, tokens=tokens)
+        for model in SWIGLU_MODELS
+        for tokens in TOKENS
+        for skew in (("uniform",) if tokens == 1 else ("uniform", "zipf"))
+    ]
+    return rows + [
+        Row(model=model, kind="relu3", skew="uniform", tokens=tokens)
+        for model, token_counts in RELU_TOKENS.items()
+        for tokens in token_counts
+    ]
+
+
+def num_sets(row: Row, l2_bytes: int, memory_bytes: int) -> int:
+    """Return how many weight sets keep the experts of a step cold."""
+    spec = row.spec
+    touched = min(spec.num_experts, row.tokens * spec.top_k) * spec.expert_bytes()
+    held = int(memory_bytes * MEMORY_SHARE) // (spec.num_experts * spec.expert_bytes())
+    return max(1, min(-(-L2_FACTOR * l2_bytes // touched) + 1, held, MOST_SETS))
+
+
+def measure(row: Row, batch: Batch, sm_count: int, rounds: int) -> dict[str, Any]:
+    """Return one row: the check, the launch chosen, quantiles of each arm, their ratio and the floor."""
+    launch, tried = best_launch(batch, sm_count, time.monotonic() + TUNE_S)
+    checked = agreement(batch, launch)
+    found: dict[str, Any] = {**asdict(row), **checked, "launch": describe(launch), "tried_us": tried}
+    if not checked["same_bits"] and not checked["rel_difference"] <= MOST_REL_DIFFERENCE:
+        return found | {"status": "wrong"}
+    sets = len(batch.sets)
+    arms = [
+        capture(our_step(batch, launch), sets),
+        capture(lambda p: torch_grouped(batch.x_TD, batch.logits_PTE[p], batch.sets[p]), sets),
+        capture(our_step(batch, launch, only_route=True), sets),
+    ]
+    ours, theirs, routing = interleave(arms, rounds)
+    ratios = [(theirs[i] + theirs[i + 1]) / (ours[i] + ours[i + 1]) for i in range(0, len(ours), 2)]
+    floor = floor_us(row.spec, batch)
+    return found | {
+        "status": "ok",
+        "weight_sets": sets,
+        "rounds": rounds,
+        "floor_us": floor,
+        "of_floor": floor / statistics.median(ours) * 1000,
+        **_quantiles("ours_us", ours, 1000),
+        **_quantiles("torch_us", theirs, 1000),
+        **_quantiles("routing_us", routing, 1000),
+        **_quantiles("speedup", ratios, 1),
+    }
+
+
+def floor_us(spec: MoeSpec, batch: Batch) -> float:
+    """Return the least time for the weights of the experts hit and the products of all rows, over the weight sets."""
+    num_tokens = len(batch.x_TD)
+    hit = [len(logits_TE.topk(spec.top_k, dim=1).indices.unique()) for logits_TE in batch.logits_PTE]
+    flops = num_tokens * spec.top_k * 2 * spec.expert_bytes() // DTYPE_BYTES[spec.dtype]
+    hbm_bytes = statistics.mean(hit) * spec.expert_bytes()
+    device = load_device("h100-sxm5-80gb")
+    return floor_ns(hbm_bytes=hbm_bytes, flops=flops, device=device, dtype=spec.dtype) / 1000
+
+
+def _quantiles(name: str, samples: Sequence[float], divisor: float) -> dict[str, float]:
+    cuts = statistics.quantiles(samples, n=10)
+    return {f"{name}_q{10 * q}": round(cuts[q - 1] / divisor, 4) for q in (2, 5, 8)}
+
+
+def run_rows(rows: Sequence[Row], seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield measured rows until they are done or the time is up; weights are drawn once for rows of one layer."""
+    import torch
+
+    from ..kernels.weights import random_weights
+
+    properties = torch.cuda.get_device_properties(0)
+    end, held, sets = time.monotonic() + seconds, None, []
+    for row in rows:
+        if time.monotonic() > end:
+            return
+        if held != (row.model, row.kind):
+            held, sets = (row.model, row.kind), []
+            torch.cuda.empty_cache()
+        spec, wanted = row.spec, num_sets(row, properties.L2_cache_size, properties.total_memory)
+        sets += [random_weights(spec, "cuda", seed) for seed in range(len(sets), wanted)]
+        generator = torch.Generator("cuda").manual_seed(1)
+        x_TD = torch.randn(row.tokens, spec.d_model, device="cuda", generator=generator).bfloat16()
+        logits = draw_logits(spec, row.tokens, wanted, row.skew, seed=row.tokens)
+        batch = Batch(spec=spec, x_TD=x_TD, logits_PTE=logits, sets=sets[:wanted])
+        yield measure(row, batch, properties.multi_processor_count, rounds)
+
+
+def precompile(rows: Sequence[Row], sm_count: int) -> None:
+    """Compile every candidate on all cores, into the cache on disk that this process reads afterwards."""
+    launches: dict[Any, None] = {}
+    for row in rows:
+        for launch in candidates(row.spec, row.tokens, sm_count):
+            lone = tuple(
+                replace(s, up=replace(s.up, num_ctas=1), down=replace(s.down, num_ctas=1)) for s in launch.slices
+            )
+            for dependent in (False, True):
+                launches[row.kind, replace(launch, slices=lone, dependent=dependent)] = None
+    routers = {(row.model, row.kind, min(row.tokens, 128)): None for row in rows}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=min(14, multiprocessing.cpu_count()), mp_context=context) as pool:
+        for _ in pool.map(_compile_launch, launches, chunksize=4):
+            pass
+        for _ in pool.map(_compile_router, routers):
+            pass
+
+
+def _compile_launch(job: tuple[str, Any]) -> None:
+    kind, launch = job
+    spec = MoeSpec(name="c", num_layers=1, num_experts=4, top_k=2, d_model=256, d_ff=(256,), kind=kind)
+    _compile(spec, 32, launch)
+
+
+def _compile_router(job: tuple[str, str, int]) -> None:
+    from ..kernels.launches import default_launch
+
+    model, kind, tokens = job
+    full = replace(load_model(model), kind=kind, num_layers=1)
+    spec = replace(full, d_model=256, d_ff=(256,))
+    for dependent in (False, True):
+        _compile(spec, tokens, replace(default_launch(full, tokens), dependent=dependent))
+
+
+def _compile(spec: MoeSpec, tokens: int, launch: Any) -> None:
+    import torch
+
+    from ..kernels.weights import random_weights
+
+    x_TD = torch.zeros(tokens, spec.d_model, device="cuda", dtype=torch.bfloat16)
+    logits = draw_logits(spec, tokens, 1, "uniform", 0)
+    batch = Batch(spec=spec, x_TD=x_TD, logits_PTE=logits, sets=[random_weights(spec, "cuda")])
+    our_step(batch, launch)(0)
+    torch.cuda.synchronize()
+
+
+def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what is needed to read the rows later."""
+    import torch
+    import triton
+
+    return {
+        **provenance(),
+        "arguments": vars(arguments),
+        "device": torch.cuda.get_device_name(0),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "regime": "burst: rounds of some ms, 50 ms of idle between them; graph replay; weights cold",
+    }
+
+
+def line(found: dict[str, Any]) -> str:
+    """Return one row for the terminal."""
+    head = f"{found['model']:14} {found['kind']:6} {found['skew']:7} {found['tokens']:5}"
+    if found["status"] != "ok":
+        return f"{head} {found['status']}: {found['rel_difference']:.2e}"
+    times = f"floor {found['floor_us']:8.1f} ours {found['ours_us_q50']:8.1f} torch {found['torch_us_q50']:8.1f}"
+    bits = "same" if found["same_bits"] else f"{found['differing_share']:.0e}"
+    ratio = f"x{found['speedup_q50']:.2f} [{found['speedup_q20']:.2f}, {found['speedup_q80']:.2f}]"
+    rest = f"of floor {found['of_floor']:.2f} route {found['routing_us_q50']:.1f} {bits} {found['launch']}"
+    return f"{head} {times} {ratio} {rest}"
+
+
+def main() -> None:
+    """Measure the rows that are missing, within the time given."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=400.0)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--resume", type=Path, help="rows.jsonl of an earlier call")
+    parser.add_argument("--models", help="comma-separated; default all")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    done = [json.loads(text) for text in arguments.resume.read_text().splitlines()] if arguments.resume else []
+    names = {tuple(found[key] for key in ("model", "kind", "skew", "tokens")) for found in done}
+    models = arguments.models.split(",") if arguments.models else None
+    rows = [r for r in all_rows() if tuple(asdict(r).values()) not in names and (not models or r.model in models)]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "manifest.json").write_text(to_json(manifest(arguments)) + "\n")
+    precompile(rows, sm_count=132)
+    sys.stdout.write(f"compiled in {time.monotonic() - started:.0f} s\n")
+    with (arguments.out / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps(found) + "\n" for found in done)
+        for found in run_rows(rows, arguments.seconds - (time.monotonic() - started), arguments.rounds):
+            file.write(json.dumps(found) + "\n")
+            file.flush()
+            sys.stdout.write(line(found) + "\n")
+            sys.stdout.flush()
+    write_parquet(arguments.out)
+
+
+def write_parquet(folder: Path) -> None:
+    """Write the rows beside rows.jsonl as Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.loads(text) for text in (folder / "rows.jsonl").read_text().splitlines()]
+    for found in rows:
+        found["tried_us"] = json.dumps(found["tried_us"])
+    if rows:
+        pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+
+
+if __name__ == "__main__":
+    main()
