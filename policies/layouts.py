@@ -11,15 +11,10 @@ SMEM_RESERVED_BYTES = 1024
 """The driver keeps this of every CTA's shared memory (CUDA programming guide, compute capability 8.0 and later)."""
 
 
-def smem_held_bytes(variants: Sequence[TileVariant]) -> int:
-    """Return the shared memory that one CTA of each variant holds on an SM."""
-    return sum(v.smem_bytes + SMEM_RESERVED_BYTES for v in variants)
-
-
 def fits_together(variants: Sequence[TileVariant], device: DeviceSpec) -> bool:
     """Return whether one CTA of each variant (repeats allowed) fits on one SM."""
     return (
-        smem_held_bytes(variants) <= device.smem_per_sm_bytes + SMEM_RESERVED_BYTES
+        sum(v.smem_bytes + SMEM_RESERVED_BYTES for v in variants) <= device.smem_per_sm_bytes + SMEM_RESERVED_BYTES
         and sum(v.regs_per_cta for v in variants) <= device.regs_per_sm
         and sum(v.num_warps * 32 for v in variants) <= device.threads_per_sm
     )
@@ -48,17 +43,9 @@ def uniform_slice(
     )
 
 
-def shared_slice(setup: Setup, up: str, down: str, *, ctas_per_sm: int = 1) -> Slice:
-    """Return a slice over all SMs of the device, which it does not own."""
-    sms = setup.device.sm_count
-    return Slice(
-        mechanism="shared", sm_count=sms, num_ctas=sms * ctas_per_sm, ctas_per_sm=ctas_per_sm, up=up, down=down
-    )
-
-
-def unsliced_layout(setup: Setup, up: str, down: str | None = None) -> SliceLayout:
+def unsliced_layout(setup: Setup, tile: str, ctas_per_sm: int = 1) -> SliceLayout:
     """Return the layout of one shared slice over all SMs."""
-    return SliceLayout(slices=(shared_slice(setup, up, down or up),))
+    return SliceLayout(slices=(uniform_slice("shared", setup.device.sm_count, tile, ctas_per_sm),))
 
 
 def one_slice_plan(layout: SliceLayout) -> Plan:
@@ -66,34 +53,18 @@ def one_slice_plan(layout: SliceLayout) -> Plan:
     return Plan(layout=layout, placement=ByTokens(bounds=(), slice_ids=(0,)))
 
 
-def default_variant(setup: Setup) -> TileVariant:
-    """Return the tile of the unsliced fallback: 64 rows by 128 columns where there is one, else the middle one."""
-    ranked = sorted(setup.variants, key=lambda v: (abs(v.block_m - 64), abs(v.block_n - 128), v.name))
-    if not ranked:
+def default_variant(variants: Sequence[TileVariant]) -> TileVariant:
+    """Return the tile of the unsliced fallback: 64 rows by 128 columns where there is one, else the nearest to it."""
+    if not variants:
         raise ValueError("setup.variants is empty; give at least one tile variant")
-    return ranked[0]
+    return min(variants, key=lambda v: (abs(v.block_m - 64), abs(v.block_n - 128), v.name))
 
 
 def fallback_plan(setup: Setup) -> Plan:
     """Return the plan every backend can fall back to: unsliced, default tile."""
-    return one_slice_plan(unsliced_layout(setup, default_variant(setup).name))
-
-
-def split_layout(
-    setup: Setup, sm_counts: Sequence[int], tiles: Sequence[str], mechanism: Mechanism = "green_context"
-) -> SliceLayout:
-    """Return slices that own `sm_counts` SMs each, slice s with tile variant tiles[s] for every product."""
-    slices = [
-        Slice(mechanism=mechanism, sm_count=sms, num_ctas=sms, ctas_per_sm=1, up=tile, down=tile)
-        for sms, tile in zip(sm_counts, tiles, strict=True)
-    ]
-    return SliceLayout(slices=tuple(slices))
+    return one_slice_plan(unsliced_layout(setup, default_variant(setup.variants).name))
 
 
 def co_resident_layout(setup: Setup, tiles: Sequence[str]) -> SliceLayout:
     """Return bounded grids that share every SM, one CTA of each tile variant per SM."""
-    sms = setup.device.sm_count
-    slices = [
-        Slice(mechanism="sm_budget", sm_count=sms, num_ctas=sms, ctas_per_sm=1, up=tile, down=tile) for tile in tiles
-    ]
-    return SliceLayout(slices=tuple(slices))
+    return SliceLayout(slices=tuple(uniform_slice("sm_budget", setup.device.sm_count, tile) for tile in tiles))

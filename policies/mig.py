@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
-from .contract import DeviceSpec, MigPlacement, MigProfile, Slice, SliceLayout
+from .contract import DeviceSpec, MigPlacement, MigProfile, SliceLayout
+from .layouts import uniform_slice
 
 
 def profile_of(name: str, device: DeviceSpec) -> MigProfile:
@@ -52,11 +53,6 @@ def _overlap(placements: Sequence[MigPlacement], by_name: dict[str, MigProfile])
     return None
 
 
-def legal(placements: Sequence[MigPlacement], device: DeviceSpec) -> bool:
-    """Return whether the device can hold these instances together."""
-    return illegality(placements, device) is None
-
-
 @lru_cache(maxsize=16)
 def maximal_layouts(device: DeviceSpec) -> tuple[tuple[MigPlacement, ...], ...]:
     """Return every legal set of instances to which none can be added, each in order of its first memory slice."""
@@ -66,11 +62,14 @@ def maximal_layouts(device: DeviceSpec) -> tuple[tuple[MigPlacement, ...], ...]:
     )
     found: list[tuple[MigPlacement, ...]] = []
 
+    def fits(chosen: tuple[MigPlacement, ...], place: MigPlacement) -> bool:
+        return illegality((*chosen, place), device) is None
+
     def extend(chosen: tuple[MigPlacement, ...], rest: Sequence[MigPlacement]) -> None:
         for index, place in enumerate(rest):
-            if legal((*chosen, place), device):
+            if fits(chosen, place):
                 extend((*chosen, place), rest[index + 1 :])
-        if chosen and not any(legal((*chosen, place), device) for place in options):
+        if chosen and not any(fits(chosen, place) for place in options):
             found.append(chosen)
 
     extend((), options)
@@ -87,10 +86,6 @@ def mig_layout(device: DeviceSpec, placements: Sequence[MigPlacement], tiles: Se
         raise ValueError(problem)
     if len(tiles) != len(placements):
         raise ValueError(f"{len(tiles)} tiles for {len(placements)} MIG instances; give one tile for each")
-    slices: list[Slice] = []
-    for index, (place, tile) in enumerate(zip(placements, tiles, strict=True)):
-        sms = profile_of(place.profile, device).sm_count
-        slices.append(
-            Slice(mechanism="mig", sm_count=sms, num_ctas=sms, ctas_per_sm=1, up=tile, down=tile, instance=index)
-        )
+    sms = [profile_of(place.profile, device).sm_count for place in placements]
+    slices = [uniform_slice("mig", sms[i], tile, instance=i) for i, tile in enumerate(tiles)]
     return SliceLayout(slices=tuple(slices), mig=tuple(placements))

@@ -2,6 +2,8 @@
 
 Wins where hot experts carry a stable share of the time and the partition grid has a split near it. Loses where the
 share wanders between splits, where no split fits, and wherever idle SMs of one slice could have helped the other.
+
+Shape letters: L MoE layers, E routed experts, S slices.
 """
 
 from dataclasses import dataclass, replace
@@ -13,8 +15,44 @@ from numpy.typing import NDArray
 from .allocator import place_longest_first
 from .candidates import auto_tiles, exclusive_slice, snap_sms
 from .contract import Observation, Pinned, Plan, Setup, SliceLayout
+from .layouts import fallback_plan
 from .static import round_robin
-from .weights import Weights, weights_of
+
+TOKENS_MOST = 1 << 14
+"""Beyond this the weight grows in proportion."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The weight of an expert by its tokens, at a few counts; between them it is linear."""
+
+    tokens: tuple[float, ...]
+    weights: tuple[float, ...]
+    width_E: tuple[float, ...]
+    """Each expert's width as a multiple of the mean."""
+
+    def of(self, counts_LE: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Return the weight of every expert; 0 without tokens."""
+        last = self.weights[-1] / self.tokens[-1]
+        beyond_LE = np.maximum(counts_LE - self.tokens[-1], 0.0) * last
+        return (np.interp(counts_LE, self.tokens, self.weights) + beyond_LE) * np.asarray(self.width_E)
+
+
+def weights_of(setup: Setup) -> Weights:
+    """Return weights by the belief, in ns of the whole device with all experts alike busy; without one, tokens."""
+    widths = np.asarray([setup.model.d_ff_of(e) for e in range(setup.model.num_experts)], dtype=np.float64)
+    width_E = tuple((widths / widths.mean()).tolist())
+    if setup.belief is None:
+        return Weights(tokens=(0.0, float(TOKENS_MOST)), weights=(0.0, float(TOKENS_MOST)), width_E=width_E)
+    plan = fallback_plan(setup)
+    tokens = [0, *(1 << power for power in range(TOKENS_MOST.bit_length()))]
+    costs = [
+        setup.belief.layer_ns(plan, 0, np.full(setup.model.num_experts, count, dtype=np.int32)) / len(width_E)
+        for count in tokens
+    ]
+    # More tokens never weigh less, whatever a belief's waves do.
+    rising = np.maximum.accumulate(np.asarray(costs) - costs[0])
+    return Weights(tokens=tuple(map(float, tokens)), weights=tuple(rising.tolist()), width_E=width_E)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,17 +107,15 @@ class Proportional:
     def _splits(self, setup: Setup) -> tuple[tuple[float, SliceLayout], ...]:
         if self.num_slices < 2:
             raise ValueError(f"proportional with {self.num_slices} slices; give at least 2")
-        device = setup.device
-        names = auto_tiles(setup)
-        cold, hot = setup.variant(names[0]), setup.variant(names[-1])
+        device, tiles = setup.device, auto_tiles(setup)
         splits: dict[float, SliceLayout] = {}
         for share in self.shares:
             hot_sms = snap_sms(share * device.sm_count, device)
             step = device.sm_partition_step
             cold_sms = (device.sm_count - hot_sms) // (self.num_slices - 1) // step * step
             if cold_sms >= device.sm_partition_min:
-                slices = (exclusive_slice(device, hot, hot_sms),)
-                slices += (exclusive_slice(device, cold, cold_sms),) * (self.num_slices - 1)
+                slices = (exclusive_slice(device, tiles[-1], hot_sms),)
+                slices += (exclusive_slice(device, tiles[0], cold_sms),) * (self.num_slices - 1)
                 splits[hot_sms / device.sm_count] = SliceLayout(slices=slices)
         if not splits:
             raise ValueError(f"{device.name} has no room for {self.num_slices} slices of its SMs; take fewer")

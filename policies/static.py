@@ -13,8 +13,19 @@ from numpy.typing import NDArray
 from .allocator import place_longest_first
 from .candidates import auto_tiles, exclusive_slice
 from .choice import suitable_tile
-from .contract import Mechanism, MigPlacement, Observation, Pinned, Plan, Setup, Slice, SliceLayout
-from .layouts import shared_slice
+from .contract import (
+    DeviceSpec,
+    Mechanism,
+    MigPlacement,
+    Observation,
+    Pinned,
+    Plan,
+    Setup,
+    Slice,
+    SliceLayout,
+    TileVariant,
+)
+from .layouts import uniform_slice
 from .mig import maximal_layouts, mig_layout, profile_of
 
 
@@ -61,9 +72,23 @@ class Static:
 
 
 def equal_layouts(setup: Setup, num_slices: int, mechanism: Mechanism, tile: str) -> tuple[SliceLayout, ...]:
-    """Return the layouts of equal slices that differ in their tile: one, or those that "auto" stands for."""
-    names = auto_tiles(setup) if tile == "auto" else (setup.variant(tile).name,)
-    return tuple(equal_layout(setup, num_slices, mechanism, name) for name in names)
+    """Return the layouts of equal slices that differ in their tile: one, or those that "auto" stands for.
+
+    Raises:
+        ValueError: the mechanism is unknown, not in the setup, or cannot make that many slices here.
+    """
+    if mechanism not in setup.mechanisms:
+        allowed = ", ".join(sorted(setup.mechanisms)) or "none"
+        raise ValueError(f"static slices by {mechanism!r}; this setup allows {allowed}, use one of them")
+    if num_slices < 1:
+        raise ValueError(f"static with {num_slices} slices; give at least 1")
+    tiles = auto_tiles(setup) if tile == "auto" else (setup.variant(tile),)
+    if mechanism == "mig":
+        placements = _mig_placements(setup.device, num_slices)
+        return tuple(mig_layout(setup.device, placements, (one.name,) * num_slices) for one in tiles)
+    return tuple(
+        SliceLayout(slices=(_equal_slice(setup.device, num_slices, mechanism, one),) * num_slices) for one in tiles
+    )
 
 
 def suited_layout(setup: Setup, layouts: tuple[SliceLayout, ...], counts_LE: NDArray[np.int32]) -> SliceLayout:
@@ -78,26 +103,9 @@ def round_robin(setup: Setup, num_slices: int) -> NDArray[np.int16]:
     return np.tile(ids_E, (setup.model.num_layers, 1))
 
 
-def equal_layout(setup: Setup, num_slices: int, mechanism: Mechanism, tile: str) -> SliceLayout:
-    """Return `num_slices` slices of one tile variant, as equal as the mechanism allows.
-
-    Raises:
-        ValueError: the mechanism is unknown, not in the setup, or cannot make that many slices here.
-    """
-    if mechanism not in setup.mechanisms:
-        allowed = ", ".join(sorted(setup.mechanisms)) or "none"
-        raise ValueError(f"static slices by {mechanism!r}; this setup allows {allowed}, use one of them")
-    if num_slices < 1:
-        raise ValueError(f"static with {num_slices} slices; give at least 1")
-    if mechanism == "mig":
-        return mig_layout(setup.device, _mig_placements(setup, num_slices), (tile,) * num_slices)
+def _equal_slice(device: DeviceSpec, num_slices: int, mechanism: Mechanism, tile: TileVariant) -> Slice:
     if mechanism == "shared":
-        return SliceLayout(slices=(shared_slice(setup, tile, tile),) * num_slices)
-    return SliceLayout(slices=(_equal_slice(setup, num_slices, mechanism, tile),) * num_slices)
-
-
-def _equal_slice(setup: Setup, num_slices: int, mechanism: Mechanism, tile: str) -> Slice:
-    device = setup.device
+        return uniform_slice("shared", device.sm_count, tile.name)
     step = device.sm_partition_step if mechanism == "green_context" else 1
     least = device.sm_partition_min if mechanism == "green_context" else 1
     sms = device.sm_count // num_slices // step * step
@@ -105,12 +113,11 @@ def _equal_slice(setup: Setup, num_slices: int, mechanism: Mechanism, tile: str)
         raise ValueError(
             f"{num_slices} {mechanism} slices leave {sms} SMs each; {device.name} needs {least}, take fewer slices"
         )
-    return exclusive_slice(device, setup.variant(tile), sms, mechanism)
+    return exclusive_slice(device, tile, sms, mechanism)
 
 
-def _mig_placements(setup: Setup, num_slices: int) -> tuple[MigPlacement, ...]:
+def _mig_placements(device: DeviceSpec, num_slices: int) -> tuple[MigPlacement, ...]:
     """Return the legal layout of that many instances whose smallest has the most SMs; ties by the sum of SMs."""
-    device = setup.device
 
     def strength(placements: tuple[MigPlacement, ...]) -> tuple[int, int]:
         sms = [profile_of(place.profile, device).sm_count for place in placements]

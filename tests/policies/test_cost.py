@@ -16,13 +16,12 @@ from expertslice.policies.contract import (
     Pinned,
     Plan,
     Setup,
-    Slice,
     SliceLayout,
     TileVariant,
 )
 from expertslice.policies.cost import CostModel, floor_ns, perturb
 from expertslice.policies.data import load_device
-from expertslice.policies.layouts import co_resident_layout, one_slice_plan, split_layout, unsliced_layout
+from expertslice.policies.layouts import co_resident_layout, one_slice_plan, uniform_slice, unsliced_layout
 from expertslice.policies.tiles import TileConstants, tile_cost
 from expertslice.sim.needs import Needs
 from expertslice.traces.schema import MoeSpec, OtherWork, Product, RoutedStep
@@ -32,12 +31,15 @@ MODEL = MoeSpec(name="test", num_layers=2, num_experts=8, top_k=2, d_model=1024,
 VARIANTS = (HOT, COLD, WIDE)
 SETUP = Setup(device=DEVICE, model=MODEL, variants=VARIANTS)
 SPLIT = ByTokens(bounds=(64,), slice_ids=(0, 1))
+APART = SliceLayout(
+    slices=(uniform_slice("green_context", 32, COLD.name), uniform_slice("green_context", 96, HOT.name))
+)
 PLANS = {
     "unsliced": one_slice_plan(unsliced_layout(SETUP, WIDE.name)),
     "co-resident": Plan(layout=co_resident_layout(SETUP, (COLD.name, HOT.name)), placement=SPLIT, tile_order="heavy"),
     "light": Plan(layout=co_resident_layout(SETUP, (COLD.name, HOT.name)), placement=SPLIT, tile_order="light"),
     "stealing": Plan(layout=co_resident_layout(SETUP, (COLD.name, HOT.name)), placement=SPLIT, steal=True),
-    "green": Plan(layout=split_layout(SETUP, (32, 96), (COLD.name, HOT.name)), placement=SPLIT, tile_order="heavy"),
+    "green": Plan(layout=APART, placement=SPLIT, tile_order="heavy"),
 }
 counts_of_layer = st.lists(st.one_of(st.just(0), st.integers(0, 3000)), min_size=8, max_size=8)
 
@@ -51,9 +53,7 @@ def counts(values: list[int]) -> NDArray[np.int32]:
 
 
 def green(sms: int, variant: TileVariant = HOT) -> Plan:
-    one = Slice(
-        mechanism="green_context", sm_count=sms, num_ctas=sms, ctas_per_sm=1, up=variant.name, down=variant.name
-    )
+    one = uniform_slice("green_context", sms, variant.name)
     return one_slice_plan(SliceLayout(slices=(one,)))
 
 

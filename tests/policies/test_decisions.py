@@ -13,11 +13,10 @@ from expertslice.policies.data import load_device, load_variants
 from expertslice.policies.dynamic import Dynamic
 from expertslice.policies.hot_cold import HotCold
 from expertslice.policies.oracle import Oracle, candidate_plans
-from expertslice.policies.proportional import Proportional
+from expertslice.policies.proportional import Proportional, weights_of
 from expertslice.policies.static import Static
 from expertslice.policies.unsliced import Unsliced
 from expertslice.policies.validate import validate
-from expertslice.policies.weights import weights_of
 from expertslice.traces.models import load_model
 
 H100 = load_device("h100-sxm5-80gb")

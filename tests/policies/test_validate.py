@@ -12,7 +12,7 @@ from expertslice.policies.layouts import (
     co_resident_layout,
     fallback_plan,
     one_slice_plan,
-    split_layout,
+    uniform_slice,
     unsliced_layout,
 )
 from expertslice.policies.mig import mig_layout
@@ -24,7 +24,7 @@ SETUP = Setup(device=H100, model=load_model("ours-moe-32e4k"), variants=load_var
 COLD, HOT, HUGE = "16x128x64w4s4", "64x128x64w4s4", "128x256x64w8s4"
 TWO = MigPlacement(profile="3g.40gb", start=0), MigPlacement(profile="3g.40gb", start=4)
 SHARED = unsliced_layout(SETUP, HOT).slices[0]
-SPLIT = split_layout(SETUP, (32, 96), (COLD, HOT))
+SPLIT = SliceLayout(slices=(uniform_slice("green_context", 32, COLD), uniform_slice("green_context", 96, HOT)))
 GREEN = SPLIT.slices[0]
 MIG = mig_layout(H100, TWO, (HOT, HOT))
 

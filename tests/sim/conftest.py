@@ -14,13 +14,12 @@ from expertslice.policies.contract import (
     Observation,
     Plan,
     Setup,
-    Slice,
     SliceLayout,
     StepRecord,
 )
 from expertslice.policies.cost import CostModel
 from expertslice.policies.data import load_device
-from expertslice.policies.layouts import co_resident_layout, one_slice_plan, split_layout, unsliced_layout
+from expertslice.policies.layouts import co_resident_layout, one_slice_plan, uniform_slice, unsliced_layout
 from expertslice.policies.loop import drive
 from expertslice.sim.backend import SimBackend
 from expertslice.traces.schema import MoeSpec, OtherWork, RoutedStep
@@ -111,17 +110,15 @@ def make_plans(setup: Setup) -> dict[str, Plan]:
     streams = unsliced_layout(setup, cold).slices[0], unsliced_layout(setup, WIDE.name).slices[0]
     places = (MigPlacement(profile="3g.40gb", start=0), MigPlacement(profile="3g.40gb", start=4))
     sms = {p.name: p.sm_count for p in setup.device.mig_profiles}["3g.40gb"]
-    instances = tuple(
-        Slice(mechanism="mig", sm_count=sms, num_ctas=sms, ctas_per_sm=1, up=tile, down=tile, instance=i)
-        for i, tile in enumerate((cold, hot))
-    )
+    instances = tuple(uniform_slice("mig", sms, tile, instance=i) for i, tile in enumerate((cold, hot)))
+    apart = SliceLayout(slices=(uniform_slice("green_context", 32, cold), uniform_slice("green_context", 96, hot)))
     return {
         "unsliced": one_slice_plan(unsliced_layout(setup, hot)),
         "streams": Plan(layout=SliceLayout(slices=streams), placement=split, tile_order="light"),
         "sm_budget": Plan(layout=co_resident_layout(setup, (cold, hot)), placement=split, tile_order="heavy"),
         "stealing": Plan(layout=co_resident_layout(setup, (cold, hot)), placement=split, steal=True),
-        "green_context": Plan(layout=split_layout(setup, (32, 96), (cold, hot)), placement=split, tile_order="heavy"),
-        "green_stealing": Plan(layout=split_layout(setup, (32, 96), (cold, hot)), placement=split, steal=True),
+        "green_context": Plan(layout=apart, placement=split, tile_order="heavy"),
+        "green_stealing": Plan(layout=apart, placement=split, steal=True),
         "mig": Plan(layout=SliceLayout(slices=instances, mig=places), placement=split),
     }
 
