@@ -33,6 +33,7 @@ def info(
 ) -> None:
     """Show what a trace holds: its shape, how skewed, how local and how dependent its routing is."""
     from .inputs import choose_segment, open_source
+    from .statistics_table import rows_of
     from .workload import survey
 
     opened = choose_segment(open_source(trace), segment)
@@ -50,12 +51,8 @@ def info(
         print_json({"trace": facts, "statistics": asdict(stats)})
         return
     _print_facts(opened, facts)
-    print_table(
-        "statistics, over layers",
-        ("", "median", "least", "most"),
-        _statistics_rows(stats),
-        right=("median", "least", "most"),
-    )
+    columns = ("median", "least", "most")
+    print_table("statistics, over layers", ("", *columns), [row.cells() for row in rows_of(stats)], right=columns)
     for path in drawn:
         typer.echo(path)
 
@@ -94,31 +91,6 @@ def _print_facts(opened: "Opened", facts: dict[str, Any]) -> None:
             typer.echo(f"{name:9s} {value}")
 
 
-def _statistics_rows(stats: "TraceStatistics") -> list[list[str]]:
-    import numpy as np
-
-    def row(name: str, values: Any, form: str = ".2f") -> list[str]:
-        return [name, *(format(f(values), form) for f in (np.nanmedian, np.nanmin, np.nanmax))]
-
-    rows = [
-        row("Gini coefficient of the load", stats.gini_L),
-        row("fullest expert / mean", stats.max_mean_L, ".1f"),
-        row("Zipf exponent", stats.zipf_s_L),
-        row("overlap of independent tokens", stats.overlap_independent_L),
-    ]
-    if stats.overlap_LG is not None:
-        rows += [row(f"overlap, {lag} token(s) apart", stats.overlap_LG[:, g]) for g, lag in enumerate(stats.lags_G)
-                 if not np.isnan(stats.overlap_LG[:, g]).all()]  # fmt: skip
-    if stats.mutual_information_bits_L is not None:
-        rows.append(row("bits shared with the layer below", stats.mutual_information_bits_L))
-    if stats.distinct_LZ is not None:
-        known = [z for z in range(len(stats.batch_sizes_Z)) if not np.isnan(stats.distinct_LZ[:, z]).all()]
-        rows += [
-            row(f"experts used by a batch of {stats.batch_sizes_Z[z]}", stats.distinct_LZ[:, z], ".1f") for z in known
-        ]
-    return rows
-
-
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="A file of routing records of another tool.")],
@@ -126,13 +98,33 @@ def import_(
     out: Out,
     form: Annotated[str | None, typer.Option("--format", help="Left out: detected.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="For formats that do not say.")] = None,
+    num_experts: Annotated[int | None, typer.Option(min=1, help="Likewise.")] = None,
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Likewise.")] = None,
+    prompt_len: Annotated[int | None, typer.Option(min=0, help="Likewise: tokens of each prompt.")] = None,
+    member: Annotated[str | None, typer.Option(help="Which of several recordings in the file.")] = None,
+    score: Annotated[str | None, typer.Option(help="How router logits are scored: softmax or sigmoid.")] = None,
+    num_groups: Annotated[int | None, typer.Option(min=1, help="Of router logits: expert groups.")] = None,
+    top_groups: Annotated[int | None, typer.Option(min=1, help="Groups that a token may choose from.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name, for the trace's provenance.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read routing records of another tool and write them as a trace."""
     from ..traces.importers import import_trace
     from ..traces.store import write_trace
 
-    result = import_trace(source, format=form, top_k=top_k)
+    options: dict[str, Any] = {
+        "top_k": top_k,
+        "num_experts": num_experts,
+        "num_layers": num_layers,
+        "prompt_len": prompt_len,
+        "member": member,
+        "score": score,
+        "num_groups": num_groups,
+        "top_groups": top_groups,
+        "model": model,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    result = import_trace(source, format=form, **given)
     write_trace(result.trace, out)
     _report_written(out, result.trace, [f"format {result.format}", *result.notes], as_json=as_json)
 

@@ -47,11 +47,13 @@ def choose_experts(
     top_k, experts = options.get("top_k"), logits_LTE.shape[2]
     if top_k is None or not 1 <= top_k <= experts:
         raise TraceError(f"top_k is {top_k}; logits of {experts} experts need one of 1 to {experts}")
-    groups = options.get("num_groups", 1)
+    groups, score = options.get("num_groups", 1), options.get("score", "softmax")
+    if score not in ("softmax", "sigmoid"):
+        raise TraceError(f"score is {score!r}; router logits are scored by softmax or sigmoid")
     score_LTE = logits_LTE
     if bias_LE is not None or groups > 1:
         # Without them scoring keeps the order, and far logits would only underflow into ties.
-        score_LTE = _sigmoid(logits_LTE) if options.get("score", "softmax") == "sigmoid" else _softmax(logits_LTE)
+        score_LTE = _sigmoid(logits_LTE) if score == "sigmoid" else _softmax(logits_LTE)
     if bias_LE is not None:
         if bias_LE.shape != (len(logits_LTE), experts):
             raise TraceError(f"bias_LE has shape {bias_LE.shape}; the logits need {(len(logits_LTE), experts)}")
