@@ -71,6 +71,15 @@ def multi_hot(ids_NK: NDArray[np.integer], num_experts: int) -> F32:
     return hot_NE[:, :num_experts]
 
 
+def log_weight(inside_E: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return logits under which Gumbel top-k chooses experts with about these probabilities.
+
+    Drawing without replacement is a race of exponential clocks stopped at the k-th ring: an expert is in with about
+    1 - exp(-weight).
+    """
+    return np.log(-np.log1p(-np.clip(inside_E, 1e-5, 1 - 1e-3)))
+
+
 def gumbel(rng: np.random.Generator, shape: tuple[int, ...]) -> F32:
     """Draw standard Gumbel noise."""
     noise = rng.standard_exponential(shape, dtype=np.float32)

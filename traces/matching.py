@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .choice import F32, NUM_BINS, WIDTH_OF_BIN_B, Ids, LayerChoice, Shape, choose, multi_hot
+from .choice import F32, NUM_BINS, WIDTH_OF_BIN_B, Ids, LayerChoice, Shape, choose, log_weight, multi_hot
 from .dependence import conditional_recall, joint_counts, mutual_information_bits
 
 LAGS_G = (1, 4, 8, 16)
@@ -97,11 +97,6 @@ def _log_odds(share: NDArray[np.float64] | float) -> NDArray[np.float64]:
     return np.log(inside / (1 - inside))
 
 
-def _log_weight(share: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the logit under which an expert is chosen that often, up to a constant: see `spec.logits_of_load`."""
-    return np.log(-np.log1p(-np.clip(share, 1e-5, 1 - 1e-3)))
-
-
 def _ratio(wanted: float | None, seen: float | None, least: float) -> float:
     return 1.0 if wanted is None or seen is None else float(np.clip((wanted + least) / (max(seen, 0) + least), 0.5, 2))
 
@@ -131,7 +126,7 @@ def _tilt_step(wanted: Moments, seen: Moments, gain: float) -> NDArray[np.float6
     return ratio_E ** (1.2 * gain**2) * together ** (0.8 * (1 - gain))
 
 
-def profile_trust(wanted: Moments) -> NDArray[np.float64]:
+def _profile_trust(wanted: Moments) -> NDArray[np.float64]:
     """Return how much of each bin's deviation from the whole is more than chance, 0..1 per bin.
 
     Chance is the chi-square of as many independent tokens; those of one request count for fewer, as they are alike.
@@ -144,16 +139,21 @@ def profile_trust(wanted: Moments) -> NDArray[np.float64]:
     return np.maximum(1 - len(variance_E) / np.maximum(excess_B, 1e-9), 0)
 
 
+def with_trusted_profile(layer: LayerChoice, wanted: Moments) -> LayerChoice:
+    """Return the layer with as much of its profile as is more than chance."""
+    return replace(layer, profile_BE=layer.profile_BE * _profile_trust(wanted).astype(np.float32)[:, None])
+
+
 def _profile_step(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
     """Return the change of the profile: what a bin lacks beyond what all tokens lack, as far as that is to trust."""
-    lacks_BE = _log_weight(np.maximum(wanted.inside_BE, 1e-3)) - _log_weight(np.maximum(seen.inside_BE, 1e-3))
-    lacks_E = _log_weight(np.maximum(wanted.inside_E, 1e-3)) - _log_weight(np.maximum(seen.inside_E, 1e-3))
-    return np.clip(lacks_BE - lacks_E, -1, 1) * (profile_trust(wanted) * (seen.tokens_B > 0))[:, None]
+    lacks_BE = log_weight(np.maximum(wanted.inside_BE, 1e-3)) - log_weight(np.maximum(seen.inside_BE, 1e-3))
+    lacks_E = log_weight(np.maximum(wanted.inside_E, 1e-3)) - log_weight(np.maximum(seen.inside_E, 1e-3))
+    return np.clip(lacks_BE - lacks_E, -1, 1) * (_profile_trust(wanted) * (seen.tokens_B > 0))[:, None]
 
 
 def _corrected(layer: LayerChoice, wanted: Moments, seen: Moments, gain: float) -> LayerChoice:
-    logit_E = np.clip(_log_weight(wanted.inside_E) - _log_weight(seen.inside_E), -2, 2)
-    first_E = np.clip(_log_weight(wanted.first_E) - _log_weight(seen.first_E), -2, 2) - logit_E
+    logit_E = np.clip(log_weight(wanted.inside_E) - log_weight(seen.inside_E), -2, 2)
+    first_E = np.clip(log_weight(wanted.first_E) - log_weight(seen.first_E), -2, 2) - logit_E
     memory_H1 = gain * _memory_step(wanted, seen)[:, None]
     first_scale = _ratio(wanted.recall_first, seen.recall_first, 0.02) ** (2 * gain)
     rest_scale = _ratio(wanted.recall_set, seen.recall_set, 0.02) ** (2 * gain)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .choice import F32, MEMORY_H, NUM_BINS, LayerChoice
+from .choice import F32, MEMORY_H, NUM_BINS, LayerChoice, log_weight
 
 FORMAT = 1
 """Version of the JSON form."""
@@ -156,13 +156,8 @@ def plain_layer(logit_E: F32) -> LayerChoice:
 
 
 def logits_of_load(share_E: NDArray[np.float64], top_k: int) -> F32:
-    """Return logits under which Gumbel top-k gives about these shares of load (summing to 1).
-
-    Drawing without replacement is a race of exponential clocks stopped at the k-th ring: an expert is in with about
-    1 - exp(-weight).
-    """
-    inside_E = np.clip(share_E * top_k, 1e-6, 1 - 1e-3)
-    return np.log(-np.log1p(-inside_E)).astype(np.float32)
+    """Return logits under which Gumbel top-k gives about these shares of load (summing to 1)."""
+    return log_weight(share_E * top_k).astype(np.float32)
 
 
 def _encode(value: Any) -> Any:
