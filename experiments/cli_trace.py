@@ -1,5 +1,6 @@
 """`trace info | import | compose | synth`: look at routing, read other formats, batch it, make it up."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -150,7 +151,7 @@ def compose(
     from .inputs import choose_segment, in_memory, open_source
 
     opened = choose_segment(open_source(trace), segment)
-    requests = in_memory(opened.source)
+    requests = in_memory(opened.source, sys.maxsize)
     if requests is None:
         raise ValueError(f"{opened.name} holds counts alone, no requests to batch; give a trace of tokens")
     composition = Composition(

@@ -15,7 +15,7 @@ from .runs import sha256_of
 from .workload import match_model, shape_of
 
 BUNDLED = "bundled"
-REBATCH_TOKENS = 400_000
+REBATCH_TOKENS = 100_000
 """Tokens of a trace held in memory to batch its requests anew; a longer trace gives its first ones."""
 
 

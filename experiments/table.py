@@ -30,7 +30,9 @@ def time_words(ns: float) -> str:
 
 
 def rate_words(per_s: float) -> str:
-    """Return a rate in thousands where that is shorter."""
+    """Return a rate in thousands or millions where that is shorter."""
+    if per_s >= 1e6:
+        return f"{per_s / 1e6:,.2f} M"
     return f"{per_s / 1e3:,.1f} k" if per_s >= 1e4 else f"{per_s:,.0f}"
 
 

@@ -129,8 +129,9 @@ def _bar(tasks: Sequence[Task], done: "np.memmap[Any, np.dtype[np.int64]]", ende
     def refresh() -> None:
         now = np.minimum(done, steps)
         running = [task.label for i, task in enumerate(tasks) if now[i] > 0 and i not in ended]
+        following = [task.label for i, task in enumerate(tasks) if i not in ended][:1]
         left = len(tasks) - len(ended)
-        text = f"simulating {', '.join(running[:2]) or tasks[0].label} · {left} of {len(tasks)} left"
+        text = f"simulating {', '.join(running[:2] or following)} · {left} of {len(tasks)} left"
         progress.update(bar, completed=int(now.sum()), description=text)
 
     def watch() -> None:

@@ -22,7 +22,7 @@ from .tasks import Task, run_tasks
 from .why import explain
 from .workload import FixedSteps, rebatched
 
-NUM_DRAWS = 10
+NUM_DRAWS = 8
 NUM_COMPOSITIONS = 3
 COMPOSITION_LAYERS = 512
 """Layers of all steps of one other batching; at least LEAST_STEPS steps."""
