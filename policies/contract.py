@@ -9,10 +9,9 @@ Shape letters: L MoE layers, E routed experts, S slices of a layout, H steps of 
 """
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ State = TypeVar("State")
 Mechanism = Literal["shared", "sm_budget", "green_context", "mig"]
 TileOrder = Literal["expert", "heavy", "light"]
 
-MECHANISMS: tuple[Mechanism, ...] = ("shared", "sm_budget", "green_context", "mig")
+MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
 EXCLUSIVE: frozenset[Mechanism] = frozenset({"green_context", "mig"})
 """Mechanisms whose slices own their SMs."""
 
@@ -188,8 +187,8 @@ class Pinned:
         self.slice_of_expert_LE.flags.writeable = False
 
     def slice_of_expert_E(self, layer: int, counts_E: NDArray[np.integer]) -> NDArray[np.int16]:
-        """Return the slice of each expert of one layer."""
-        del counts_E  # A pinned expert stays where it is, whatever its load.
+        """Return the slice of each expert of one layer, whatever its load."""
+        del counts_E
         return self.slice_of_expert_LE[layer]
 
     def canonical_bytes(self) -> bytes:
@@ -204,13 +203,9 @@ class ByTokens:
     bounds: tuple[int, ...]
     slice_ids: tuple[int, ...]
 
-    def slice_of_tokens(self, num_tokens: int) -> int:
-        """Return the slice of an expert with that many tokens."""
-        return self.slice_ids[bisect_right(self.bounds, num_tokens)]
-
     def slice_of_expert_E(self, layer: int, counts_E: NDArray[np.integer]) -> NDArray[np.int16]:
-        """Return the slice of each expert of one layer under its true counts."""
-        del layer  # One rule serves every layer.
+        """Return the slice of each expert under true counts; one rule serves every layer."""
+        del layer
         index_E = np.searchsorted(np.asarray(self.bounds, dtype=np.int64), counts_E, side="right")
         return np.asarray(self.slice_ids, dtype=np.int16)[index_E]
 

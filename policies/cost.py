@@ -7,16 +7,16 @@ differ in form on purpose: a planner that holds the simulator's own model proves
 Shape letters: L MoE layers, E routed experts, S slices.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.schema import MoeSpec, OtherWork
 from .contract import DeviceSpec, Plan, SliceLayout, TileVariant
-from .draws import perturb, perturb_constants
 from .roofline import roofs
 from .shares import Shares, shares_of
 from .stepwork import LayerTimes, StepWork, owners
@@ -83,26 +83,23 @@ class CostModel:
 
     def shares(self, layout: SliceLayout) -> Shares:
         """Return a layout as this model sees it."""
-        found = self._shares.get(layout)
-        if found is None:
+        if layout not in self._shares:
             tiles = {v.name: v for v in self.variants}
-            found = shares_of(layout, tiles, self.device, self.constants, self.model.dtype)
-            self._shares[layout] = found
-        return found
+            self._shares[layout] = shares_of(layout, tiles, self.device, self.constants, self.model.dtype)
+        return self._shares[layout]
 
     def tables(self, layout: SliceLayout) -> Tables:
         """Return the tile costs of a layout."""
-        found = self._tables.get(layout)
-        if found is None:
-            found = self._tables[layout] = tables_of(self.model, self.shares(layout), self.residual)
-        return found
+        if layout not in self._tables:
+            self._tables[layout] = tables_of(self.model, self.shares(layout), self.residual)
+        return self._tables[layout]
 
     def perturbed(self, seed: int) -> "CostModel":
         """Return the model under one draw of all its errors; the same seed draws the same for every policy."""
         return replace(
             self,
             device=perturb(self.device, seed),
-            constants=perturb_constants(self.constants, seed),
+            constants=_drawn(self.constants, seed),
             _shares={},
             _tables={},
         )
@@ -113,3 +110,36 @@ class CostModel:
         owner_LE = owners(plan, counts_LE, first_layer)
         shares, tables = self.shares(plan.layout), self.tables(plan.layout)
         return roofs(counts_LE, owner_LE, other_L, self.model, shares, tables)
+
+
+Erring = TypeVar("Erring", DeviceSpec, TileConstants)
+
+
+def _drawn(spec: Erring, seed: int) -> Erring:
+    """Return a spec with every figure drawn from its error, keyed by its name: one more leaves the others' alone."""
+    changes: dict[str, Any] = {}
+    for name, error in spec.rel_errors:
+        draw = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal()
+        value, factor = getattr(spec, name), float(np.exp(error * draw))
+        if isinstance(value, tuple):
+            changes[name] = tuple(one * factor for one in value)
+        else:
+            changes[name] = round(value * factor) if isinstance(value, int) else value * factor
+    return replace(spec, **changes)
+
+
+def perturb(device: DeviceSpec, seed: int) -> DeviceSpec:
+    """Return a device with every figure drawn from its error, and what physics orders still in order.
+
+    A measured curve moves as a whole, so that it stays monotone. A sustained rate stays below the burst rate, and a
+    power below the limit.
+    """
+    drawn = _drawn(device, seed)
+    matrix_w, stream_w = min(drawn.matrix_w, drawn.limit_w), min(drawn.stream_w, drawn.limit_w)
+    return replace(
+        drawn,
+        sustained_flops_per_s=min(drawn.sustained_flops_per_s, drawn.matrix_flops_per_s),
+        matrix_w=matrix_w,
+        stream_w=stream_w,
+        idle_w=min(drawn.idle_w, matrix_w / 2, stream_w / 2),
+    )

@@ -57,15 +57,6 @@ class Fluid:
         """Bit mask of slices whose CTAs are on the SMs."""
         self._arrivals = 0
 
-    def push(self, slice_id: int, segments: Sequence[Segment]) -> None:
-        """Append segments to a slice's queue; it starts at once if the slice is idle."""
-        queue = self._queue[slice_id]
-        was_idle = not queue
-        queue[:0] = reversed(segments)
-        if was_idle and queue:
-            self._start(slice_id, GAP)
-            self._solve()
-
     def load(self, chains: Sequence[Sequence[Segment]]) -> None:
         """Give every slice a queue at once; all slices must be idle."""
         for i, chain in enumerate(chains):

@@ -34,44 +34,40 @@ def deployable_control(policy: Policy[Any], setup: Setup) -> Setup:
     return replace(setup, control=control)
 
 
+@dataclass
 class _Decisions:
     """One policy's decisions over a run: its state, its errors, and who hears of them."""
 
-    def __init__(
-        self,
-        policy: Policy[Any],
-        backend: Backend,
-        setup: Setup,
-        on_decision: Callable[[Observation, Plan], None] | None,
-        on_policy_error: OnPolicyError,
-    ) -> None:
-        self.errors = 0
-        self._policy, self._backend, self._setup = policy, backend, setup
-        self._on_decision, self._on_policy_error = on_decision, on_policy_error
-        self._state: Any = policy.init(setup)
+    policy: Policy[Any]
+    backend: Backend
+    setup: Setup
+    on_decision: Callable[[Observation, Plan], None] | None
+    on_policy_error: OnPolicyError
+    state: Any
+    errors: int = 0
 
     def decide(self, step: RoutedStep) -> None:
         """Observe, decide and enqueue the plan."""
-        obs = self._backend.observe()
-        if self._policy.foresees:
+        obs = self.backend.observe()
+        if self.policy.foresees:
             obs = replace(obs, coming_LE=step.counts_LE)
         try:
-            plan, self._state = self._policy.plan(obs, self._state)
-            self._backend.apply(plan)
+            plan, self.state = self.policy.plan(obs, self.state)
+            self.backend.apply(plan)
         except Exception as error:
             plan = self._unsliced(error, obs.step)
-        if self._on_decision is not None:
-            self._on_decision(obs, plan)
+        if self.on_decision is not None:
+            self.on_decision(obs, plan)
 
     def _unsliced(self, error: Exception, step: int) -> Plan:
-        name = type(self._policy).__name__
-        if self._on_policy_error == "raise":
+        name = type(self.policy).__name__
+        if self.on_policy_error == "raise":
             raise PolicyError(f"{name} at step {step}: {error}") from error
         self.errors += 1
         if self.errors == 1:
             warnings.warn(f"{name} at step {step}: {error}; running unsliced", stacklevel=4)
-        plan = fallback_plan(self._setup)
-        self._backend.apply(plan)
+        plan = fallback_plan(self.setup)
+        self.backend.apply(plan)
         return plan
 
 
@@ -98,7 +94,7 @@ def drive(
         raise ValueError(f"{type(policy).__name__} foresees the coming step, which only the simulator can offer")
     setup = deployable_control(policy, setup)
     control = setup.control
-    decisions = _Decisions(policy, backend, setup, on_decision, on_policy_error)
+    decisions = _Decisions(policy, backend, setup, on_decision, on_policy_error, policy.init(setup))
     backend.open(setup, policy.layouts(setup))
     num_steps = 0
     try:

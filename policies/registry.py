@@ -1,5 +1,6 @@
 """The table of policies that the command line offers by name. Code passes objects, not names."""
 
+import contextlib
 import dataclasses
 import importlib
 import typing
@@ -18,6 +19,8 @@ from .static import Static
 from .unsliced import Unsliced
 
 ENTRY_POINT_GROUP = "expertslice.policies"
+
+FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 POLICIES: dict[str, type[Policy[Any]]] = {
     "unsliced": Unsliced,
@@ -57,23 +60,13 @@ def policy_class(name: str) -> type[Policy[Any]]:
     points = [point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name]
     if not points and ":" not in name:
         raise ValueError(nearest("policy", name, policy_names()) + ", or give module:Class")
-    target = points[0].value if points else name
-    module_name, _, attribute = target.partition(":")
+    module_name, _, attribute = (points[0].value if points else name).partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"policy {name!r} cannot be imported ({error}); give module:Class of an installed class"
         ) from None
-    return checked_class(name, found)
-
-
-def checked_class(name: str, found: object) -> type[Policy[Any]]:
-    """Return `found` if it is a class that satisfies the contract.
-
-    Raises:
-        ValueError: it is no dataclass with init, layouts and plan, and booleans foresees and reads_clock.
-    """
     wants = "a frozen dataclass with init, layouts, plan and booleans foresees and reads_clock"
     if not isinstance(found, type) or not dataclasses.is_dataclass(found):
         raise ValueError(f"policy {name!r} is {type(found).__name__} {found!r:.60}; it must be {wants}")
@@ -86,60 +79,43 @@ def checked_class(name: str, found: object) -> type[Policy[Any]]:
 
 def build_policy(cls: type[Policy[Any]], params: Mapping[str, object]) -> Policy[Any]:
     """Return an instance of a policy class with its parameters set."""
-    hints = parameter_types(cls)
-    values: dict[str, Any] = {}
-    for key, value in params.items():
-        if key not in hints:
-            known = ", ".join(hints) or "none"
-            raise ValueError(f"{cls.__name__} has no parameter {key!r}; it has {known}, set one of them")
-        values[key] = _read_as(hints[key], value, f"{cls.__name__} parameter {key}")
-    needed = [f.name for f in _parameters(cls) if f.default is MISSING and f.default_factory is MISSING]
-    if missing := ", ".join(name for name in needed if name not in values):
-        raise ValueError(f"{cls.__name__} needs {missing}; set it")
-    return cls(**values)
+    known = _parameters(cls)
+    for key in params:
+        if key not in known:
+            names = ", ".join(known) or "none"
+            raise ValueError(f"{cls.__name__} has no parameter {key!r}; it has {names}, set one of them")
+    needed = [name for name, (_, default) in known.items() if default is MISSING and name not in params]
+    if needed:
+        raise ValueError(f"{cls.__name__} needs {', '.join(needed)}; set it")
+    return cls(**{k: _read_as(known[k][0], v, f"{cls.__name__} parameter {k}") for k, v in params.items()})
 
 
-def parameter_types(cls: type) -> dict[str, Any]:
-    """Return the constructor's parameters and their types."""
+def _parameters(cls: type) -> dict[str, tuple[Any, Any]]:
+    """Return (type, default) of the constructor's parameters; `MISSING` for none."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in _parameters(cls)}
-
-
-def _parameters(cls: type) -> "list[dataclasses.Field[Any]]":
-    return [f for f in dataclasses.fields(typing.cast("Any", cls)) if f.init]
+    found: list[dataclasses.Field[Any]] = [f for f in dataclasses.fields(typing.cast("Any", cls)) if f.init]
+    return {f.name: (hints[f.name], f.default if f.default_factory is MISSING else f.default_factory()) for f in found}
 
 
 def _read_as(kind: Any, value: object, where: str) -> object:
+    """Return a value as a parameter's type, a text being read as it; a bool is no number, an int may be a float."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         if value not in args:
             raise ValueError(f"{where} is {value!r}; allowed are {', '.join(map(str, args))}")
         return value
-    if not isinstance(value, str):
-        return _checked_kind(origin or kind, value, where)
-    if origin is tuple:
-        return tuple(_read_as(args[0], part.strip(), where) for part in value.split(",") if part.strip())
-    if kind is bool:
-        return _read_flag(value, where)
-    try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} is {value!r}; give a value of type {_type_name(kind)}") from None
-
-
-def _read_flag(value: str, where: str) -> bool:
-    if value.lower() not in ("true", "false", "yes", "no", "1", "0"):
-        raise ValueError(f"{where} is {value!r}; give true or false")
-    return value.lower() in ("true", "yes", "1")
-
-
-def _checked_kind(kind: type, value: object, where: str) -> object:
-    if kind is float and type(value) is int:
+    if isinstance(value, str):
+        if origin is tuple:
+            return tuple(_read_as(args[0], part.strip(), where) for part in value.split(",") if part.strip())
+        if kind is bool and value.lower() not in FLAGS:
+            raise ValueError(f"{where} is {value!r}; give true or false")
+        with contextlib.suppress(TypeError, ValueError):
+            return FLAGS[value.lower()] if kind is bool else kind(value)
+    elif isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    elif kind is float and type(value) is int:
         return float(value)
-    # A bool is an int to Python, but never what a count means.
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{where} is {value!r}; give a value of type {_type_name(kind)}")
-    return value
+    raise ValueError(f"{where} is {value!r}; give a value of type {_type_name(kind)}")
 
 
 def _type_name(kind: Any) -> str:
@@ -152,14 +128,9 @@ def describe(name: str) -> dict[str, Any]:
     """Return what `policies --json` says of one policy: summary, flags, parameters with types and defaults."""
     cls = policy_class(name)
     module_doc = importlib.import_module(cls.__module__).__doc__ or cls.__doc__ or ""
-    hints = parameter_types(cls)
     parameters = [
-        {
-            "name": f.name,
-            "type": _type_name(hints[f.name]),
-            "default": None if f.default is MISSING else f.default,
-        }
-        for f in _parameters(cls)
+        {"name": key, "type": _type_name(kind), "default": None if default is MISSING else default}
+        for key, (kind, default) in _parameters(cls).items()
     ]
     return {
         "name": name,

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.schema import MoeSpec, OtherWork
-from .front import head_ns, hop_ns, tail_ns
 from .shares import Shares
+from .stepwork import head_ns, hop_ns, tail_ns
 from .tiles import read_bytes_per_ns
 from .work import Tables
 

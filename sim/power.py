@@ -7,6 +7,7 @@ until the sustained rate is left; idle time lets it recover.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import cbrt, exp, floor
 
 from ..policies.contract import DeviceSpec, EnergyWindow
@@ -86,40 +87,49 @@ class EnergyMeter:
 
     def __init__(self, device: DeviceSpec) -> None:
         self._device = device
-        self._closed: list[EnergyWindow] = []
-        self._pending: tuple[int, int, float, float, int] | None = None
-        self._open = (0, 0.0, 0.0, 0)
+        self._windows: list[_Window] = []
 
     def add(self, step: int, duration_ns: int, joules: float, clock: float) -> None:
         """Add the time up to the end of a step, its energy and its mean clock."""
-        first, energy, clocks, ns = self._open
-        if not ns:
-            first = step
-        energy, clocks, ns = energy + joules, clocks + clock * duration_ns, ns + duration_ns
-        self._open = (first, energy, clocks, ns)
-        if ns >= WINDOW_NS:
-            if self._pending is not None:
-                self._closed.append(self._window(self._pending))
-            self._pending = (first, step, energy, clocks, ns)
-            self._open = (step + 1, 0.0, 0.0, 0)
+        if not self._windows or self._windows[-1].duration_ns >= WINDOW_NS:
+            self._windows.append(_Window(step))
+        self._windows[-1].add(step, duration_ns, joules, clock * duration_ns)
 
     def windows(self, last_step: int) -> list[EnergyWindow]:
         """Return all windows; the rest of the run is part of the last one."""
-        first, energy, clocks, ns = self._open
-        if self._pending is not None:
-            before = self._pending
-            rest = (before[0], max(before[1], last_step), before[2] + energy, before[3] + clocks, before[4] + ns)
-            return [*self._closed, self._window(rest)]
-        return [self._window((first, last_step, energy, clocks, ns))] if ns else []
+        closed = self._windows.copy()
+        if len(closed) > 1 and closed[-1].duration_ns < WINDOW_NS:
+            rest, last = closed.pop(), replace(closed.pop())
+            last.add(last_step, rest.duration_ns, rest.joules, rest.clock_ns)
+            closed.append(last)
+        return [
+            EnergyWindow(
+                first_step=one.first_step,
+                last_step=one.last_step,
+                duration_ns=one.duration_ns,
+                energy_uj=round(one.joules * 1e6),
+                idle_w=self._device.idle_w,
+                sm_clock_mhz=one.clock_ns / one.duration_ns * self._device.clock_mhz,
+                temperature_c=None,
+            )
+            for one in closed
+            if one.duration_ns
+        ]
 
-    def _window(self, raw: tuple[int, int, float, float, int]) -> EnergyWindow:
-        first, last, energy, clocks, ns = raw
-        return EnergyWindow(
-            first_step=first,
-            last_step=last,
-            duration_ns=ns,
-            energy_uj=round(energy * 1e6),
-            idle_w=self._device.idle_w,
-            sm_clock_mhz=clocks / ns * self._device.clock_mhz,
-            temperature_c=None,
-        )
+
+@dataclass(slots=True)
+class _Window:
+    """The steps of a window so far."""
+
+    first_step: int
+    last_step: int = 0
+    duration_ns: int = 0
+    joules: float = 0.0
+    clock_ns: float = 0.0
+    """Sum of clock times duration."""
+
+    def add(self, last_step: int, duration_ns: int, joules: float, clock_ns: float) -> None:
+        self.last_step = last_step
+        self.duration_ns += duration_ns
+        self.joules += joules
+        self.clock_ns += clock_ns

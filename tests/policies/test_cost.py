@@ -23,7 +23,7 @@ from expertslice.policies.cost import CostModel, floor_ns, perturb
 from expertslice.policies.data import load_device
 from expertslice.policies.layouts import co_resident_layout, one_slice_plan, uniform_slice, unsliced_layout
 from expertslice.policies.tiles import TileConstants, tile_cost
-from expertslice.sim.needs import Needs
+from expertslice.sim.device import Needs
 from expertslice.traces.schema import MoeSpec, OtherWork, Product, RoutedStep
 
 DEVICE = load_device("h100-sxm5-80gb")

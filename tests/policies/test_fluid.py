@@ -1,13 +1,16 @@
 """How running segments divide what they share."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from splits import COLD, HOT, WIDE
 
-from expertslice.policies.contract import Slice, SliceLayout
+from expertslice.policies.contract import SliceLayout
 from expertslice.policies.data import load_device
 from expertslice.policies.fluid import Fluid
+from expertslice.policies.layouts import uniform_slice
 from expertslice.policies.rates import Segment, gap, rates, water_level
 from expertslice.policies.shares import Shares, shares_of
 from expertslice.policies.tiles import TileConstants
@@ -17,16 +20,8 @@ DEVICE = load_device("h100-sxm5-80gb")
 
 def shares(*tiles: str, mechanism: str = "sm_budget", sms: int = 132, priorities: tuple[int, ...] = ()) -> Shares:
     slices = tuple(
-        Slice(
-            mechanism=mechanism,
-            sm_count=sms,
-            num_ctas=sms,
-            ctas_per_sm=1,
-            up=t,
-            down=t,
-            stream_priority=priorities[i] if priorities else 0,
-        )
-        for i, t in enumerate(tiles)
+        replace(uniform_slice(mechanism, sms, tile), stream_priority=priorities[i] if priorities else 0)
+        for i, tile in enumerate(tiles)
     )
     variants = {v.name: v for v in (HOT, COLD, WIDE)}
     return shares_of(SliceLayout(slices=slices), variants, DEVICE, TileConstants(), "bf16")
@@ -106,14 +101,6 @@ def test_streams_on_few_sms_run_side_by_side_whatever_their_tiles():
     fluid = Fluid(shares(WIDE.name, WIDE.name, mechanism="shared", sms=66))
     fluid.load([[stream(10.0, 0.0)]] * 2)
     assert ends(fluid) == [10]
-
-
-def test_work_pushed_onto_a_busy_slice_waits_its_turn():
-    fluid = Fluid(shares(COLD.name))
-    fluid.load([[stream(10.0, 0.0)]])
-    fluid.advance(4)
-    fluid.push(0, [stream(10.0, 0.0, 1)])
-    assert ends(fluid) == [10, 20]
 
 
 demands = st.lists(st.floats(0.0, 2.0), min_size=1, max_size=6)
