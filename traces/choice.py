@@ -7,6 +7,7 @@ Shape letters: P positions, R requests, E experts, K top-k, H memories, B positi
 C columns of a design matrix.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
 Ids = NDArray[np.int32]
+Noise = Callable[[tuple[int, ...]], F32]
+"""Gives standard Gumbel noise of a shape; not to be written to."""
 
 MEMORY_H = (0.0, 0.7, 0.9)
 """How much of a memory stays from token to token: the token before, the last 3 or so, the last 10."""
@@ -87,11 +90,9 @@ def gumbel(rng: np.random.Generator, shape: tuple[int, ...]) -> F32:
     return np.negative(np.log(noise, out=noise), out=noise)
 
 
-def top_k(score_NE: F32, k: int) -> NDArray[np.int64]:
+def top_k(score_NE: F32, k: int) -> Ids:
     """Return the k best of each row, best first; with Gumbel noise in the score, a draw without replacement."""
-    best_NK = np.argpartition(-score_NE, k - 1, axis=1)[:, :k]
-    order_NK = np.argsort(-np.take_along_axis(score_NE, best_NK, axis=1), axis=1)
-    return np.take_along_axis(best_NK, order_NK, axis=1)
+    return _pick(score_NE, score_NE.copy(), k)
 
 
 def _standing(layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | None) -> F32:
@@ -105,43 +106,49 @@ def _standing(layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | N
     return logit_PRE
 
 
-def choose(
-    layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | None, k: int, rng: np.random.Generator
-) -> Ids:
+def choose(layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | None, k: int, noise: Noise) -> Ids:
     """Draw the experts of every token of a layer, given those of the layer below.
 
     Returns:
-        ids_PRK, by falling score; `PAD` beyond a request's end.
+        ids_PRK, in the order of choice; `PAD` beyond a request's end.
     """
     standing_PRE = _standing(layer, tilt_RE, shape, below_PRK)
     memory_HRE = np.zeros((len(MEMORY_H), *tilt_RE.shape), np.float32)
     alive_P = shape.alive.sum(axis=1)
-    _run(layer, standing_PRE[:WARM_UP], memory_HRE, alive_P[:WARM_UP], k, rng)
-    return _run(layer, standing_PRE, memory_HRE, alive_P, k, rng)
+    _run(layer, standing_PRE[:WARM_UP], memory_HRE, alive_P[:WARM_UP], k, noise)
+    return _run(layer, standing_PRE, memory_HRE, alive_P, k, noise)
 
 
 def _run(
-    layer: LayerChoice, standing_PRE: F32, memory_HRE: F32, alive_P: NDArray[np.int64], k: int, rng: np.random.Generator
+    layer: LayerChoice, standing_PRE: F32, memory_HRE: F32, alive_P: NDArray[np.int64], k: int, noise: Noise
 ) -> Ids:
     """Draw position after position; `memory_HRE` is where the memories stand, before and after."""
-    noise_PRE, first_noise_PRE = gumbel(rng, standing_PRE.shape), gumbel(rng, standing_PRE.shape)
-    first_noise_PRE += layer.first_E
+    noise_PRE, first_noise_PRE = noise(standing_PRE.shape), noise(standing_PRE.shape) + layer.first_E
     ids_PRK = np.full((*standing_PRE.shape[:2], k), PAD, np.int32)
-    rows_R = np.arange(standing_PRE.shape[1])
     for p, alive in enumerate(alive_P):
-        past_HRE, rows = memory_HRE[:, :alive], rows_R[:alive]
+        past_HRE = memory_HRE[:, :alive]
         score_RE = standing_PRE[p, :alive] + np.einsum("he,hre->re", layer.memory_HE, past_HRE)
-        first_R = (np.float32(layer.sharpness) * score_RE + first_noise_PRE[p, :alive]).argmax(axis=1)
-        score_RE += noise_PRE[p, :alive]
-        score_RE[rows, first_R] = np.inf
-        ids_PRK[p, :alive] = ids_RK = top_k(score_RE, k)
+        lead_RE = np.float32(layer.sharpness) * score_RE + first_noise_PRE[p, :alive]
+        ids_PRK[p, :alive] = ids_RK = _pick(lead_RE, score_RE + noise_PRE[p, :alive], k)
         remember(past_HRE, ids_RK)
     return ids_PRK
 
 
+def _pick(lead_RE: F32, score_RE: F32, k: int) -> Ids:
+    """Pick the best of `lead_RE`, then the best k - 1 others of `score_RE`, which is spent."""
+    rows_R = np.arange(len(score_RE))
+    ids_RK = np.empty((len(score_RE), k), np.int32)
+    ids_RK[:, 0] = lead_RE.argmax(axis=1)
+    for j in range(1, k):
+        score_RE[rows_R, ids_RK[:, j - 1]] = -np.inf
+        ids_RK[:, j] = score_RE.argmax(axis=1)
+    return ids_RK
+
+
 def remember(memory_HRE: F32, ids_RK: NDArray[np.integer]) -> None:
     """Fade the memories in place and add what was just chosen."""
-    hot_RE = multi_hot(ids_RK, memory_HRE.shape[2])
+    hot_RE = np.zeros(memory_HRE.shape[1:], np.float32)
+    hot_RE[np.arange(len(ids_RK))[:, None], ids_RK] = 1
     stays_H11 = np.asarray(MEMORY_H, np.float32)[:, None, None]
     memory_HRE *= stays_H11
     memory_HRE += (1 - stays_H11) * hot_RE
@@ -221,13 +228,14 @@ def _objective(flat: NDArray[np.float64], sample: Sample, num_experts: int) -> t
 
 
 def most_likely(sample: Sample, num_experts: int, max_iterations: int) -> Blocks:
-    """Return the parameters of highest posterior density: a concave problem, so the start does not matter."""
+    """Return the parameters of highest posterior density: a concave problem, begun at the load alone."""
     from scipy.optimize import minimize
 
-    num_rows = 2 + sample.num_requests + len(MEMORY_H) + sample.design_NC.shape[1]
+    start = np.zeros((2 + sample.num_requests + len(MEMORY_H) + sample.design_NC.shape[1], num_experts))
+    start[0] = log_weight(np.bincount(sample.ids_NK.ravel(), minlength=num_experts) / len(sample.ids_NK))
     found = minimize(
         _objective,
-        np.zeros(num_rows * num_experts),
+        start.ravel(),
         args=(sample, num_experts),
         jac=True,
         method="L-BFGS-B",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .choice import F32, NUM_BINS, Blocks, Ids, LayerChoice, Sample, gumbel, log_weight, most_likely, top_k
 from .drift import LEAST_WINDOWS, MAX_WINDOWS, drift_per_step, window_counts
-from .matching import Moments, match, moments, with_trusted_profile
+from .matching import Moments, match, moments, noise_tape, with_trusted_profile
 from .panel import MAX_REQUESTS, Panel, evenly, layer_sample, panel_of
 from .requests import group_requests, prompt_lengths
 from .schema import StepSource
@@ -102,7 +102,7 @@ def _likeliest(
     layers, tilts = list[LayerChoice](), list[NDArray[np.float64]]()
     for level in range(num_layers):
         sample = layer_sample(panel, level, num_experts, num_tokens)
-        blocks = most_likely(sample, num_experts, max_iterations=40)
+        blocks = most_likely(sample, num_experts, max_iterations=30)
         layers.append(_layer(blocks, sample, num_experts))
         tilts.append(blocks[1])
         report((level + 1) / num_layers)
@@ -135,12 +135,13 @@ def _match_layers(
     layers = [with_trusted_profile(layer, one) for layer, one in zip(layers, wanted, strict=True)]
     # The prior has shrunk the tilts it could not see well.
     scale_LE = np.full_like(tilt.own_LE, 2.0)
+    noise = noise_tape(num_positions * len(drawn.domain_R) * num_experts)
     for turn, gains in enumerate(ROUNDS):
         tilt_RLE = typical_tilt(tilt, drawn.domain_R, turn)
         below_PRK: Ids | None = None
         for level, layer in enumerate(layers):
             tilt_RE = tilt_RLE[:, level] * scale_LE[level]
-            matched = match(layer, tilt_RE, drawn.shape, below_PRK, wanted[level], gains, num_across)
+            matched = match(layer, tilt_RE, drawn.shape, below_PRK, wanted[level], gains, num_across, noise)
             layers[level], below_PRK = matched.layer, matched.ids_PRK
             scale_LE[level] *= matched.tilt_scale_E
             report((turn + (level + 1) / num_layers) / len(ROUNDS))

@@ -6,12 +6,13 @@ corrections make the drawn statistics equal the recorded ones.
 Shape letters: P positions, R requests, E experts, K top-k, G lags, H memories.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .choice import F32, NUM_BINS, WIDTH_OF_BIN_B, Ids, LayerChoice, Shape, choose, log_weight, multi_hot
+from .choice import F32, NUM_BINS, WIDTH_OF_BIN_B, Ids, LayerChoice, Noise, Shape, choose, gumbel, log_weight, multi_hot
 from .dependence import conditional_recall, joint_counts, mutual_information_bits
 
 LAGS_G = (1, 4, 8, 16)
@@ -171,6 +172,19 @@ def _corrected(layer: LayerChoice, wanted: Moments, seen: Moments, gain: float) 
     )
 
 
+def noise_tape(length: int) -> Noise:
+    """Return a source of noise that reads one tape from random places: much faster than fresh noise each time."""
+    rng = np.random.default_rng([length])
+    tape = gumbel(rng, (2 * length,))
+
+    def read(shape: tuple[int, ...]) -> F32:
+        size = math.prod(shape)
+        start = int(rng.integers(len(tape) - size + 1))
+        return tape[start : start + size].reshape(shape)
+
+    return read
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matched:
     """A layer whose drawn moments match, what was drawn last, and the factor on its tilt."""
@@ -188,14 +202,15 @@ def match(
     wanted: Moments,
     gains: tuple[float, ...],
     num_across: int,
+    noise: Noise,
 ) -> Matched:
     """Correct a layer once per gain; `tilt_RE` and `below_PRK` stay the same, the noise is drawn anew each time."""
     k = round(float(wanted.inside_E.sum()))
     scale_E = np.ones(tilt_RE.shape[1], np.float32)
-    for turn, gain in enumerate(gains):
-        ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, np.random.default_rng([turn, len(tilt_RE)]))
+    for gain in gains:
+        ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, noise)
         seen = moments(ids_PRK, shape, below_PRK, tilt_RE.shape[1], num_across)
         layer = _corrected(layer, wanted, seen, gain)
         scale_E = np.clip(scale_E * _tilt_step(wanted, seen, gain), 0.02, 10).astype(np.float32)
-    ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, np.random.default_rng([len(gains), len(tilt_RE)]))
+    ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, noise)
     return Matched(layer=layer, ids_PRK=ids_PRK, tilt_scale_E=scale_E)

@@ -10,11 +10,12 @@ Shape letters: T tokens, S steps, R requests, L MoE layers, E experts, K top-k, 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .choice import F32, Ids, Shape, choose
+from .choice import F32, Ids, Shape, choose, gumbel
 from .compose import Composition, Request, composed_provenance, routed_steps
 from .requests import phases_of
 from .schema import Provenance, RoutedStep
@@ -40,8 +41,8 @@ def choose_layers(spec: SynthSpec, tilt_RLE: F32, shape: Shape, key: list[int]) 
     below_PRK: Ids | None = None
     chosen: list[Ids] = []
     for level, layer in enumerate(spec.layers):
-        rng = np.random.default_rng([*key, level])
-        below_PRK = choose(layer, tilt_RLE[:, level], shape, below_PRK, spec.top_k, rng)
+        noise = partial(gumbel, np.random.default_rng([*key, level]))
+        below_PRK = choose(layer, tilt_RLE[:, level], shape, below_PRK, spec.top_k, noise)
         chosen.append(below_PRK)
     return np.stack(chosen, axis=2)
 
