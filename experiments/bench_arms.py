@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 PAUSE_S = 0.05
 LEAST_GRAPH_NS = 400_000
 """A graph shorter than this is repeated inside itself: events resolve about half a microsecond."""
+MOST_REPEATS = 50
+FUSED_BYTES = 400_000_000
+"""Layers that read more weights are not bound by launches: fusing is not tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,17 +37,19 @@ class Batch:
     sets: "Sequence[ExpertWeights]"
 
 
-def draw_logits(spec: MoeSpec, num_tokens: int, num_sets: int, skew: str, seed: int) -> "torch.Tensor":
+def draw_logits(
+    spec: MoeSpec, num_tokens: int, num_sets: int, skew: str, seed: int, device: str = "cuda"
+) -> "torch.Tensor":
     """Return logits [P, T, E] whose top choices are even, or Zipf (s = 1) over a random order of the experts."""
     import torch
 
-    generator = torch.Generator("cuda").manual_seed(seed)
-    uniform = torch.rand(num_sets, num_tokens, spec.num_experts, device="cuda", generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    uniform = torch.rand(num_sets, num_tokens, spec.num_experts, device=device, generator=generator)
     logits_PTE = -torch.log(-torch.log(uniform.clamp(1e-7, 1 - 1e-7)))
     if skew == "zipf":
-        for logits_TE in logits_PTE:
-            rank_E = torch.randperm(spec.num_experts, device="cuda", generator=generator)
-            logits_TE -= torch.log(rank_E + 1.0)
+        for p in range(num_sets):
+            rank_E = torch.randperm(spec.num_experts, device=device, generator=generator)
+            logits_PTE[p] -= torch.log(rank_E + 1.0)
     return logits_PTE
 
 
@@ -64,7 +69,7 @@ def torch_grouped(x_TD: "torch.Tensor", logits_TE: "torch.Tensor", weights: "Exp
     offsets_E = counts_E.cumsum(0).int()
     rows = x_TD[order_N // spec.top_k]
     for held, epilogue in zip(weights.products, weights.epilogues, strict=True):
-        rows = torch._grouped_mm(rows, held.weight.mT, offs=offsets_E)
+        rows = functional.grouped_mm(rows, held.weight.mT, offs=offsets_E)
         if epilogue == "swiglu":
             gate, up = rows.chunk(2, dim=1)
             rows = functional.silu(gate) * up
@@ -73,70 +78,71 @@ def torch_grouped(x_TD: "torch.Tensor", logits_TE: "torch.Tensor", weights: "Exp
         elif epilogue == "gelu":
             rows = functional.gelu(rows)
     scaled = rows * weights_TK.flatten()[order_N, None].to(rows.dtype)
-    return torch.zeros_like(scaled).index_copy_(0, order_N, scaled).unflatten(0, (-1, spec.top_k)).sum(1)
+    return torch.empty_like(scaled).index_copy_(0, order_N, scaled).unflatten(0, (-1, spec.top_k)).sum(1)
 
 
-def capture(step: Callable[[int], Any], num_sets: int) -> tuple[Callable[[], None], int]:
-    """Return the replay of a graph over all weight sets, repeated until it is long enough, and its layers."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Captured:
+    """A graph over so many layers, with the step whose buffers its kernels use."""
+
+    graph: Any
+    step: Callable[[int], Any]
+    layers: int
+
+    def time_ns(self) -> float:
+        """Return the device time of one replay per layer."""
+        import torch
+
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e6 / self.layers
+
+
+def capture(step: Callable[[int], Any], num_sets: int) -> Captured:
+    """Capture a graph over all weight sets, repeated until it is long enough to time."""
     import torch
-
-    def one_pass() -> None:
-        for p in range(num_sets):
-            step(p)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        one_pass()
-        one_pass()
+        for p in range(num_sets):
+            step(p)
     torch.cuda.current_stream().wait_stream(stream)
-    graph = _captured(one_pass, 1)
-    repeats = max(1, int(LEAST_GRAPH_NS // max(1.0, min(time_ns(graph.replay) for _ in range(3)))))
-    if repeats > 1:
-        graph = _captured(one_pass, min(repeats, 50))
-    return graph.replay, num_sets * min(repeats, 50)
+    once = _captured(step, num_sets, 1)
+    pass_ns = min(once.time_ns() for _ in range(3)) * num_sets
+    repeats = min(MOST_REPEATS, int(LEAST_GRAPH_NS // pass_ns))
+    return _captured(step, num_sets, repeats) if repeats > 1 else once
 
 
-def _captured(work: Callable[[], None], repeats: int) -> Any:
+def _captured(step: Callable[[int], Any], num_sets: int, repeats: int) -> Captured:
     import torch
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            work()
-    return graph
+        for i in range(num_sets * repeats):
+            step(i % num_sets)
+    return Captured(graph=graph, step=step, layers=num_sets * repeats)
 
 
-def time_ns(replay: Callable[[], None]) -> float:
-    """Return the device time of one replay."""
-    import torch
-
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e6
-
-
-def interleave(replays: Sequence[tuple[Callable[[], None], int]], rounds: int) -> list[list[float]]:
+def interleave(arms: Sequence[Captured], rounds: int) -> list[list[float]]:
     """Return ns per layer of each arm, two samples a round, in the order A B .. B A with a pause after each round."""
-    samples: list[list[float]] = [[] for _ in replays]
+    samples: list[list[float]] = [[] for _ in arms]
     for _ in range(rounds):
-        for i in (*range(len(replays)), *reversed(range(len(replays)))):
-            replay, layers = replays[i]
-            samples[i].append(time_ns(replay) / layers)
+        for i in (*range(len(arms)), *reversed(range(len(arms)))):
+            samples[i].append(arms[i].time_ns())
         time.sleep(PAUSE_S)
     return samples
 
 
 def candidates(spec: MoeSpec, num_tokens: int, sm_count: int) -> "list[LayerLaunch]":
     """Return launches worth timing for a load: the modelled one, other tiles and heights, fused where that may pay."""
-    from ..kernels.launches import TILES, default_launch, tile_for
+    from ..kernels.launches import TILES, default_launch, rows_per_expert, tile_for
     from ..kernels.spec import LayerLaunch, SliceLaunch
 
-    hit = spec.num_experts * (1 - (1 - spec.top_k / spec.num_experts) ** num_tokens)
-    rows = num_tokens * spec.top_k / hit
+    hit, rows = rows_per_expert(spec, num_tokens)
     heights = [16] if rows <= 4 else [16, 64] if rows <= 40 else [64, 128] if rows <= 300 else [128]
     up_n, down_n = (p.n_dim for p in (spec.products(spec.d_ff_of(0))[i] for i in (0, -1)))
     found = [default_launch(spec, num_tokens, sm_count=sm_count)]
@@ -145,12 +151,10 @@ def candidates(spec: MoeSpec, num_tokens: int, sm_count: int) -> "list[LayerLaun
         found.append(LayerLaunch(slices=(SliceLaunch(up=modelled[0], down=modelled[1]),)))
         for tile, ctas in TILES[height]:
             spread = replace(tile, num_ctas=sm_count * ctas)
-            found += [
-                _unsliced(replace(spread, descriptors=by_desc, flatten=by_desc and height == 128))
-                for by_desc in (False, True)
-            ]
-            if height < 128 and hit * spec.expert_bytes() < 400_000_000:
-                found += [_unsliced(replace(spread, descriptors=by_desc), fused=True) for by_desc in (False, True)]
+            by_desc = replace(spread, descriptors=True)
+            found += [_unsliced(t) for t in (spread, by_desc, replace(by_desc, flatten=True))]
+            if height < 128 and hit * spec.expert_bytes() < FUSED_BYTES:
+                found += [_unsliced(t, fused=True) for t in (spread, by_desc)]
     return list(dict.fromkeys(found))
 
 
@@ -183,10 +187,11 @@ def best_launch(batch: Batch, sm_count: int, deadline: float) -> "tuple[LayerLau
 
     def measure(launch: Any) -> None:
         try:
-            replay, layers = capture(our_step(batch, launch), len(batch.sets))
+            arm = capture(our_step(batch, launch), len(batch.sets))
         except ValueError:
+            # A fused grid that this device cannot hold at once.
             return
-        found[launch] = min(time_ns(replay) for _ in range(4)) / layers
+        found[launch] = min(arm.time_ns() for _ in range(4))
 
     for launch in candidates(batch.spec, len(batch.x_TD), sm_count):
         if not found or time.monotonic() < deadline:

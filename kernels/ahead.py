@@ -76,7 +76,7 @@ def grouped_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> ASTS
     constants |= {
         "A_DESC": spec.descriptors and not constants["GATHER"],
         "B_DESC": spec.descriptors,
-        "FLATTEN": spec.flatten,
+        "FLATTEN": spec.flatten and not constants["GATHER"],
         "BLOCK_M": spec.block_m,
         "BLOCK_N": spec.block_n,
         "BLOCK_K": spec.block_k,

@@ -240,7 +240,7 @@ def grouped_product(
         out, held.bias, scale_TK, ws.row_slot_N, held.offset_E, held.bias_offset_E, held.k_dim_E, held.n_dim_E,
         ws.tile_sizes(launch), ws.tiles_QC[row_list], ws.begins_QS[row_list], ws.offsets_E1, ws.tickets[product],
         slice_id, len(launch.slices), row_list, held.k_dim, held.n_dim, x.stride(0), out.stride(0),
-        ws.spec.top_k, STEAL=launch.steal, FLATTEN=spec.flatten, DEPENDENT=dependent,
+        ws.spec.top_k, STEAL=launch.steal, FLATTEN=spec.flatten and not first, DEPENDENT=dependent,
         GATHER=first, SCATTER=last, EPILOGUE=epilogue, HAS_BIAS=held.bias is not None,
         HAS_SCALE=scale_TK is not None, UNEVEN=held.uneven, ALIGNED=held.aligned,
         EVEN_K=not held.uneven and held.k_dim % block_k == 0, A_DESC=a_desc, B_DESC=by_desc,

@@ -19,7 +19,8 @@ TILES: dict[int, tuple[tuple[LaunchSpec, int], ...]] = {
         for n, ctas in ((128, 2), (64, 3))
     ),
     128: tuple(
-        (LaunchSpec(block_m=128, block_n=n, block_k=64, num_warps=8, num_stages=4, num_ctas=1), 1) for n in (256, 128)
+        (LaunchSpec(block_m=128, block_n=n, block_k=64, num_warps=w, num_stages=s, num_ctas=1), ctas)
+        for n, w, s, ctas in ((256, 8, 4, 1), (128, 8, 4, 1), (128, 4, 3, 2))
     ),
 }
 HOPPER = (9, 0)
@@ -41,7 +42,7 @@ def tile_for(
         if tiles >= sm_count:
             break
     hopper = capability >= HOPPER and block_m >= 64
-    return replace(chosen, descriptors=hopper, flatten=hopper and block_m >= 128)
+    return replace(chosen, descriptors=hopper, flatten=hopper)
 
 
 def default_launch(

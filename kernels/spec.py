@@ -52,7 +52,7 @@ class LaunchSpec:
     descriptors: bool = False
     """Load weights, and rows where they are contiguous, by tensor descriptors (Hopper's copy engine)."""
     flatten: bool = False
-    """Pipeline loads across tiles."""
+    """Pipeline loads across tiles; never in the first product, whose gathered rows would lose their own pipelining."""
 
     def __post_init__(self) -> None:
         blocks = (self.block_m, self.block_n, self.block_k)
