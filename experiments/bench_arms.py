@@ -183,13 +183,15 @@ def our_step(batch: Batch, launch: "LayerLaunch", *, only_route: bool = False) -
 
 def best_launch(batch: Batch, sm_count: int, deadline: float) -> "tuple[LayerLaunch, dict[str, float]]":
     """Return the fastest candidate, with and without dependent launch, and what each took, us."""
+    from triton import OutOfResources
+
     found: dict[Any, float] = {}
 
     def measure(launch: Any) -> None:
         try:
             arm = capture(our_step(batch, launch), len(batch.sets))
-        except ValueError:
-            # A fused grid that this device cannot hold at once.
+        except (ValueError, OutOfResources):
+            # A tile or a fused grid that this device cannot hold.
             return
         found[launch] = min(arm.time_ns() for _ in range(4))
 

@@ -7,6 +7,7 @@ the sequential definition is reported and not timed.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import statistics
@@ -172,9 +173,13 @@ def precompile(rows: Sequence[Row], sm_count: int) -> None:
 
 
 def _compile_launch(job: tuple[str, Any]) -> None:
+    from triton import OutOfResources
+
     kind, launch = job
     spec = MoeSpec(name="c", num_layers=1, num_experts=4, top_k=2, d_model=256, d_ff=(256,), kind=kind)
-    _compile(spec, 32, launch)
+    # A tile that this device cannot hold is left out when launches are timed.
+    with contextlib.suppress(OutOfResources):
+        _compile(spec, 32, launch)
 
 
 def _compile_router(job: tuple[str, str, int]) -> None:
