@@ -89,12 +89,6 @@ def release(pool: SlicePool, expert_id: int) -> SlicePool:
     return replace(pool, allocations=tuple(a for a in pool.allocations if a.expert_id != expert_id))
 
 
-def charge(pool: SlicePool, slice_id: int, load: float) -> SlicePool:
-    """Return the pool with a slice's utilisation raised by `load`."""
-    raised = tuple(u + load if s == slice_id else u for s, u in enumerate(pool.utilisation_S))
-    return replace(pool, utilisation_S=raised)
-
-
 def place_longest_first(
     load_LE: NDArray[np.float64],
     speed_S: NDArray[np.float64],

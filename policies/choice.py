@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .contract import ByTokens, Observation, Plan, Setup, SliceLayout
+from .contract import Observation, Plan, Setup, SliceLayout
+from .stepwork import owners
 
 CLOSE = 0.03
 """Plans this close to the best on one step are priced on others as well."""
@@ -34,7 +35,7 @@ def plan_costs_ns(setup: Setup, plans: Sequence[Plan], counts_LE: NDArray[np.int
     costs: list[float] = []
     priced: dict[tuple[SliceLayout, bytes], float] = {}
     for plan in plans:
-        ids_LE = _placed_ids(plan, counts_LE)
+        ids_LE = owners(plan, counts_LE)
         key = (plan.layout, ids_LE.tobytes())
         if key not in priced:
             busy = np.bincount(ids_LE.ravel(), counts_LE.ravel(), plan.layout.num_slices).all()
@@ -46,18 +47,9 @@ def plan_costs_ns(setup: Setup, plans: Sequence[Plan], counts_LE: NDArray[np.int
 def suitable_tile(setup: Setup, names: Sequence[str], counts_LE: NDArray[np.int32]) -> str:
     """Return the first of the tiles whose rows suit the experts as an average row sees them, or the last."""
     rows = float((counts_LE.astype(np.float64) ** 2).sum() / max(1, counts_LE.sum()))
-    return next((name for name in names if _rows_suit(setup.variant(name).block_m, rows)), names[-1])
-
-
-def _rows_suit(block_m: int, typical_rows: float) -> bool:
-    """Return whether a tile has rows for its experts: too few read the weights again, too many are padding."""
-    return min(typical_rows / 2, 128) <= block_m <= max(4 * typical_rows, 64)
-
-
-def _placed_ids(plan: Plan, counts_LE: NDArray[np.int32]) -> NDArray[np.int16]:
-    if isinstance(plan.placement, ByTokens):
-        return plan.placement.slice_of_expert_E(0, counts_LE)
-    return plan.placement.slice_of_expert_LE
+    # Tiles of too few rows read the weights again, of too many they are padding.
+    least, most = min(rows / 2, 128), max(4 * rows, 64)
+    return next((name for name in names if least <= setup.variant(name).block_m <= most), names[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +65,7 @@ class Choice:
 
     @property
     def plan(self) -> Plan:
-        """Return the chosen plan."""
+        """The chosen one."""
         return self.plans[self.index]
 
 

@@ -97,11 +97,7 @@ class CostModel:
     def perturbed(self, seed: int) -> "CostModel":
         """Return the model under one draw of all its errors; the same seed draws the same for every policy."""
         return replace(
-            self,
-            device=perturb(self.device, seed),
-            constants=_drawn(self.constants, seed),
-            _shares={},
-            _tables={},
+            self, device=perturb(self.device, seed), constants=_drawn(self.constants, seed), _shares={}, _tables={}
         )
 
     def _roofs(

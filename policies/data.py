@@ -9,16 +9,13 @@ from typing import Any
 from ..traces.names import nearest
 from .contract import DeviceSpec, MigProfile, TileVariant
 
+DEVICES = Path(__file__).with_name("devices")
 PROVENANCE_FIELDS = frozenset({"mig_profiles", "sources", "rel_errors"})
-
-
-def _devices_folder() -> Path:
-    return Path(__file__).with_name("devices")
 
 
 def device_names() -> tuple[str, ...]:
     """Return the names of the devices that ship with the package."""
-    return tuple(sorted(path.stem for path in _devices_folder().glob("*.toml")))
+    return tuple(sorted(path.stem for path in DEVICES.glob("*.toml")))
 
 
 @cache
@@ -28,7 +25,7 @@ def load_device(name_or_path: str) -> DeviceSpec:
     Raises:
         ValueError: the name is unknown, or the file lacks a figure, its source, or holds one that is not known.
     """
-    path = Path(name_or_path) if name_or_path.endswith(".toml") else _devices_folder() / f"{name_or_path}.toml"
+    path = Path(name_or_path) if name_or_path.endswith(".toml") else DEVICES / f"{name_or_path}.toml"
     if not path.is_file():
         raise ValueError(nearest("device", name_or_path, device_names()))
     try:

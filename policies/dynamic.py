@@ -96,57 +96,38 @@ class Dynamic:
         moving_L = ~rests_L & (gap_L > np.where(state.moving_L, self.leave, self.enter) * most_L)
         candidates = np.flatnonzero(moving_L)
         chosen = candidates[np.argsort(-gap_L[candidates], kind="stable")][: self.max_moves]
-        moves = self._moves(chosen, obs.counts_HLE.mean(axis=0), busy_LS, state.plan)
         state = replace(state, busy_ns_LS=busy_LS, moving_L=moving_L)
-        if not moves:
-            return state
         assert isinstance(state.plan.placement, Pinned)
         ids_LE = state.plan.placement.slice_of_expert_LE.copy()
         held_L = state.held_until_L.copy()
-        for layer, expert, slice_id in moves:
-            ids_LE[layer, expert] = slice_id
-            held_L[layer] = obs.step + self.hold_steps
+        load_LE = obs.counts_HLE.mean(axis=0)
+        for layer in chosen.tolist():
+            if move := _move(load_LE[layer], busy_LS[layer], ids_LE[layer]):
+                ids_LE[layer, move.expert_id] = move.slice_ids[0]
+                held_L[layer] = obs.step + self.hold_steps
+        if (held_L == state.held_until_L).all():
+            return state
         plan = replace(state.plan, placement=Pinned(slice_of_expert_LE=ids_LE))
         return replace(state, plan=plan, held_until_L=held_L)
 
-    def _moves(
-        self, layers: NDArray[np.intp], load_LE: NDArray[np.float64], busy_LS: NDArray[np.float64], plan: Plan
-    ) -> list[tuple[int, int, int]]:
-        """Return (layer, expert, new slice) for each layer that has an expert whose move helps."""
-        moves: list[tuple[int, int, int]] = []
-        for layer in layers.tolist():
-            ids_E = plan.placement.slice_of_expert_E(layer, load_LE[layer].astype(np.int64))
-            expert = _expert_to_move(load_LE[layer], busy_LS[layer], ids_E)
-            if expert is None:
-                continue
-            pool = _pool(load_LE[layer], busy_LS[layer], ids_E)
-            _, allocation = allocate(release(pool, expert), expert, 1, float(load_LE[layer, expert]))
-            if allocation is not None and allocation.slice_ids[0] != ids_E[expert]:
-                moves.append((layer, expert, allocation.slice_ids[0]))
-        return moves
 
+def _move(load_E: NDArray[np.float64], busy_S: NDArray[np.float64], ids_E: NDArray[np.int16]) -> Allocation | None:
+    """Return what the allocator gives the expert of the busiest slice whose move evens it best with the idlest.
 
-def _expert_to_move(load_E: NDArray[np.float64], busy_S: NDArray[np.float64], ids_E: NDArray[np.int16]) -> int | None:
-    """Return the expert of the busiest slice whose move evens it best with the idlest; None when every move hurts.
-
-    A slice's time is shared among its experts by load. Ties: the heavier expert, then the lower id.
+    None when every move hurts. A slice's time is shared among its experts by load. Ties: the heavier expert, then the
+    lower id.
     """
-    busiest = int(busy_S.argmax())
-    load_E = np.where(ids_E == busiest, load_E, 0.0)
-    gap = float(np.ptp(busy_S))
-    if not load_E.any():
-        return None
-    time_E = busy_S[busiest] * load_E / load_E.sum()
+    busiest, gap = int(busy_S.argmax()), float(np.ptp(busy_S))
+    there_E = np.where(ids_E == busiest, load_E, 0.0)
+    time_E = busy_S[busiest] * there_E / (there_E.sum() or 1.0)
     helps_E = (time_E > 0) & (time_E < gap)
     if not helps_E.any():
         return None
     off_E = np.where(helps_E, np.abs(time_E - gap / 2), np.inf)
-    return int(np.lexsort((-load_E, off_E))[0])
-
-
-def _pool(load_E: NDArray[np.float64], busy_S: NDArray[np.float64], ids_E: NDArray[np.int16]) -> SlicePool:
+    expert = int(np.lexsort((-there_E, off_E))[0])
     allocations = tuple(
-        Allocation(expert_id=expert, slice_ids=(slice_id,), priority=load)
-        for expert, (slice_id, load) in enumerate(zip(ids_E.tolist(), load_E.tolist(), strict=True))
+        Allocation(expert_id=e, slice_ids=(slice_id,), priority=load)
+        for e, (slice_id, load) in enumerate(zip(ids_E.tolist(), load_E.tolist(), strict=True))
     )
-    return SlicePool(utilisation_S=tuple(busy_S.tolist()), capacity=len(allocations), allocations=allocations)
+    pool = SlicePool(utilisation_S=tuple(busy_S.tolist()), capacity=len(allocations), allocations=allocations)
+    return allocate(release(pool, expert), expert, 1, float(load_E[expert]))[1]

@@ -68,3 +68,12 @@ def fallback_plan(setup: Setup) -> Plan:
 def co_resident_layout(setup: Setup, tiles: Sequence[str]) -> SliceLayout:
     """Return bounded grids that share every SM, one CTA of each tile variant per SM."""
     return SliceLayout(slices=tuple(uniform_slice("sm_budget", setup.device.sm_count, tile) for tile in tiles))
+
+
+def switch_ns(old: SliceLayout, new: SliceLayout, device: DeviceSpec) -> int:
+    """Return what the device takes to run the graph of another captured layout next; nothing for the same."""
+    if old == new:
+        return 0
+    contexts = any(one.mechanism == "green_context" for one in new.slices)
+    relayout_ns = device.mig_relayout_ns if old.mig != new.mig else 0
+    return device.layout_switch_ns + contexts * device.green_context_switch_ns + relayout_ns

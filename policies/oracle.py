@@ -13,6 +13,7 @@ import numpy as np
 from .candidates import layouts_of, sharing_plans, splitting_plans, unsliced_plans
 from .choice import plan_costs_ns
 from .contract import Mechanism, Observation, Pinned, Plan, Setup, SliceLayout
+from .layouts import switch_ns
 from .static import equal_layouts, round_robin
 
 STATIC_MECHANISMS: tuple[Mechanism, ...] = ("green_context", "sm_budget", "shared")
@@ -55,14 +56,8 @@ class Oracle:
     def plan(self, obs: Observation, state: OracleState) -> tuple[Plan, OracleState]:
         if obs.coming_LE is not None and obs.coming_LE.any() and state.setup.belief is not None:
             costs = plan_costs_ns(state.setup, state.plans, obs.coming_LE)
-            costs += [_switch_ns(state.plans[state.index], plan, state.setup) for plan in state.plans]
+            now = state.plans[state.index].layout
+            costs += [switch_ns(now, plan.layout, state.setup.device) for plan in state.plans]
             if np.isfinite(costs).any():
                 state = replace(state, index=int(costs.argmin()))
         return state.plans[state.index], state
-
-
-def _switch_ns(now: Plan, then: Plan, setup: Setup) -> int:
-    if now.layout == then.layout:
-        return 0
-    owns = any(one.mechanism == "green_context" for one in then.layout.slices)
-    return setup.device.layout_switch_ns + owns * setup.device.green_context_switch_ns

@@ -20,13 +20,6 @@ from .tiles import read_bytes_per_ns
 from .work import Tables
 
 
-class Roofs(NamedTuple):
-    """Times of the slices of each layer, ns."""
-
-    layer_ns_L: NDArray[np.float64]
-    slice_ns_LS: NDArray[np.float64]
-
-
 class _Needs(NamedTuple):
     """What every expert asks for, [P, L, E]."""
 
@@ -59,8 +52,8 @@ def roofs(
     spec: MoeSpec,
     shares: Shares,
     tables: Tables,
-) -> Roofs:
-    """Return what every layer of a step takes."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what every layer of a step takes, and what each slice takes of it: ns [L], [L, S]."""
     needs = _needs(counts_LE, owner_LE, tables)
     slice_LS = np.zeros((len(counts_LE), len(shares.slices)))
     for s, share in enumerate(shares.slices):
@@ -78,7 +71,10 @@ def roofs(
     for layer, works in enumerate(other_L):
         for work in works:
             if work.slice_id is not None:
-                slice_LS[layer, work.slice_id] += _beside_ns(work, work.slice_id, shares)
+                share = shares.slices[work.slice_id]
+                read_ns = work.hbm_bytes / float(shares.read_per_ns_SC[work.slice_id, share.ctas])
+                math_ns = work.flops / (shares.flops_per_ns * share.sms / shares.device.sm_count)
+                slice_LS[layer, work.slice_id] += max(read_ns, math_ns)
                 dram_L[layer] += work.hbm_bytes
                 flops_L[layer] += work.flops
     layer_L = np.maximum(slice_LS.max(axis=1), flops_L / shares.flops_per_ns)
@@ -87,13 +83,7 @@ def roofs(
         layer_L = np.maximum(layer_L, np.maximum(dram_L / together, l2_L / shares.l2_bytes_per_ns))
     if shares.pooled:
         layer_L = np.maximum(layer_L, pipe_L / shares.device.sm_count)
-    return Roofs(layer_L + _fixed_ns(counts_LE, other_L, spec, shares), slice_LS)
-
-
-def _beside_ns(work: OtherWork, s: int, shares: Shares) -> float:
-    part = shares.slices[s].sms / shares.device.sm_count
-    read = shares.read_per_ns_SC[s, shares.slices[s].ctas]
-    return max(work.hbm_bytes / float(read), work.flops / (shares.flops_per_ns * part))
+    return layer_L + _fixed_ns(counts_LE, other_L, spec, shares), slice_LS
 
 
 def _fixed_ns(

@@ -4,7 +4,6 @@ Slices of green contexts and MIG instances own their SMs, all others share one p
 L2, but MIG instances own a fixed part of both.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -34,7 +33,7 @@ class Share:
     tiles: tuple[TileVariant, TileVariant]
     """Of the first products, and of the down product."""
     reach: float
-    """Its weight wherever requests compete: the single CTAs that its CTAs in flight are worth."""
+    """The single CTAs that its CTAs in flight are worth."""
     memory_part: float
     """Its part of DRAM and L2: 1 but for MIG."""
     remote: bool
@@ -57,33 +56,16 @@ class Shares:
     front_memory_part: float
     flops_per_ns: float
     """Of the whole device in a burst."""
+    l2_bytes_per_ns: float
+    """Of the whole device at the burst clock."""
+    l2_per_ns_S: NDArray[np.float64]
+    """L2 bytes per ns that each slice gets alone."""
+    ctas_S: NDArray[np.int64]
+    sms_S: NDArray[np.int64]
+    weights: list[float]
+    """Of the slices, wherever requests compete: their reach."""
     _read_caps: dict[int, float] = field(default_factory=dict[int, float], repr=False, compare=False)
     _fits: dict[tuple[int, int], bool] = field(default_factory=dict[tuple[int, int], bool], repr=False, compare=False)
-
-    @cached_property
-    def weights(self) -> list[float]:
-        """Return each slice's weight where requests compete."""
-        return [share.reach for share in self.slices]
-
-    @cached_property
-    def ctas_S(self) -> NDArray[np.int64]:
-        """Return the CTAs of each slice."""
-        return np.array([share.ctas for share in self.slices])
-
-    @cached_property
-    def sms_S(self) -> NDArray[np.int64]:
-        """Return the SMs of each slice."""
-        return np.array([share.sms for share in self.slices])
-
-    @cached_property
-    def l2_per_ns_S(self) -> NDArray[np.float64]:
-        """Return the L2 bytes per ns that each slice gets alone."""
-        return np.array([share.memory_part * self.l2_bytes_per_ns for share in self.slices])
-
-    @cached_property
-    def l2_bytes_per_ns(self) -> float:
-        """Return what L2 delivers to the whole device at the burst clock."""
-        return self.device.l2_bytes_per_clk * self.device.clock_mhz / 1e3
 
     @cached_property
     def queues(self) -> bool:
@@ -105,7 +87,8 @@ class Shares:
         if fits is None:
             present = [s for i, s in enumerate(self.slices) if mask >> i & 1] + [self.slices[newcomer]]
             fits = len(present) == 1 or sum(s.sms for s in present) <= self.device.sm_count
-            fits = fits or all(_co_reside(present, self.device, worst) for worst in (0, 1))
+            each_cta = [s for s in present for _ in range(s.ctas_per_sm)]
+            fits = fits or all(fits_together([s.tiles[product] for s in each_cta], self.device) for product in (0, 1))
             self._fits[mask, newcomer] = fits
         return fits
 
@@ -120,10 +103,6 @@ class Shares:
                 reach = reach_ctas(self.device, self.constants, ctas, share.sms)
                 table[i, ctas] = min(read_bytes_per_ns(self.device, reach), limit)
         return table
-
-
-def _co_reside(present: Sequence[Share], device: DeviceSpec, product: int) -> bool:
-    return fits_together([s.tiles[product] for s in present for _ in range(s.ctas_per_sm)], device)
 
 
 def _share(
@@ -151,6 +130,7 @@ def shares_of(
     """Return a layout as the cost model sees it."""
     slices = tuple(_share(one, layout, tiles, device, constants) for one in layout.slices)
     front = next((s for one, s in zip(layout.slices, slices, strict=True) if one.instance == 0), None)
+    l2_bytes_per_ns = device.l2_bytes_per_clk * device.clock_mhz / 1e3
     return Shares(
         device=device,
         constants=constants,
@@ -160,4 +140,9 @@ def shares_of(
         front_part=front.sms / device.sm_count if front else 1.0,
         front_memory_part=front.memory_part if front else 1.0,
         flops_per_ns=matrix_rate_per_s(device, dtype) / 1e9,
+        l2_bytes_per_ns=l2_bytes_per_ns,
+        l2_per_ns_S=np.array([share.memory_part * l2_bytes_per_ns for share in slices]),
+        ctas_S=np.array([share.ctas for share in slices]),
+        sms_S=np.array([share.sms for share in slices]),
+        weights=[share.reach for share in slices],
     )

@@ -98,7 +98,10 @@ class StepWork:
         self._sums: Sums = sums.tolist()
         self._moved_bytes_L: list[float] = sums[..., 6].sum(axis=(1, 2, 3)).tolist()
         self._rows_L: list[int] = counts_LE.sum(axis=1).tolist()
-        self._remote_rows_LS = _remote_rows(counts_LE, owner_LE, shares)
+        self._remote_rows_SL: list[list[int]] = [
+            np.where(owner_LE == s, counts_LE, 0).sum(axis=1).tolist() if share.remote else []
+            for s, share in enumerate(shares.slices)
+        ]
         self._stolen_sums: list[Sums] = []
         """Of each thief: every queue at that slice's prices."""
         if plan.steal:
@@ -133,8 +136,8 @@ class StepWork:
     def _chain(self, layer: int, s: int, kernels: list[list[Segment]], clock: float) -> list[Segment]:
         node = gap(self.shares.device.graph_node_ns)
         chain: list[Segment] = []
-        if self._remote_rows_LS and self._remote_rows_LS[layer][s]:
-            chain.append(gap(hop_ns(self._remote_rows_LS[layer][s], self._spec, self.shares)))
+        if self._remote_rows_SL[s] and (rows := self._remote_rows_SL[s][layer]):
+            chain.append(gap(hop_ns(rows, self._spec, self.shares)))
         for work in self._other(layer):
             if work.slice_id == s:
                 chain += [self._beside(work, s, len(kernels), clock), node]
@@ -185,10 +188,3 @@ class StepWork:
             fluid.advance(dt_ns)
         starts = [head + (first or 0) for first in fluid.first_ns]
         return LayerTimes(head + fluid.now_ns + self.tail_ns(layer), starts, fluid.busy_ns)
-
-
-def _remote_rows(counts_LE: NDArray[np.integer], owner_LE: NDArray[np.int16], shares: Shares) -> list[list[int]] | None:
-    if not any(share.remote for share in shares.slices):
-        return None
-    rows = [np.where(owner_LE == s, counts_LE, 0).sum(axis=1) * share.remote for s, share in enumerate(shares.slices)]
-    return np.stack(rows, axis=1).tolist()

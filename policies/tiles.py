@@ -8,7 +8,7 @@ and storing the result leave the pipe idle: that is the tile's *wait*, which a s
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..traces.schema import DTYPE_BYTES, Product
 from .contract import DeviceSpec, TileVariant
@@ -45,12 +45,9 @@ class Residual(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TileCost:
+class TileCost(NamedTuple):
     """One tile of one product under one variant; times at the burst clock."""
 
-    block_m: int
-    column_tiles: int
     pipe_ns: float
     wait_ns: float
     flops: float
@@ -97,16 +94,13 @@ def tile_cost(
     """Return the cost of one tile of a product."""
     slowest = _clocks_per_step(variant, device, constants, dtype)
     k_padded = -(-product.k_dim // variant.block_k) * variant.block_k
-    flops = 2.0 * variant.block_m * variant.block_n * k_padded
     factor = 1.0 if residual is None else residual.factor(variant, product)
     port_bytes_per_ns = constants.l2_port_bytes_per_clk * device.clock_mhz / 1e3
     stored = variant.block_m * variant.block_n * DTYPE_BYTES[dtype] * product.out_dim / product.n_dim
     return TileCost(
-        block_m=variant.block_m,
-        column_tiles=-(-product.n_dim // variant.block_n),
         pipe_ns=k_padded / variant.block_k * slowest * 1e3 / device.clock_mhz * factor,
-        flops=flops,
         wait_ns=constants.fill_ns + stored / port_bytes_per_ns,
+        flops=2.0 * variant.block_m * variant.block_n * k_padded,
     )
 
 

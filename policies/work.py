@@ -10,12 +10,13 @@ experts (product, layer, slice, expert), W waves, G groups (product, layer, slic
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.schema import DTYPE_BYTES, MoeSpec, Product
-from .contract import TileOrder
+from .contract import TileOrder, TileVariant
 from .rates import Segment
 from .shares import Shares
 from .tiles import Residual, TileCost, tile_cost
@@ -42,27 +43,28 @@ class Tables:
 
 def tables_of(model: MoeSpec, shares: Shares, residual: Residual | None) -> Tables:
     """Return the tables of a model under a layout."""
-    by_width = [model.products(width) for width in model.d_ff]
-    by_product = list(zip(*by_width, strict=True))
-    size = DTYPE_BYTES[model.dtype]
+    by_product = list(zip(*(model.products(width) for width in model.d_ff), strict=True))
+    slices, last = shares.slices, len(by_product) - 1
+    # A slice's first products run its first tile, the down product its second.
+    variants = [[share.tiles[int(p == last)] for share in slices] for p in range(last + 1)]
 
-    def cost(product: Product, p: int, s: int) -> TileCost:
-        variant = shares.slices[s].tiles[int(p == len(by_product) - 1)]
+    def cost(variant: TileVariant, product: Product) -> TileCost:
         return tile_cost(variant, product, shares.device, shares.constants, model.dtype, residual)
 
-    slices = range(len(shares.slices))
-    costs = [[[cost(product, p, s) for product in widths] for s in slices] for p, widths in enumerate(by_product)]
-    tile = np.array([[[(c.pipe_ns, c.wait_ns, c.flops) for c in of_s] for of_s in of_p] for of_p in costs])
-    bytes_3PD = size * np.array(
-        [[(d.k_dim * d.n_dim, d.k_dim + d.out_dim, d.k_dim) for d in widths] for widths in by_product]
-    ).transpose(2, 0, 1).astype(np.float64)
+    tile_PSD3 = np.array(
+        [[[cost(v, d) for d in widths] for v in of_s] for widths, of_s in zip(by_product, variants, strict=True)]
+    )
+    dims_PD3 = np.array([[(d.k_dim, d.n_dim, d.out_dim) for d in widths] for widths in by_product])
+    k_PD, n_PD, out_PD = np.moveaxis(dims_PD3, -1, 0)
+    block_n_PS1 = np.array([[[v.block_n] for v in of_s] for of_s in variants])
+    size = float(DTYPE_BYTES[model.dtype])
     return Tables(
-        rows_PS=np.array([[of_s[0].block_m for of_s in of_p] for of_p in costs], dtype=np.int64),
-        columns_PSD=np.array([[[c.column_tiles for c in of_s] for of_s in of_p] for of_p in costs], dtype=np.int64),
-        tile_PSD=np.moveaxis(tile, -1, 0),
-        weight_bytes_PD=bytes_3PD[0],
-        row_bytes_PD=bytes_3PD[1],
-        in_bytes_PD=bytes_3PD[2],
+        rows_PS=np.array([[v.block_m for v in of_s] for of_s in variants]),
+        columns_PSD=-(-n_PD[:, None, :] // block_n_PS1),
+        tile_PSD=np.moveaxis(tile_PSD3, -1, 0),
+        weight_bytes_PD=size * k_PD * n_PD,
+        row_bytes_PD=size * (k_PD + out_PD),
+        in_bytes_PD=size * k_PD,
     )
 
 
@@ -74,8 +76,7 @@ def queue_order(counts_LE: NDArray[np.integer], owner_LE: NDArray[np.integer], o
     return np.argsort(key_LE, axis=1, kind="stable")
 
 
-@dataclass(frozen=True)
-class _Queue:
+class _Queue(NamedTuple):
     """Experts with tokens, in queue order, once per product."""
 
     group_N: NDArray[np.int64]
@@ -122,15 +123,9 @@ def segment_sums(
     tables: Tables,
     cost_slice: int | None = None,
 ) -> NDArray[np.float64]:
-    """Return the sums that make each slice's segments.
+    """Return the sums that make each slice's segments when experts with `counts_LE` tokens run on `owner_LE`.
 
-    Args:
-        counts_LE: true tokens of each expert.
-        owner_LE: the slice of each expert.
-        order: of the queue within a slice.
-        shares: the layout.
-        tables: costs of tiles.
-        cost_slice: price all tiles, CTAs and bandwidth as this slice's instead of the owner's.
+    With `cost_slice` all tiles, CTAs and bandwidth are priced as that slice's instead of the owner's.
 
     Returns:
         [L, S, P, 2, 7]: layer, slice, product, 0 for waves bound by arithmetic and 1 for memory, `FIELDS`.
@@ -190,13 +185,9 @@ def _between(queue: _Queue, end_W: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def segments_of(sums: list[list[list[float]]], order: TileOrder, shares: Shares, clock: float) -> list[list[Segment]]:
-    """Return each product's segments of one slice in one layer at a clock, a part of the burst clock.
+    """Return each product's segments of one slice in one layer; `sums` [P][2][7] as `segment_sums` has them.
 
-    Args:
-        sums: [P][2][7], as `segment_sums` orders them.
-        order: of the slice's queue.
-        shares: the layout.
-        clock: 1 for a burst.
+    `clock` is a part of the burst clock.
     """
     pipe_part = 1.0 / (clock * shares.device.sm_count)
     l2_part, flops_part = 1.0 / (clock * shares.l2_bytes_per_ns), 1.0 / (clock * shares.flops_per_ns)

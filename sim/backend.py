@@ -51,6 +51,7 @@ class SimBackend:
                 f"{self.truth.model.name!r} on {self.truth.device.name}; build both from the same model and device"
             )
         self._setup = setup
+        self._no_counts_LE = np.zeros((setup.model.num_layers, setup.model.num_experts), dtype=np.int32)
         self._env = simpy.Environment()
         self._stream = Stream(self._env)
         self._plan = fallback_plan(setup)
@@ -58,16 +59,14 @@ class SimBackend:
         self._graphs = Graphs(setup, (*layouts, self._plan.layout))
         self._device = Device(self._env, self.truth, self._ended)
         self._coming: deque[tuple[int, Plan]] = deque()
-        self._counts: deque[NDArray[np.int32]] = deque(
-            maxlen=setup.control.history_steps + setup.control.count_lag_steps + 1
-        )
+        kept = setup.control.history_steps + setup.control.count_lag_steps + 1
+        self._counts: deque[NDArray[np.int32]] = deque(maxlen=kept)
         self._running: deque[Launch] = deque()
         self._finished: list[StepRecord] = []
         self._newest: StepRecord | None = None
         self._step = 0
         self._broken = False
         self._control_ns = 0
-        self._end_ns = 0
 
     @property
     def now_ns(self) -> int:
@@ -86,26 +85,25 @@ class SimBackend:
         if not control.free_switches:
             self._wait_for(self._deciding - control.count_lag_steps)
         self._control_ns += self.now_ns - before
-        shape = (self._setup.model.num_layers, self._setup.model.num_experts)
         newest = self._newest
         return Observation(
             step=self._deciding,
-            counts_HLE=self._history(shape),
+            counts_HLE=self._history(),
             now_ns=self.now_ns,
             plan_id=self._due_plan().plan_id,
             step_ns=newest.end_ns - newest.start_ns if newest else 0,
-            busy_ns_LS=newest.busy_ns_LS if newest else np.zeros((shape[0], 0), dtype=np.int64),
+            busy_ns_LS=newest.busy_ns_LS if newest else np.zeros((len(self._no_counts_LE), 0), dtype=np.int64),
             power_w=self._device.power.average_w,
             queued_tokens=sum(launch.step.num_tokens for launch in self._running),
         )
 
-    def _history(self, shape: tuple[int, int]) -> NDArray[np.int32]:
+    def _history(self) -> NDArray[np.int32]:
         control = self._setup.control
+        # Of what was submitted, the steps whose counts are not to be seen yet.
         hidden = self._step - 1 - (self._deciding - control.count_lag_steps)
-        known = len(self._counts) - max(hidden, 0)
-        first = max(0, known - control.history_steps)
-        counts = [self._counts[i] for i in range(first, known)] if known > 0 else []
-        history = np.stack(counts) if counts else np.zeros((0, *shape), dtype=np.int32)
+        known = max(0, len(self._counts) - max(hidden, 0))
+        counts = [self._counts[i] for i in range(max(0, known - control.history_steps), known)]
+        history = np.stack(counts) if counts else self._no_counts_LE[None][:0]
         history.flags.writeable = False
         return history
 
@@ -151,7 +149,7 @@ class SimBackend:
         Raises:
             ValueError: the step's counts are not those of the setup's model.
         """
-        shape = (self._setup.model.num_layers, self._setup.model.num_experts)
+        shape = self._no_counts_LE.shape
         if step.counts_LE.shape != shape:
             raise ValueError(
                 f"step {step.step} has counts of shape {list(step.counts_LE.shape)}; model {self._setup.model.name!r} "

@@ -5,6 +5,7 @@ Shape letters: L MoE layers, E routed experts, S slices.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import simpy
@@ -16,9 +17,8 @@ from .power import EnergyMeter, Power
 from .queues import Job
 
 
-@dataclass(frozen=True, slots=True)
-class StepNeeds:
-    """Bytes and FLOP of one step."""
+class StepNeeds(NamedTuple):
+    """What a step needs whatever the plan: bytes that must move once and FLOP without padding."""
 
     hbm_bytes: int
     """Weights of the experts hit, tokens in and out, and other work's bytes."""
@@ -26,7 +26,7 @@ class StepNeeds:
 
     @property
     def flops(self) -> int:
-        """Return the FLOP of all layers."""
+        """Of all layers."""
         return sum(self.flops_L)
 
 

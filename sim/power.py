@@ -67,9 +67,7 @@ class Power:
 def sustained_clock(device: DeviceSpec, run: Callable[[float], tuple[float, float, float]]) -> float:
     """Return the clock that a workload settles at when repeated without rest.
 
-    Args:
-        device: the device.
-        run: from a clock to the (duration ns, bytes moved, FLOP) of one repetition.
+    `run` maps a clock to the (duration ns, bytes moved, FLOP) of one repetition.
     """
     power = Power(device)
     spent_ns, clock, repetition = 0.0, 0.0, (0.0, 0.0, 0.0)

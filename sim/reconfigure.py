@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..policies.contract import Plan, Setup, SliceLayout
+from ..policies.layouts import switch_ns
 
 
 class Change(NamedTuple):
@@ -35,18 +36,8 @@ class Graphs:
             capture_ns = self._setup.device.capture_ns
         if before is None or before is plan or before.plan_id == plan.plan_id:
             return Change(0, capture_ns)
-        return Change(self._setup.device.upload_ns + self._switch_ns(before.layout, plan.layout), capture_ns)
-
-    def _switch_ns(self, old: SliceLayout, new: SliceLayout) -> int:
         device = self._setup.device
-        if old == new:
-            return 0
-        ns = device.layout_switch_ns
-        if any(one.mechanism == "green_context" for one in new.slices):
-            ns += device.green_context_switch_ns
-        if old.mig != new.mig:
-            ns += device.mig_relayout_ns
-        return ns
+        return Change(device.upload_ns + switch_ns(before.layout, plan.layout, device), capture_ns)
 
 
 def next_power_of_two(num_tokens: int) -> int:

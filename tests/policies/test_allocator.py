@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertslice.policies.allocator import SlicePool, allocate, charge, place_longest_first, release
+from expertslice.policies.allocator import SlicePool, allocate, place_longest_first, release
 
 requests = st.lists(
     st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(0, 5)),
@@ -102,7 +102,9 @@ def test_placing_all_at_once_is_allocating_one_by_one(loads, num_slices):
     pool = SlicePool(utilisation_S=(0.0,) * num_slices, capacity=len(loads))
     for expert in sorted(range(len(loads)), key=lambda e: (-loads[e], e)):
         pool, granted = allocate(pool, expert, 1, float(loads[expert]))
-        pool = charge(pool, granted.slice_ids[0], float(loads[expert]))
+        raised = list(pool.utilisation_S)
+        raised[granted.slice_ids[0]] += loads[expert]
+        pool = replace(pool, utilisation_S=tuple(raised))
     placed_LE = place_longest_first(np.asarray([loads, loads], float), np.ones(num_slices))
     expected = [pool.allocation_of(e).slice_ids[0] for e in range(len(loads))]
     assert placed_LE.tolist() == [expected, expected]
