@@ -22,6 +22,8 @@ NUM_WINDOWS = 4
 WINDOW_LAYERS = 96
 """Layers of all steps of a window. Windows are what model errors are drawn on and reasons are computed from."""
 LEAST_STEPS = 4
+FEW_TOKENS = 4
+"""Steps of fewer tokens than this are single requests rather than batches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,19 +82,25 @@ def prepare(options: Options) -> Case:
     if options.steps is not None and options.steps < source.num_steps:
         source = Limited(source=source, limit=options.steps)
     world = World(device=device, model=model, mechanisms=mechanisms, seed=options.seed)
+    look = survey(source, num_windows=NUM_WINDOWS, window_steps=max(LEAST_STEPS, WINDOW_LAYERS // source.num_layers))
     policies, left_out = _runnable(policies, world, strict=bool(options.policies))
     return Case(
         options=options,
         world=world,
         opened=opened,
         source=source,
-        survey=survey(
-            source, num_windows=NUM_WINDOWS, window_steps=max(LEAST_STEPS, WINDOW_LAYERS // source.num_layers)
-        ),
+        survey=look,
         rebatch=rebatch,
         policies=policies,
-        notes=(*notes, *left_out),
+        notes=(*notes, *_small_steps(look), *left_out),
     )
+
+
+def _small_steps(look: Survey) -> tuple[str, ...]:
+    tokens = look.num_tokens / look.num_steps
+    if tokens >= FEW_TOKENS:
+        return ()
+    return (f"steps hold {tokens:.1f} tokens on average; `expertslice trace compose` makes batches of requests",)
 
 
 def _rebatch(source: StepSource) -> tuple[RoutingTrace, Composition] | None:

@@ -110,9 +110,12 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Read routing records of another tool and write them as a trace."""
-    from ..traces.importers import import_trace
+    from ..policies.data import nearest
+    from ..traces.importers import FORMATS, import_trace
     from ..traces.store import write_trace
 
+    if form is not None and form not in FORMATS:
+        raise ValueError(nearest("format", form, FORMATS))
     options: dict[str, Any] = {
         "top_k": top_k,
         "num_experts": num_experts,

@@ -26,7 +26,7 @@ class Opened:
     source: StepSource
     name: str
     path: Path | None
-    sha256: str | None
+    sha256: str
     segment: str | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -73,25 +73,29 @@ def open_source(given: str) -> Opened:
     name = f"{path.stem} (bundled)" if given == BUNDLED else path.name
     if not path.exists() and not path.with_name(path.name + ".parts").exists():
         raise ValueError(f"trace {given} does not exist; give a trace file, or '{BUNDLED}' for the one that ships")
-    if path.is_file() and not _is_parquet(path):
+    if path.exists() and not _is_ours(path):
         from ..traces.importers import import_trace
 
         result = import_trace(path)
         notes = (f"imported from {result.format}", *result.notes)
-        return Opened(source=result.trace, name=name, path=path, sha256=sha256_of(path), notes=notes)
+        return Opened(source=result.trace, name=name, path=path, sha256=_checksum(path), notes=notes)
     source = open_trace(path)
     return Opened(source=source, name=name, path=path, sha256=_checksum(path))
 
 
-def _is_parquet(path: Path) -> bool:
+def _is_ours(path: Path) -> bool:
+    """Return whether our store reads it: a Parquet file, or the parts of a recording that was not closed."""
+    if path.is_dir():
+        return path.suffix == ".parts"
     with path.open("rb") as file:
         return file.read(4) == b"PAR1"
 
 
-def _checksum(path: Path) -> str | None:
+def _checksum(path: Path) -> str:
     if path.is_file():
         return sha256_of(path)
-    parts = sorted(p for p in path.with_name(path.name + ".parts").glob("*") if p.is_file())
+    folder = path if path.is_dir() else path.with_name(path.name + ".parts")
+    parts = sorted(p for p in folder.rglob("*") if p.is_file())
     return hashlib.sha256("".join(sha256_of(p) for p in parts).encode()).hexdigest()
 
 

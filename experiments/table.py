@@ -121,7 +121,7 @@ def _rich_table(summary: Mapping[str, Any], width: int) -> Any:
     from rich.text import Text
 
     rows = [(row["deployable"], cells(row)) for row in summary["ranking"]]
-    shown = _columns_that_fit([texts for _, texts in rows], width)
+    shown = columns_that_fit([texts for _, texts in rows], width)
     title = "slicing policies" + (" (provisional device model)" if summary["provisional"] else "")
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index in shown:
@@ -134,7 +134,8 @@ def _rich_table(summary: Mapping[str, Any], width: int) -> Any:
     return table
 
 
-def _columns_that_fit(rows: Sequence[Sequence[str]], width: int) -> list[int]:
+def columns_that_fit(rows: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Return which columns to show: those least missed go first, the answer itself never."""
     widths = [max(len(name), *(len(texts[i]) for texts in rows)) + 2 for i, name in enumerate(COLUMNS)]
     widths[0] = max(widths[0], len(BOUND) + 3)
     widths[-1] = len("1 (tie)")

@@ -51,12 +51,25 @@ def test_synth_makes_routing_for_a_model(expertslice, tmp_path):
 
 
 def test_import_reads_other_formats(expertslice, tmp_path):
-    rows = [{"layer": layer, "topk_ids": [[0, 1], [1, 2]]} for layer in range(2)]
-    (tmp_path / "foreign.txt").write_text(json.dumps(rows))
-    code, _, err = expertslice("trace", "import", "foreign.txt", "--out", "o.parquet")
-    assert code == 2
-    assert err.startswith("expertslice: ")
-    assert not (tmp_path / "o.parquet").exists()
+    ids = np.random.default_rng(0).random((40, 3, 8)).argsort(axis=2)[:, :, :2].astype(np.uint8)
+    np.save(tmp_path / "routed.npy", ids)
+    code, out, err = expertslice("trace", "import", "routed.npy", "--out", "o.parquet", "--num-experts", 8, "--json")
+    assert code == 0, err
+    assert json.loads(out)["num_experts"] == 8
+    np.testing.assert_array_equal(open_trace(tmp_path / "o.parquet").read().expert_ids_TLK, ids)
+    code, out, err = expertslice("trace", "info", "routed.npy", "--json")
+    assert code == 0, err
+    assert any("imported" in note for note in json.loads(out)["trace"]["notes"])
+
+
+def test_what_import_cannot_read_is_one_sentence(expertslice, tmp_path):
+    (tmp_path / "foreign.txt").write_text("dear diary")
+    for extra in ((), ("--format", "sglang-per-tken")):
+        code, _, err = expertslice("trace", "import", "foreign.txt", "--out", "o.parquet", *extra)
+        assert code == 2
+        assert len(err.strip().splitlines()) == 1
+        assert not (tmp_path / "o.parquet").exists()
+    assert "did you mean 'sglang-per-token'" in err
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])

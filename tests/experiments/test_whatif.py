@@ -14,25 +14,36 @@ import pytest
 
 from expertslice.experiments import records
 from expertslice.experiments.records import read_records
+from expertslice.experiments.table import COLUMNS, cells, columns_that_fit, print_summary
 
 QUICK = ("--policy", "static", "--policy", "hot_cold", "--jobs", "1", "--no-report")
 
 
 def test_json_is_one_document_and_nothing_else(expertslice, trace_path, config_path):
-    code, out, err = expertslice("whatif", trace_path, "--model", config_path, *QUICK, "--policy", "oracle", "--json")
+    code, out, err = expertslice("whatif", trace_path, "--model", config_path, *QUICK, "--json")
     assert code == 0, err
     summary = json.loads(out)
     assert summary["provisional"] is True
-    assert {row["policy"] for row in summary["ranking"]} == {"unsliced", "static", "hot_cold", "oracle"}
+    assert {row["policy"] for row in summary["ranking"]} == {"unsliced", "static", "hot_cold"}
 
 
-def test_the_table_names_ranks_bounds_and_the_status(expertslice, trace_path, config_path):
-    code, out, _ = expertslice("whatif", trace_path, "--model", config_path, *QUICK, "--policy", "oracle")
-    assert code == 0
-    assert "provisional" in out.lower()
-    assert "bound, not deployable" in out
+def test_the_table_names_ranks_bounds_and_the_status(finished, capsys):
+    _, summary, folder = finished
+    print_summary(summary, folder, report=True)
+    out = capsys.readouterr().out
+    assert "(provisional device model)" in out
+    assert "PROVISIONAL: not calibrated" in out
+    assert out.index("bound, not deployable:") < out.index("  oracle")
     assert "why" in out
-    assert "runs/" in out
+    assert out.rstrip().endswith("report.html")
+
+
+@pytest.mark.parametrize(("width", "kept"), [(200, 10), (100, 7), (60, 5)])
+def test_a_narrow_terminal_loses_the_columns_least_missed(finished, width, kept):
+    rows = [cells(row) for row in finished[1]["ranking"]]
+    shown = [COLUMNS[i] for i in columns_that_fit(rows, width)]
+    assert len(shown) <= kept
+    assert {"policy", "p50 step", "p99", "vs unsliced", "rank"} <= set(shown)
 
 
 def test_every_policy_runs_on_the_same_steps(finished):
@@ -201,8 +212,8 @@ def peak_kib(path, config_path, folder):
 
 
 def test_memory_does_not_grow_with_the_trace(tmp_path, config_path, write_batches):
-    paths = [tmp_path / f"{steps}.parquet" for steps in (200, 2000)]
-    for path, steps in zip(paths, (200, 2000), strict=True):
+    paths = [tmp_path / f"{steps}.parquet" for steps in (100, 1000)]
+    for path, steps in zip(paths, (100, 1000), strict=True):
         write_batches(path, steps)
     short, long = (peak_kib(path, config_path, tmp_path) for path in paths)
     assert long <= 1.05 * short
