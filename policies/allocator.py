@@ -39,10 +39,6 @@ class SlicePool:
                 f"pool of {len(self.utilisation_S)} slices with capacity {self.capacity}; both must be at least 1"
             )
 
-    def allocation_of(self, expert_id: int) -> Allocation | None:
-        """Return what an expert holds."""
-        return next((a for a in self.allocations if a.expert_id == expert_id), None)
-
     def free_slices(self) -> tuple[int, ...]:
         """Return the slices with room, the least utilised first; ties by lower id."""
         held = [slice_id for a in self.allocations for slice_id in a.slice_ids]
@@ -62,26 +58,19 @@ def allocate(
             f"expert {expert_id} asks for {required_slices} slices; the pool has {len(pool.utilisation_S)}, ask for "
             "1 up to that"
         )
-    existing = pool.allocation_of(expert_id)
+    existing = next((a for a in pool.allocations if a.expert_id == expert_id), None)
     if existing is not None:
         return pool, existing
-    cleared = _evict_for(pool, required_slices, priority)
-    if cleared is None:
-        return pool, None
+    cleared = pool
+    # The lowest priority makes room first; of equal ones, the newest.
+    victims = sorted((a for a in reversed(pool.allocations) if a.priority < priority), key=lambda a: a.priority)
+    while len(cleared.free_slices()) < required_slices:
+        if not victims:
+            return pool, None
+        cleared = release(cleared, victims.pop(0).expert_id)
     chosen = cleared.free_slices()[:required_slices]
     allocation = Allocation(expert_id=expert_id, slice_ids=chosen, priority=priority)
     return replace(cleared, allocations=(*cleared.allocations, allocation)), allocation
-
-
-def _evict_for(pool: SlicePool, required_slices: int, priority: float) -> SlicePool | None:
-    """Return the pool with room for a request, or None. Evicts the lowest priority first; ties, the newest."""
-    newest_first = list(enumerate(pool.allocations))[::-1]
-    victims = [a for _, a in sorted(newest_first, key=lambda pair: pair[1].priority) if a.priority < priority]
-    while len(pool.free_slices()) < required_slices:
-        if not victims:
-            return None
-        pool = release(pool, victims.pop(0).expert_id)
-    return pool
 
 
 def release(pool: SlicePool, expert_id: int) -> SlicePool:

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from ..traces.schema import MoeSpec, OtherWork
 from .contract import DeviceSpec, Plan, SliceLayout, TileVariant
-from .roofline import roofs
+from .roofline import roofs_ns
 from .shares import Shares, shares_of
-from .stepwork import LayerTimes, StepWork, owners
+from .stepwork import StepWork, owners
 from .tiles import Residual, TileConstants, matrix_rate_per_s
 from .work import Tables, tables_of
 
-__all__ = ["CostModel", "LayerTimes", "StepWork", "TileConstants", "floor_ns", "perturb"]
+__all__ = ["CostModel", "StepWork", "TileConstants", "floor_ns", "perturb"]
 
 
 def floor_ns(*, hbm_bytes: float, flops: float, device: DeviceSpec, dtype: str) -> float:
@@ -35,8 +35,7 @@ def floor_ns(*, hbm_bytes: float, flops: float, device: DeviceSpec, dtype: str) 
 class CostModel:
     """The cost of plans on a device for a model; equal inputs give equal outputs.
 
-    Times are those of the device in a burst, launch and control plane apart. Counts may be of any layers of the model;
-    `layer` says which when a plan pins experts.
+    Times are those of the device in a burst, launch and control plane apart.
     """
 
     device: DeviceSpec
@@ -48,27 +47,24 @@ class CostModel:
     _shares: dict[SliceLayout, Shares] = field(default_factory=dict[SliceLayout, Shares], repr=False, compare=False)
     _tables: dict[SliceLayout, Tables] = field(default_factory=dict[SliceLayout, Tables], repr=False, compare=False)
 
-    def step_ns(self, plan: Plan, counts_LE: NDArray[np.integer], other_L: Sequence[Sequence[OtherWork]] = ()) -> int:
-        """Return what all layers of a step take."""
+    def step_ns(
+        self,
+        plan: Plan,
+        counts_LE: NDArray[np.integer],
+        other_L: Sequence[Sequence[OtherWork]] = (),
+        first_layer: int = 0,
+    ) -> int:
+        """Return what all layers given take; `first_layer` says which they are when the plan pins experts."""
         if self.detail == "roofline":
-            return round(float(self._roofs(plan, counts_LE, other_L, 0)[0].sum()))
-        work = self.work(plan, counts_LE, other_L)
+            shares, tables = self.shares(plan.layout), self.tables(plan.layout)
+            owner_LE = owners(plan, counts_LE, first_layer)
+            return round(float(roofs_ns(counts_LE, owner_LE, other_L, self.model, shares, tables).sum()))
+        work = self.work(plan, counts_LE, other_L, first_layer)
         return sum(work.layer_times(layer).ns for layer in range(len(counts_LE)))
 
     def layer_ns(self, plan: Plan, layer: int, counts_E: NDArray[np.integer], other: Sequence[OtherWork] = ()) -> int:
         """Return what one layer takes."""
-        return self.layer_times(plan, layer, counts_E, other).ns
-
-    def layer_times(
-        self, plan: Plan, layer: int, counts_E: NDArray[np.integer], other: Sequence[OtherWork] = ()
-    ) -> LayerTimes:
-        """Return what one layer takes, slice by slice."""
-        other_L = (other,) if other else ()
-        if self.detail == "tiles":
-            return self.work(plan, counts_E[None], other_L, layer).layer_times(0)
-        layer_L, slice_LS = self._roofs(plan, counts_E[None], other_L, layer)
-        busy = [round(ns) for ns in slice_LS[0].tolist()]
-        return LayerTimes(round(float(layer_L[0])), [0] * len(busy), busy)
+        return self.step_ns(plan, counts_E[None], (other,) if other else (), layer)
 
     def work(
         self,
@@ -99,13 +95,6 @@ class CostModel:
         return replace(
             self, device=perturb(self.device, seed), constants=_drawn(self.constants, seed), _shares={}, _tables={}
         )
-
-    def _roofs(
-        self, plan: Plan, counts_LE: NDArray[np.integer], other_L: Sequence[Sequence[OtherWork]], first_layer: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        owner_LE = owners(plan, counts_LE, first_layer)
-        shares, tables = self.shares(plan.layout), self.tables(plan.layout)
-        return roofs(counts_LE, owner_LE, other_L, self.model, shares, tables)
 
 
 Erring = TypeVar("Erring", DeviceSpec, TileConstants)

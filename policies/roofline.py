@@ -45,15 +45,15 @@ def _needs(counts_LE: NDArray[np.integer], owner_LE: NDArray[np.integer], tables
     )
 
 
-def roofs(
+def roofs_ns(
     counts_LE: NDArray[np.integer],
     owner_LE: NDArray[np.integer],
     other_L: Sequence[Sequence[OtherWork]],
     spec: MoeSpec,
     shares: Shares,
     tables: Tables,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return what every layer of a step takes, and what each slice takes of it: ns [L], [L, S]."""
+) -> NDArray[np.float64]:
+    """Return what every layer of a step takes."""
     needs = _needs(counts_LE, owner_LE, tables)
     slice_LS = np.zeros((len(counts_LE), len(shares.slices)))
     for s, share in enumerate(shares.slices):
@@ -83,7 +83,7 @@ def roofs(
         layer_L = np.maximum(layer_L, np.maximum(dram_L / together, l2_L / shares.l2_bytes_per_ns))
     if shares.pooled:
         layer_L = np.maximum(layer_L, pipe_L / shares.device.sm_count)
-    return layer_L + _fixed_ns(counts_LE, other_L, spec, shares), slice_LS
+    return layer_L + _fixed_ns(counts_LE, other_L, spec, shares)
 
 
 def _fixed_ns(

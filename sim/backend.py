@@ -8,7 +8,7 @@ Shape letters: H steps of history, L MoE layers, E routed experts, S slices.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -17,15 +17,46 @@ from numpy.typing import NDArray
 
 from ..policies.contract import EnergyWindow, Observation, Plan, Setup, SliceLayout, StepRecord
 from ..policies.cost import CostModel
-from ..policies.layouts import fallback_plan
+from ..policies.layouts import fallback_plan, switch_ns
 from ..policies.validate import validate
 from ..traces.schema import RoutedStep
 from .device import Device, Launch
 from .queues import Stream
-from .reconfigure import Graphs, next_power_of_two
 
 MAX_AHEAD = 64
 """Steps launched and not finished; a full launch queue makes the host wait."""
+
+
+def next_power_of_two(num_tokens: int) -> int:
+    """Return the default token bucket: the least power of two that holds the tokens; 1 for an empty step."""
+    return 1 << max(0, num_tokens - 1).bit_length()
+
+
+class Graphs:
+    """Captured graphs, keyed by layout and token bucket, and the plan that ran last."""
+
+    def __init__(self, setup: Setup, declared: Iterable[SliceLayout]) -> None:
+        self._setup = setup
+        self._declared = frozenset(declared)
+        self._captured: set[tuple[SliceLayout, int]] = set()
+        self._plan: Plan | None = None
+
+    def change_to(self, plan: Plan, bucket: int) -> tuple[int, int]:
+        """Return what running a plan next costs, and remember that it ran.
+
+        That is ns on the device before the step's first layer, and ns of capture on the host before the launch.
+        """
+        before, self._plan = self._plan, plan
+        if self._setup.control.free_switches:
+            return 0, 0
+        capture_ns = 0
+        if plan.layout not in self._declared and (plan.layout, bucket) not in self._captured:
+            self._captured.add((plan.layout, bucket))
+            capture_ns = self._setup.device.capture_ns
+        if before is None or before is plan or before.plan_id == plan.plan_id:
+            return 0, capture_ns
+        device = self._setup.device
+        return device.upload_ns + switch_ns(before.layout, plan.layout, device), capture_ns
 
 
 class SimBackend:
@@ -162,16 +193,16 @@ class SimBackend:
         if len(self._running) >= MAX_AHEAD:
             self._run_until(self._running[0].done)
         bucket = self.bucket_of(step.num_tokens)
-        change = self._graphs.change_to(self._plan, bucket)
-        self._pass_ns(change.capture_ns + self._setup.device.graph_launch_ns)
+        reconfigure_ns, capture_ns = self._graphs.change_to(self._plan, bucket)
+        self._pass_ns(capture_ns + self._setup.device.graph_launch_ns)
         launch = Launch(
             step=step,
             plan=self._plan,
             bucket=bucket,
             submit_ns=self.now_ns,
             control_ns=self._control_ns,
-            reconfigure_ns=change.device_ns,
-            capture_ns=change.capture_ns,
+            reconfigure_ns=reconfigure_ns,
+            capture_ns=capture_ns,
             fallback=self._fallback,
         )
         self._running.append(launch)
@@ -191,7 +222,7 @@ class SimBackend:
         """Finish and return the energy windows; only a run of less than 2 s has a shorter one."""
         if not self._broken:
             self._wait_for(self._step)
-        return self._device.windows(self._step - 1)
+        return self._device.meter.windows(self._step - 1)
 
     def _ended(self, record: StepRecord) -> None:
         self._running.popleft()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import simpy
 
-from ..policies.contract import EnergyWindow, Plan, StepRecord
+from ..policies.contract import Plan, StepRecord
 from ..policies.cost import CostModel, StepWork
 from ..traces.schema import DTYPE_BYTES, MoeSpec, RoutedStep
 from .power import EnergyMeter, Power
@@ -87,13 +87,9 @@ class Device:
     def __init__(self, env: simpy.Environment, truth: CostModel, on_end: Callable[[StepRecord], None]) -> None:
         self._env, self._truth, self._on_end = env, truth, on_end
         self.power = Power(truth.device)
-        self._meter = EnergyMeter(truth.device)
+        self.meter = EnergyMeter(truth.device)
         self._needs = Needs(truth.model)
         self._end_ns = 0
-
-    def windows(self, last_step: int) -> list[EnergyWindow]:
-        """Return the energy windows up to a step."""
-        return self._meter.windows(last_step)
 
     def run(self, launch: Launch) -> Job:
         """Run one step; a job for the stream."""
@@ -134,7 +130,7 @@ class Device:
     def _finish(self, launch: Launch, start_ns: int, needs: StepNeeds, times: _Times) -> None:
         end_ns = int(self._env.now)
         span_ns = end_ns - self._end_ns
-        self._meter.add(launch.step.step, span_ns, times.joules, times.clock_ns / max(1, span_ns))
+        self.meter.add(launch.step.step, span_ns, times.joules, times.clock_ns / max(1, span_ns))
         idle_ns = start_ns - max(self._end_ns, launch.step.arrival_ns or 0)
         self._end_ns = end_ns
         record = StepRecord(

@@ -106,7 +106,7 @@ def test_placing_all_at_once_is_allocating_one_by_one(loads, num_slices):
         raised[granted.slice_ids[0]] += loads[expert]
         pool = replace(pool, utilisation_S=tuple(raised))
     placed_LE = place_longest_first(np.asarray([loads, loads], float), np.ones(num_slices))
-    expected = [pool.allocation_of(e).slice_ids[0] for e in range(len(loads))]
+    expected = [a.slice_ids[0] for a in sorted(pool.allocations, key=lambda a: a.expert_id)]
     assert placed_LE.tolist() == [expected, expected]
 
 

@@ -95,7 +95,8 @@ def test_more_bandwidth_is_never_later(name: str, tolerance: float, values: list
 def test_relabelling_experts_changes_nothing_where_queues_are_sorted(name: str, values: list[int], seed: int):
     relabelled = np.random.default_rng(seed).permutation(counts(values))
     model = truth()
-    assert model.layer_times(PLANS[name], 0, relabelled) == model.layer_times(PLANS[name], 0, counts(values))
+    before, after = (model.work(PLANS[name], one[None]).layer_times(0) for one in (counts(values), relabelled))
+    assert before == after
 
 
 @given(values=counts_of_layer)
@@ -112,7 +113,7 @@ def test_a_rule_costs_what_the_same_pinned_experts_cost(values: list[int]):
 @pytest.mark.parametrize("name", PLANS)
 def test_empty_and_one_hot_layers_cost_something_finite(name: str):
     model = truth()
-    empty = model.layer_times(PLANS[name], 0, counts([0] * 8))
+    empty = model.work(PLANS[name], counts([0] * 8)[None]).layer_times(0)
     assert 0 < empty.ns < 20_000
     assert max(empty.busy_ns_S) <= 2 * (PLANS[name].steal)
     assert model.layer_ns(PLANS[name], 0, counts([0] * 7 + [4096])) > empty.ns
@@ -187,7 +188,7 @@ def test_other_work_runs_before_the_layer_or_beside_it():
     beside = model.layer_ns(plan, 0, values, (replace(work, slice_id=0),))
     assert before > alone + 30_000
     assert beside < before
-    assert model.layer_times(plan, 0, values, (replace(work, slice_id=0),)).busy_ns_S[0] > 50_000
+    assert model.work(plan, values[None], ((replace(work, slice_id=0),),)).layer_times(0).busy_ns_S[0] > 50_000
     belief = replace(model, detail="roofline")
     assert belief.layer_ns(plan, 0, values, (work,)) > belief.layer_ns(plan, 0, values)
 

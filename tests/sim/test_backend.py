@@ -54,7 +54,8 @@ def test_undisturbed_simulation_equals_the_closed_form(
         steps(setup.model, 3, num_tokens),
         strict=True,
     ):
-        layers = [truth.layer_times(plans[name], i, c) for i, c in enumerate(step.counts_LE)]
+        work = truth.work(plans[name], step.counts_LE)
+        layers = [work.layer_times(layer) for layer in range(len(step.counts_LE))]
         assert record.end_ns - record.start_ns - record.reconfigure_ns == sum(times.ns for times in layers)
         assert record.busy_ns_LS.tolist() == [times.busy_ns_S for times in layers]
 
@@ -91,8 +92,8 @@ def test_stealing_helps_a_slice_that_has_too_much(plans: dict[str, Plan], truth:
 
 def test_mig_pays_for_the_way_through_the_host(plans: dict[str, Plan], truth: CostModel):
     counts_LE = np.array([[10] * 8 + [500] * 8], dtype=np.int32)
-    remote = truth.layer_times(plans["mig"], 0, counts_LE[0])
-    local = truth.layer_times(replace(plans["mig"], placement=ByTokens(bounds=(), slice_ids=(0,))), 0, counts_LE[0])
+    near = replace(plans["mig"], placement=ByTokens(bounds=(), slice_ids=(0,)))
+    remote, local = (truth.work(plan, counts_LE).layer_times(0) for plan in (plans["mig"], near))
     assert remote.start_ns_S[1] - local.start_ns_S[1] > truth.device.host_hop_ns
 
 
