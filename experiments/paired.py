@@ -147,15 +147,17 @@ def _median_of_blocks(times_PN: Floats, prefix_PN: Floats, starts: NDArray[np.in
 def t_draws(deviations_MP: Floats, *, seed: int, num_draws: int = NUM_DRAWS) -> Floats:
     """Return [B, P] draws with the spread of a few deviations: multivariate t, wider the fewer there were.
 
-    A handful of parameter draws cannot give a 95 % quantile; their covariance and its uncertainty can.
+    A handful of parameter draws cannot give a 95 % quantile; their covariance and its uncertainty can. NaN stands for
+    a draw that a policy was left out of.
     """
-    m = len(deviations_MP)
-    if m == 0:
-        return np.zeros((num_draws, deviations_MP.shape[1]))
-    rng = np.random.default_rng([seed, m])
-    normal_BM = rng.standard_normal((num_draws, m))
-    scale_B = np.sqrt(m / rng.chisquare(m, num_draws))
-    return scale_B[:, None] * (normal_BM @ deviations_MP) / np.sqrt(m)
+    known_P = np.isfinite(deviations_MP).sum(axis=0)
+    rng = np.random.default_rng([seed, len(deviations_MP)])
+    normal_BM = rng.standard_normal((num_draws, len(deviations_MP)))
+    draws_BP = normal_BM @ np.nan_to_num(deviations_MP) / np.sqrt(np.maximum(known_P, 1))
+    for known in np.unique(known_P[known_P > 0]).tolist():
+        scale_B = np.sqrt(known / rng.chisquare(known, num_draws))
+        draws_BP[:, known_P == known] *= scale_B[:, None]
+    return draws_BP
 
 
 def between_compositions(effect_CP: Floats, within_sd_CP: Floats) -> Floats:

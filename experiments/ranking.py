@@ -24,6 +24,7 @@ class Evidence:
     nominal: Mapping[str, Outcome] | None
     """The sampled steps under the nominal model: what draws are compared with."""
     draws: Sequence[Mapping[str, Outcome]]
+    """Bounds, which are slow, are left out of the later draws."""
 
     def names(self) -> list[str]:
         """Return the policies, the reference first."""
@@ -42,16 +43,24 @@ class Ranking:
     comparison: paired.Comparison
     ranks: tuple[paired.Rank | None, ...]
     """None for policies that foresee: a bound takes no place."""
-    faster_P: NDArray[np.bool_]
-    """Whether a deployable policy is faster than the reference by more than can be told from noise."""
+    told_P: NDArray[np.bool_]
+    """Whether a deployable policy can be told from the reference."""
     composition_CP: NDArray[np.float64]
     draw_MP: NDArray[np.float64]
-    """Effect on the sampled steps under each draw."""
+    """Effect on the sampled steps under each draw; NaN where a policy was left out."""
     block_steps: int
+
+    @property
+    def surely_faster(self) -> NDArray[np.bool_]:
+        """Return whether each deployable policy is faster than the reference by more than noise."""
+        return self.told_P & (self.effect_P < 0)
 
 
 def _effects(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> NDArray[np.float64]:
-    return paired.effect_percent(times_of(outcomes, names), 0)
+    there = [p for p, name in enumerate(names) if name in outcomes]
+    effect_P = np.full(len(names), np.nan)
+    effect_P[there] = paired.effect_percent(times_of(outcomes, [names[p] for p in there]), 0)
+    return effect_P
 
 
 def times_of(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> NDArray[np.float64]:
@@ -73,7 +82,7 @@ def rank(evidence: Evidence, foresees: Mapping[str, bool], *, seed: int) -> Rank
     nominal_P = _effects(evidence.nominal, names) if evidence.nominal else np.zeros(len(names))
     model_BP = paired.t_draws(draw_MP - nominal_P, seed=seed + 2)
     both_BP = workload_BP + model_BP
-    ranks, faster_P = _ranks(names, effect_P, both_BP, foresees)
+    ranks, told_P = _ranks(names, effect_P, both_BP, foresees)
     return Ranking(
         names=tuple(names),
         effect_P=effect_P,
@@ -82,7 +91,7 @@ def rank(evidence: Evidence, foresees: Mapping[str, bool], *, seed: int) -> Rank
         half_P=paired.half_width(both_BP),
         comparison=paired.compare_all(effect_P, both_BP),
         ranks=ranks,
-        faster_P=faster_P,
+        told_P=told_P,
         composition_CP=composition_CP,
         draw_MP=draw_MP,
         block_steps=block,
@@ -102,7 +111,7 @@ def _ranks(
     comparison = paired.compare_all(effect_P[placed], both_BP[:, placed])
     ranks = paired.ranks_with_ties(effect_P[placed], comparison.differ_PP)
     of = dict(zip(placed, ranks, strict=True))
-    faster_P = np.zeros(len(names), dtype=bool)
+    told_P = np.zeros(len(names), dtype=bool)
     # The reference is the first of the names, and so of those placed.
-    faster_P[placed] = comparison.differ_PP[:, 0] & (effect_P[placed] < 0)
-    return tuple(of.get(p) for p in range(len(names))), faster_P
+    told_P[placed] = comparison.differ_PP[:, 0]
+    return tuple(of.get(p) for p in range(len(names))), told_P

@@ -72,7 +72,8 @@ def trust(summary: dict[str, Any]) -> list[str]:
         f"Device model: {summary['device']['status']}. {PROVISIONAL if summary['provisional'] else ''}".strip(),
         f"Workload: moving blocks of {s['block_steps']} step(s), the same for every policy, and {batches}.",
         f"Model error: {s['model_draws']} draws of every figure with a declared error, the same for every policy, on "
-        f"{s['sampled_steps']} sampled steps; what all policies share cancels in their differences.",
+        f"{s['sampled_steps']} sampled steps; what all policies share cancels in their differences. Bounds see the "
+        "first few draws alone.",
         f"Widest interval: {widest['policy']}, ± {widest['workload_half_percent']:.1f} from the workload and "
         f"± {widest['model_half_percent']:.1f} from the model.",
         "Policies decide with a belief that is simpler than the simulator's truth; only bounds, which are not "

@@ -68,11 +68,15 @@ def summarise(result: Result) -> dict[str, Any]:
         "ranking": rows,
         "phases": phase_effects(result.evidence, ranking.names, case.options.seed),
         "compositions": [dict(zip(ranking.names, row.tolist(), strict=True)) for row in ranking.composition_CP],
-        "draws": [dict(zip(ranking.names, row.tolist(), strict=True)) for row in ranking.draw_MP],
+        "draws": [dict(zip(ranking.names, _known(row.tolist()), strict=True)) for row in ranking.draw_MP],
         "pairs": _pairs(ranking),
         "why": result.why.plain(),
         "notes": list(case.notes),
     }
+
+
+def _known(values: list[float]) -> list[float | None]:
+    return [None if value != value else value for value in values]  # noqa: PLR0124
 
 
 def _pairs(ranking: Ranking) -> list[dict[str, Any]]:
@@ -103,7 +107,7 @@ def row_of(name: str, ranking: Ranking, outcome: Outcome, foresees: bool) -> dic
         "deployable": not foresees,
         "rank": place.rank if place else None,
         "tied": place.tied if place else False,
-        "surely_faster": bool(ranking.faster_P[p]),
+        "surely_faster": bool(ranking.surely_faster[p]),
         "effect_percent": float(ranking.effect_P[p]),
         "effect_half_percent": float(ranking.half_P[p]),
         "workload_half_percent": float(ranking.workload_half_P[p]),

@@ -22,7 +22,8 @@ from .tasks import Task, run_tasks
 from .why import explain
 from .workload import FixedSteps, rebatched
 
-NUM_DRAWS = 8
+NUM_DRAWS, BOUND_DRAWS = 16, 4
+"""Draws of the model's errors; bounds, which are slow and take no rank, see the first of them alone."""
 NUM_COMPOSITIONS = 3
 COMPOSITION_LAYERS = 512
 """Layers of all steps of one other batching; at least LEAST_STEPS steps."""
@@ -105,9 +106,13 @@ def plan_tasks(case: Case, folder: Path) -> list[Task]:
     batches = other_batches(case)
     tasks: list[Task] = []
 
-    def add(kind: str, index: int, source: StepSource, label: str, draw: int | None = None) -> None:
+    def add(
+        kind: str, index: int, source: StepSource, label: str, draw: int | None = None, *, bounds: bool = True
+    ) -> None:
         # Bounds search most and take longest: started first, they do not leave a worker alone at the end.
         for name, policy in sorted(case.policies.items(), key=lambda item: not item[1].foresees):
+            if policy.foresees and not bounds:
+                continue
             records = folder / records_name(name) if kind == "trace" else None
             tasks.append(
                 Task(
@@ -121,7 +126,8 @@ def plan_tasks(case: Case, folder: Path) -> list[Task]:
         add("composition", index, batch, f"other batches {index + 1} of {len(batches)}")
     add("nominal", 0, case.survey.windows, "sampled steps")
     for index, seed in enumerate(_draw_seeds(case)):
-        add("draw", index, case.survey.windows, f"model error {index + 1} of {NUM_DRAWS}", seed)
+        label = f"model error {index + 1} of {NUM_DRAWS}"
+        add("draw", index, case.survey.windows, label, seed, bounds=index < BOUND_DRAWS)
     return tasks
 
 

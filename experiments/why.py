@@ -61,7 +61,7 @@ def _best(ranking: Ranking) -> str | None:
     others = [p for p, place in enumerate(ranking.ranks) if place is not None and ranking.names[p] != REFERENCE]
     if not others:
         return None
-    return ranking.names[min(others, key=lambda p: (not ranking.faster_P[p], ranking.effect_P[p]))]
+    return ranking.names[min(others, key=lambda p: (not ranking.surely_faster[p], ranking.effect_P[p]))]
 
 
 def _where_time_goes(terms: Sequence[LayerTerms]) -> str:
@@ -113,7 +113,7 @@ def _outcome(
         return ["No other deployable policy was asked for."]
     p = ranking.names.index(best)
     effect, half = ranking.effect_P[p], ranking.half_P[p]
-    if not ranking.faster_P[p]:
+    if not ranking.surely_faster[p]:
         return [_no_gain(ranking, evidence, best, effect, half), f"{_dominant(terms)}."]
     outcome = evidence.main[best]
     sliced = 1 - outcome.unsliced_steps / len(outcome.step_ns)
@@ -176,7 +176,7 @@ def _losers(ranking: Ranking, evidence: Evidence) -> list[str]:
     p = max(placed, key=lambda q: ranking.effect_P[q])
     effect, half = ranking.effect_P[p], ranking.half_P[p]
     outcome = evidence.main[ranking.names[p]]
-    if ranking.names[p] == REFERENCE or effect <= half or not outcome.layouts:
+    if not ranking.told_P[p] or effect <= 0 or not outcome.layouts:
         return []
     use = max(outcome.layouts.values(), key=lambda u: u.steps)
     busy = ", ".join(f"{share_words(share)}" for share in use.busy_ns_S / use.step_ns)

@@ -121,6 +121,14 @@ def test_few_parameter_draws_give_wide_intervals():
     assert few > 0
 
 
+def test_a_policy_left_out_of_draws_has_wider_tails_and_the_others_keep_theirs():
+    deviations_MP = np.ones((16, 2))
+    deviations_MP[4:, 1] = np.nan
+    half_P = paired.half_width(paired.t_draws(deviations_MP, seed=0))
+    assert half_P[0] == pytest.approx(2.12, rel=0.1)
+    assert half_P[1] == pytest.approx(2.78, rel=0.1)
+
+
 def test_compositions_add_only_what_blocks_do_not_explain():
     effect_CP = np.array([[0.0, -3.0], [0.0, -5.0], [0.0, -4.0]])
     wide = paired.between_compositions(effect_CP, np.array([[0.0, 2.0]] * 3))
