@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .choice import F32, NUM_BINS, Blocks, Ids, LayerChoice, Sample, gumbel, log_weight, most_likely, top_k
-from .drift import LEAST_WINDOWS, MAX_WINDOWS, drift_per_step, window_counts
+from .drift import LEAST_WINDOWS, MAX_WINDOWS, drift_of, window_counts
 from .matching import Moments, match, moments, noise_tape, with_trusted_profile
 from .panel import MAX_REQUESTS, Panel, evenly, layer_sample, panel_of
 from .requests import group_requests, prompt_lengths
@@ -75,7 +75,7 @@ def _fit_trace(trace: RoutingTrace, report: Callable[[float], None]) -> SynthSpe
     layers, scale_LE = _match_layers(panel, layers, tilt, lambda done: report(0.3 + 0.7 * done))
     drift = _trace_drift(trace)
     # What drift moves over the trace's steps was taken for a tilt of the requests.
-    moved = drift**2 * trace.num_steps / 6
+    moved = drift**2 * trace.num_tokens / 6e6
     scale_LE *= np.sqrt(np.clip(1 - moved / np.maximum(tilt_variance(tilt) * scale_LE**2, 1e-9), 0.1, 1))
     prompt_Q, decode_Q = _lengths(trace)
     return SynthSpec(
@@ -88,7 +88,7 @@ def _fit_trace(trace: RoutingTrace, report: Callable[[float], None]) -> SynthSpe
         domains=trace.domains,
         prompt_tokens_Q=prompt_Q,
         decode_tokens_Q=decode_Q,
-        drift_per_step=drift,
+        drift_per_million=drift,
         source=f"fitted to {trace.provenance.model or trace.provenance.source}",
     )
 
@@ -162,10 +162,11 @@ def _trace_drift(trace: RoutingTrace) -> float:
     groups = group_requests(trace)
     step_T = trace.step_T[groups.order_T]
     lifetime = float((step_T[groups.offsets_R[1:] - 1] - step_T[groups.offsets_R[:-1]] + 1).mean())
-    num_windows = int(min(trace.num_steps / lifetime, MAX_WINDOWS))
+    # Neighbouring windows must hardly share requests.
+    num_windows = int(min(trace.num_steps / (2 * lifetime), MAX_WINDOWS))
     if groups.num_requests * lifetime < 2 * trace.num_steps or num_windows < LEAST_WINDOWS:
         return 0.0
-    return drift_per_step(window_counts(trace, num_windows), trace.num_steps / num_windows)
+    return drift_of(window_counts(trace, num_windows), trace.num_tokens / num_windows)
 
 
 def _fit_counts(source: StepSource) -> SynthSpec:
@@ -183,7 +184,7 @@ def _fit_counts(source: StepSource) -> SynthSpec:
         own_LE=np.zeros(shape, np.float32),
         domain_DLE=np.zeros((1, *shape), np.float32),
         weight_D=np.ones(1),
-        drift_per_step=drift_per_step(counts_WLE, source.num_steps / len(counts_WLE)),
+        drift_per_million=drift_of(counts_WLE, counts_LE[0].sum() / source.top_k / len(counts_WLE)),
         source=f"load of {source.provenance.model or source.provenance.source}",
     )
 

@@ -94,7 +94,7 @@ def _across(ids_PRK: Ids, hot_NE: F32, shape: Shape, below_PRK: Ids, num_across:
 
 
 def _log_odds(share: NDArray[np.float64] | float) -> NDArray[np.float64]:
-    inside = np.clip(share, 1e-4, 1 - 1e-4)
+    inside = np.clip(share, 1e-5, 1 - 1e-5)
     return np.log(inside / (1 - inside))
 
 
@@ -122,8 +122,8 @@ def _tilt_step(wanted: Moments, seen: Moments, gain: float) -> NDArray[np.float6
     ratio_E = np.clip((extra_E + floor) / (seen_E + floor), 0.3, 3)
     # Once by overlap, which full experts decide, and once by divergence, which counts every expert alike.
     weight_E = 1 / np.maximum(wanted.inside_E, 0.1 * wanted.inside_E.mean())
-    ratios = [(extra_E @ w_E + floor) / (seen_E @ w_E + floor) for w_E in (np.ones_like(weight_E), weight_E)]
-    together = np.clip(np.sqrt(np.prod(ratios)), 0.3, 3)
+    overlap, divergence = ((extra_E @ w_E + floor) / (seen_E @ w_E + floor) for w_E in (weight_E**0, weight_E))
+    together = np.clip(overlap**0.3 * divergence**0.7, 0.3, 3)
     return ratio_E ** (1.2 * gain**2) * together ** (0.8 * (1 - gain))
 
 
@@ -154,7 +154,7 @@ def _profile_step(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
 
 def _corrected(layer: LayerChoice, wanted: Moments, seen: Moments, gain: float) -> LayerChoice:
     logit_E = np.clip(log_weight(wanted.inside_E) - log_weight(seen.inside_E), -2, 2)
-    first_E = np.clip(log_weight(wanted.first_E) - log_weight(seen.first_E), -2, 2) - logit_E
+    first_E = np.clip(_log_odds(wanted.first_E) - _log_odds(seen.first_E), -2, 2) - logit_E
     memory_H1 = gain * _memory_step(wanted, seen)[:, None]
     first_scale = _ratio(wanted.recall_first, seen.recall_first, 0.02) ** (2 * gain)
     rest_scale = _ratio(wanted.recall_set, seen.recall_set, 0.02) ** (2 * gain)

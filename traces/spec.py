@@ -34,8 +34,8 @@ class SynthSpec:
     prompt_tokens_Q: NDArray[np.int64] = field(default_factory=lambda: np.array([0]))
     decode_tokens_Q: NDArray[np.int64] = field(default_factory=lambda: np.array([256]))
     """Lengths of requests, in pairs with `prompt_tokens_Q`; each pair is as likely as the others."""
-    drift_per_step: float = 0.0
-    """Standard deviation of the random walk of each expert's log popularity, per step."""
+    drift_per_million: float = 0.0
+    """Standard deviation over a million tokens of the random walk of each expert's log popularity."""
     burst_share: float = 0.0
     """Share of requests that come in bursts: together, on one topic."""
     burst_size: int = 1
@@ -51,9 +51,9 @@ class SynthSpec:
             raise ValueError(f"{len(self.domain_DLE)} domain tilts for {len(self.weight_D)} weights; give as many")
         if len(self.prompt_tokens_Q) != len(self.decode_tokens_Q) or (self.tokens < 1).any():
             raise ValueError("prompt and decode lengths must be of equal number, each pair of at least one token")
-        if not 0 <= self.burst_share <= 1 or self.burst_size < 1 or self.drift_per_step < 0:
+        if not 0 <= self.burst_share <= 1 or self.burst_size < 1 or self.drift_per_million < 0:
             raise ValueError(
-                f"burst share {self.burst_share}, burst size {self.burst_size}, drift {self.drift_per_step}; "
+                f"burst share {self.burst_share}, burst size {self.burst_size}, drift {self.drift_per_million}; "
                 "give a share in 0..1, a size of at least 1 and a drift of at least 0"
             )
 

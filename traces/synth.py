@@ -98,11 +98,11 @@ def _topics(spec: SynthSpec, seed: int, block: int, num_requests: int) -> _Topic
     )
 
 
-def _walk(spec: SynthSpec, key: list[int], steps: float, num_requests: int) -> F32:
-    """Return the drift's steps from request to request, float32 [R, L, E], where each takes `steps`."""
+def _walk(spec: SynthSpec, tokens_R: NDArray[np.int64], key: list[int]) -> F32:
+    """Return how far the drift goes during each request, float32 [R, L, E]."""
     rng = np.random.default_rng(key)
-    shape = (num_requests, spec.num_layers, spec.num_experts)
-    return rng.standard_normal(shape, np.float32) * np.float32(spec.drift_per_step * steps**0.5)
+    pace_R11 = spec.drift_per_million * np.sqrt(tokens_R / 1e6)[:, None, None]
+    return (rng.standard_normal((len(tokens_R), spec.num_layers, spec.num_experts)) * pace_R11).astype(np.float32)
 
 
 def _token_ids(spec: SynthSpec, topics: _Topics, tilt_RLE: F32, key: list[int]) -> Iterator[NDArray[np.integer]]:
@@ -114,20 +114,18 @@ def _token_ids(spec: SynthSpec, topics: _Topics, tilt_RLE: F32, key: list[int]) 
         yield ids_PRLK[:tokens, column].astype(id_dtype(spec.num_experts))
 
 
-def synth_requests(
-    spec: SynthSpec, seed: int, *, batch_size: int = 1, num_requests: int | None = None
-) -> Iterator[Request]:
-    """Yield requests, without end unless `num_requests` is given; with `batch_size` at once, drift is slower."""
+def synth_requests(spec: SynthSpec, seed: int, *, num_requests: int | None = None) -> Iterator[Request]:
+    """Yield requests, without end unless `num_requests` is given."""
     walk_LE = np.zeros((spec.num_layers, spec.num_experts), np.float32)
-    per_block, steps = requests_per_block(spec), float(spec.tokens.mean()) / batch_size
+    per_block = requests_per_block(spec)
     for first in itertools.count(0, per_block):
         here = per_block if num_requests is None else min(per_block, num_requests - first)
         if here <= 0:
             return
         block = first // per_block
         topics, tilt_RLE = (drawn := _topics(spec, seed, block, here)), drawn.tilt_RLE
-        if spec.drift_per_step:
-            walk_RLE = walk_LE + _walk(spec, [seed, block, 3], steps, here).cumsum(axis=0)
+        if spec.drift_per_million:
+            walk_RLE = walk_LE + _walk(spec, topics.tokens_R, [seed, block, 3]).cumsum(axis=0)
             walk_LE, tilt_RLE = walk_RLE[-1], tilt_RLE + walk_RLE
         for r, ids_TLK in enumerate(_token_ids(spec, topics, tilt_RLE, [seed, block, 1])):
             yield Request(
@@ -221,5 +219,5 @@ class SynthSource:
 
     def steps(self) -> Iterator[RoutedStep]:
         """Yield the steps in order; each call starts anew and gives the same steps."""
-        requests = synth_requests(self.spec, self.seed, batch_size=self.composition.batch_size)
+        requests = synth_requests(self.spec, self.seed)
         return routed_steps(requests, self.composition, self.num_experts)
