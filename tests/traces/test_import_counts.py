@@ -123,21 +123,6 @@ def test_sglang_per_pass_refuses_what_does_not_fit(tmp_path, save_pt):
         import_trace(tmp_path, top_k=1, physical_to_logical=override)
 
 
-def test_sglang_csv(tmp_path):
-    (tmp_path / "expert_distribution_rank0_timestamp1.csv").write_text(
-        "layer_id,expert_id,count\n3,0,5\n3,2,7\n4,1,12\n"
-    )
-    load, notes = load_of(tmp_path / "expert_distribution_rank0_timestamp1.csv", "sglang-csv", top_k=1)
-    np.testing.assert_array_equal(load.counts_SLE, [[[5, 0, 7], [0, 12, 0]]])
-    assert "layers [0, 1, 2] count nothing" in notes
-    (tmp_path / "x.csv").write_text("layer_id,expert_id,count\n3,99999999999,5\n")
-    with pytest.raises(TraceError, match="the file is damaged"):
-        import_trace(tmp_path / "x.csv", top_k=1)
-    (tmp_path / "x.csv").write_text("layer_id,expert_id,count\n3,x,5\n")
-    with pytest.raises(TraceError, match="damaged"):
-        import_trace(tmp_path / "x.csv", top_k=1)
-
-
 @pytest.mark.parametrize("nested", [False, True])
 def test_logical_count_of_an_expert_location(tmp_path, nested):
     counts = stat(dense=0)
@@ -161,26 +146,6 @@ def test_moe_infinity_sequences_become_steps(tmp_path):
         np.save(tmp_path / "bad.npy", bad)
         with pytest.raises(TraceError, match=words):
             import_trace(tmp_path / "bad.npy", top_k=2)
-
-
-def test_megatron_lines(tmp_path):
-    lines = [
-        {"iter": step, "block": "decoder", "layer": layer, "tpe": [[step, layer, 1], [step, layer, 2]]}
-        for step in (100, 200)
-        for layer in (3, 4)
-    ]
-    lines.insert(2, {"iter": 100, "block": "mtp", "layer": 1, "tpe": [[9, 9, 9]], "mtp_idx": 0})
-    path = tmp_path / "rank0.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    load, notes = load_of(path, "megatron-tokens", top_k=1)
-    assert load.counts_SLE.shape == (4, 2, 3)
-    assert load.counts_SLE[1].tolist() == [[100, 3, 2], [100, 4, 2]]
-    assert load.labels[3] == "iteration 200 micro-batch 1"
-    assert "local experts of one rank" in notes
-    assert "1 records of other blocks dropped" in notes
-    path.write_text("\n".join(map(json.dumps, lines[:-1])))
-    with pytest.raises(TraceError, match="some iterations lack layers"):
-        import_trace(path, top_k=1)
 
 
 def test_count_archive(tmp_path):

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -49,34 +50,28 @@ def open_content(path: Path) -> Content:
     with reading(path):
         with path.open("rb") as file:
             start = file.read(6)
-        kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
-        if kind == "npz" and not _is_npz(path):
-            kind = "torch"
-        match kind:
-            case "npz":
-                return Content(path=path, kind=kind, value=_load_npz(path))
-            case "npy":
-                return Content(path=path, kind=kind, value=np.load(path, allow_pickle=False))
-            case "torch":
-                return Content(path=path, kind=kind, value=read_torch_file(path))
-            case "parquet" | "gguf":
-                return Content(path=path, kind=kind, value=None)
-            case _:
-                return _open_text(path)
+        kind: Kind | None = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
+        if kind == "npz":
+            kind = "npz" if all(name.endswith(".npy") for name in _entries(path)) else "torch"
+        if kind is None:
+            return _open_text(path)
+        return Content(path=path, kind=kind, value=READERS[kind](path) if kind in READERS else None)
 
 
-def _is_npz(path: Path) -> bool:
+def _entries(path: Path) -> dict[str, int]:
     with zipfile.ZipFile(path) as archive:
-        return all(name.endswith(".npy") for name in archive.namelist())
+        return {entry.filename: entry.file_size for entry in archive.infolist()}
 
 
 def _load_npz(path: Path) -> dict[str, NDArray[Any]]:
-    with zipfile.ZipFile(path) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
+    size = sum(_entries(path).values())
     if size > FREE_BYTES + MAX_INFLATION * path.stat().st_size:
         raise TraceError(f"its arrays would inflate to {size} bytes; save them with numpy.savez, uncompressed")
     with np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
+
+
+READERS: dict[Kind, Callable[[Path], object]] = {"npz": _load_npz, "npy": np.load, "torch": read_torch_file}
 
 
 def _open_text(path: Path) -> Content:
@@ -84,11 +79,19 @@ def _open_text(path: Path) -> Content:
     if text.lstrip()[:1] not in ("{", "["):
         return Content(path=path, kind="text", value=text)
     try:
-        return Content(path=path, kind="json", value=json.loads(text))
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise
-        return Content(path=path, kind="json", value=[json.loads(line) for line in text.splitlines() if line.strip()])
+        value = [json.loads(line) for line in text.splitlines() if line.strip()]
+    return Content(path=path, kind="json", value=value)
+
+
+def only(contents: Sequence[Content], why: str) -> Content:
+    """Return the one file of a format whose files do not join."""
+    if len(contents) > 1:
+        raise TraceError(f"{why}; import one file at a time")
+    return contents[0]
 
 
 def as_dict(value: object) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Shape letters: B sequences, T = B x sequence length tokens, L sparse layers, E e
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +21,28 @@ def router_logits(contents: Sequence[Content], options: ImportOptions) -> Import
     """
     pieces: list[Rows] = []
     notes: list[str] = []
-    for content in contents:
+    first = 0
+    for step, content in enumerate(contents):
         named = as_dict(content.value) if isinstance(content.value, dict) else {"router_logits": content.value}
         logits_LTE = _layers(named["router_logits"])
-        mask = named.get("attention_mask")
-        if mask is None:
+        tokens = logits_LTE.shape[1]
+        if named.get("attention_mask") is None:
             notes = ["no attention_mask: the rows of a file are taken as one sequence without padding"]
-        mask_BT = np.ones((1, logits_LTE.shape[1])) if mask is None else as_ints(mask, "attention_mask", 2)
+            named["attention_mask"] = np.ones((1, tokens), np.int64)
+        real_BT = as_ints(named["attention_mask"], "attention_mask", 2) != 0
         bias = options.get("bias_LE", named.get("e_score_correction_bias"))
         ids_TLK = choose_experts(logits_LTE, options, None if bias is None else as_floats(bias, "bias_LE"))
-        pieces.append(_rows(ids_TLK, mask_BT != 0, pieces))
+        if real_BT.size != tokens:
+            raise TraceError(f"attention_mask {real_BT.shape} does not cover the {tokens} rows of logits")
+        piece = Rows(
+            request_id_T=first + np.repeat(np.arange(len(real_BT)), real_BT.shape[1]),
+            position_T=np.maximum(np.cumsum(real_BT, axis=1) - 1, 0).ravel(),
+            phase_T=np.full(tokens, PREFILL, np.uint8),
+            step_T=np.full(tokens, step),
+            expert_ids_TLK=np.where(real_BT.ravel()[:, None, None], ids_TLK, -1),
+        )
+        pieces.append(piece)
+        first += len(real_BT)
         options = {**options, "num_experts": logits_LTE.shape[2]}
     return finish_tokens(stack_rows(pieces), options, format="router-logits", notes=notes)
 
@@ -53,7 +64,7 @@ def choose_experts(
     score_LTE = logits_LTE
     if bias_LE is not None or groups > 1:
         # Without them scoring keeps the order, and far logits would only underflow into ties.
-        score_LTE = _sigmoid(logits_LTE) if score == "sigmoid" else _softmax(logits_LTE)
+        score_LTE = (1 + np.tanh(logits_LTE / 2)) / 2 if score == "sigmoid" else _softmax(logits_LTE)
     if bias_LE is not None:
         if bias_LE.shape != (len(logits_LTE), experts):
             raise TraceError(f"bias_LE has shape {bias_LE.shape}; the logits need {(len(logits_LTE), experts)}")
@@ -61,10 +72,6 @@ def choose_experts(
     if groups > 1:
         score_LTE = _best_groups(score_LTE, groups, options.get("top_groups", groups))
     return np.argsort(-score_LTE, axis=2, kind="stable")[:, :, :top_k].transpose(1, 0, 2)
-
-
-def _sigmoid(logits_LTE: NDArray[np.floating]) -> NDArray[np.floating]:
-    return (1 + np.tanh(logits_LTE / 2)) / 2
 
 
 def _softmax(logits_LTE: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -89,24 +96,7 @@ def _layers(value: object) -> NDArray[np.float64]:
     # Switch gives (logits, chosen ids) pairs, and nothing for dense layers.
     arrays = [layer[0] if isinstance(layer, tuple) else layer for layer in layers if layer is not None]
     shapes = {np.shape(array) for array in arrays}
-    if len(shapes) != 1 or len(next(iter(shapes))) not in (2, 3):
+    if len(shapes) != 1 or len(shape := next(iter(shapes))) not in (2, 3):
         raise TraceError(f"router logits have shapes {sorted(shapes)}; every layer needs the same [tokens, experts]")
-    parts: list[NDArray[Any]] = []
-    for layer, array in enumerate(arrays):
-        parts.append(as_floats(array, f"the router logits of layer {layer}").reshape(-1, np.shape(array)[-1]))
-    return np.stack(parts)
-
-
-def _rows(ids_TLK: NDArray[np.int64], real_BT: NDArray[np.bool_], before: Sequence[Rows]) -> Rows:
-    if real_BT.size != len(ids_TLK):
-        raise TraceError(f"attention_mask {real_BT.shape} does not cover the {len(ids_TLK)} rows of logits")
-    first = 1 + max((int(rows.request_id_T.max(initial=-1)) for rows in before), default=-1)
-    position_BT = np.maximum(np.cumsum(real_BT, axis=1) - 1, 0)
-    request_BT = np.broadcast_to(first + np.arange(len(real_BT))[:, None], real_BT.shape)
-    return Rows(
-        request_id_T=request_BT.ravel(),
-        position_T=position_BT.ravel(),
-        phase_T=np.full(len(ids_TLK), PREFILL, np.uint8),
-        step_T=np.full(len(ids_TLK), len(before)),
-        expert_ids_TLK=np.where(real_BT.ravel()[:, None, None], ids_TLK, -1),
-    )
+    parts = [as_floats(array, f"the router logits of layer {layer}") for layer, array in enumerate(arrays)]
+    return np.stack(parts).reshape(len(parts), -1, shape[-1])

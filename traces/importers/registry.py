@@ -8,28 +8,31 @@ from typing import Unpack
 import numpy as np
 
 from ..check import TraceError, reading
-from . import counts, lines, logits, refused, requests, sglang
+from . import counts, lines, logits, requests, sglang
 from .content import Content, open_content
 from .result import ImportOptions, ImportResult
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Format:
-    """A format: what it is, how to tell it, how to import it. Importers take all the files of a recording."""
+    """A format: what it is, how to tell it, how to import it.
+
+    `build` takes all the files of a recording; of what holds no trace it is the sentence that says so.
+    """
 
     about: str
     matches: Callable[[Content], bool]
-    build: Callable[[Sequence[Content], ImportOptions], ImportResult]
+    build: Callable[[Sequence[Content], ImportOptions], ImportResult] | str
 
 
 def _first_record(content: Content) -> dict[str, object]:
-    records = content.value if content.kind == "torch" and isinstance(content.value, dict) else None
-    pack = records.get("records") if isinstance(records, dict) else None
+    pack = content.value.get("records") if isinstance(content.value, dict) else None
     return pack[0] if isinstance(pack, list) and pack and isinstance(pack[0], dict) else {}
 
 
-def _is_recording(content: Content) -> bool:
-    return content.kind == "torch" and {"records", "last_physical_to_logical_map"} <= content.keys
+def _is_recording(content: Content, *, per_token: bool) -> bool:
+    recorded = content.kind == "torch" and {"records", "last_physical_to_logical_map"} <= content.keys
+    return recorded and ("topk_ids_of_layer" in _first_record(content)) == per_token
 
 
 def _is_array(content: Content, kinds: str) -> bool:
@@ -53,9 +56,9 @@ def _is_placement(content: Content) -> bool:
     return named or [m.ndim for m in maps if isinstance(m, np.ndarray)] == [2, 3, 2]
 
 
-def _has_record(content: Content, field: str, value: object) -> bool:
+def _starts_with(content: Content, field: str, *values: str) -> bool:
     records = content.records
-    return bool(records) and records[0].get(field) == value
+    return bool(records) and records[0].get(field) in values
 
 
 def _is_response(content: Content) -> bool:
@@ -65,89 +68,70 @@ def _is_response(content: Content) -> bool:
 
 FORMATS: dict[str, Format] = {
     "sglang-per-token": Format(
-        about="SGLang's expert recorder, mode per_token: a file or a folder of one for each rank",
-        matches=lambda c: _is_recording(c) and "topk_ids_of_layer" in _first_record(c),
-        build=sglang.sglang_per_token,
+        "SGLang's expert recorder, mode per_token: a file or a folder of one for each rank",
+        lambda c: _is_recording(c, per_token=True),
+        sglang.sglang_per_token,
     ),
     "sglang-per-pass": Format(
-        about="SGLang's expert recorder, mode per_pass: a file or a folder of one for each rank",
-        matches=lambda c: _is_recording(c) and "topk_ids_of_layer" not in _first_record(c),
-        build=counts.sglang_per_pass,
+        "SGLang's expert recorder, mode per_pass: a file or a folder of one for each rank",
+        lambda c: _is_recording(c, per_token=False),
+        sglang.sglang_per_pass,
     ),
     "sglang-stat": Format(
-        about="SGLang's expert recorder, modes stat and stat_approx, or the logical_count of an expert location",
-        matches=lambda c: c.kind in ("torch", "json") and "logical_count" in c.keys,
-        build=counts.sglang_stat,
+        "SGLang's expert recorder, modes stat and stat_approx, or the logical_count of an expert location",
+        lambda c: c.kind in ("torch", "json") and "logical_count" in c.keys,
+        counts.sglang_stat,
     ),
-    "sglang-csv": Format(
-        about="SGLang's CSV of before May 2025",
-        matches=lambda c: c.kind == "text" and str(c.value).startswith(counts.CSV_HEADER),
-        build=counts.sglang_csv,
-    ),
-    "responses": Format(
-        about="JSON responses of SGLang or vLLM with routed_experts",
-        matches=_is_response,
-        build=requests.responses,
-    ),
+    "responses": Format("JSON responses of SGLang or vLLM with routed_experts", _is_response, requests.responses),
     "arrays": Format(
-        about="routed_experts of a request as .npy, or as .npz with its token ids",
-        matches=lambda c: _is_array(c, "iu") or (c.kind == "npz" and "routed_experts" in c.keys),
-        build=requests.arrays,
+        "routed_experts of a request as .npy, or as .npz with its token ids",
+        lambda c: _is_array(c, "iu") or (c.kind == "npz" and "routed_experts" in c.keys),
+        requests.arrays,
     ),
     "request-archive": Format(
-        about="an .npz of decode tokens with request_offsets and prompt_len",
-        matches=lambda c: c.kind == "npz" and {"experts", "request_offsets", "prompt_len"} <= c.keys,
-        build=requests.request_archive,
+        "an .npz of decode tokens with request_offsets and prompt_len",
+        lambda c: c.kind == "npz" and {"experts", "request_offsets", "prompt_len"} <= c.keys,
+        requests.request_archive,
     ),
     "router-logits": Format(
-        about="router_logits of Hugging Face transformers, saved by torch or numpy",
-        matches=_is_logits,
-        build=logits.router_logits,
+        "router_logits of Hugging Face transformers, saved by torch or numpy", _is_logits, logits.router_logits
     ),
     "moe-cache-lab": Format(
-        about="moe-cache-lab's routing JSON lines, version 1",
-        matches=lambda c: _has_record(c, "format", lines.CACHE_LAB),
-        build=lines.cache_lab,
+        "moe-cache-lab's routing JSON lines, version 1",
+        lambda c: _starts_with(c, "format", lines.CACHE_LAB),
+        lines.cache_lab,
     ),
     "vllm-log": Format(
-        about="JSON lines of vLLM routing loggers",
-        matches=lambda c: _has_record(c, "type", "meta") or _has_record(c, "type", "route"),
-        build=lines.vllm_log,
-    ),
-    "megatron-tokens": Format(
-        about="Megatron's tokens_per_expert of a rank",
-        matches=lambda c: bool(c.records) and {"iter", "block", "layer", "tpe"} <= c.records[0].keys(),
-        build=counts.megatron,
+        "JSON lines of vLLM routing loggers", lambda c: _starts_with(c, "type", "meta", "route"), lines.vllm_log
     ),
     "moe-infinity": Format(
-        about="MoE-Infinity's array of counts per sequence",
-        matches=lambda c: _is_array(c, "f"),
-        build=counts.moe_infinity,
+        "MoE-Infinity's array of counts per sequence", lambda c: _is_array(c, "f"), counts.moe_infinity
     ),
     "count-archive": Format(
-        about="an .npz of MODEL__expert_counts__DOMAIN arrays",
-        matches=lambda c: c.kind == "npz" and any(map(counts.ARCHIVE_KEY.fullmatch, c.keys)),
-        build=counts.count_archive,
+        "an .npz of MODEL__expert_counts__DOMAIN arrays",
+        lambda c: c.kind == "npz" and any(map(counts.ARCHIVE_KEY.fullmatch, c.keys)),
+        counts.count_archive,
     ),
     "expert-placement": Format(
-        about="an expert placement of SGLang or DeepSeek's EPLB (no trace)",
-        matches=_is_placement,
-        build=refused.refuse(refused.PLACEMENT),
+        "an expert placement of SGLang or DeepSeek's EPLB (no trace)",
+        _is_placement,
+        "an expert placement (which physical slot holds which expert): nobody's routing is in it; record with SGLang",
     ),
     "eplb-log": Format(
-        about="a log of vLLM's EPLB (no trace)",
-        matches=lambda c: c.kind == "text" and "EPLB step: avg_tokens=" in str(c.value),
-        build=refused.refuse(refused.BALANCE),
+        "a log of vLLM's EPLB (no trace)",
+        lambda c: c.kind == "text" and "EPLB step: avg_tokens=" in str(c.value),
+        "a log of vLLM's EPLB, a series of balance figures without experts; return routed experts or log routes "
+        "instead",
     ),
     "imatrix": Format(
-        about="llama.cpp's importance matrix (no trace)",
-        matches=lambda c: c.kind == "gguf",
-        build=refused.refuse(refused.IMATRIX),
+        "llama.cpp's importance matrix (no trace)",
+        lambda c: c.kind == "gguf",
+        "a GGUF file: an importance matrix counts experts without order, a model has none; record routing instead",
     ),
     "parquet": Format(
-        about="a trace of our own (nothing to import)",
-        matches=lambda c: c.kind == "parquet",
-        build=refused.refuse(refused.TRACE),
+        "a trace of our own (nothing to import)",
+        lambda c: c.kind == "parquet",
+        "a Parquet file already; open it with open_trace",
     ),
 }
 
@@ -171,6 +155,8 @@ def import_trace(path: str | Path, *, format: str | None = None, **options: Unpa
         for content in contents:
             if not known.matches(content):
                 raise TraceError(f"{content.path} is not {known.about}; leave the format out to have it told")
+        if isinstance(known.build, str):
+            raise TraceError(f"{contents[0].path} is {known.build}")
         result = known.build(contents, options)
     provenance = replace(result.trace.provenance, source=f"imported from {Path(path).name} ({result.format})")
     return replace(result, trace=replace(result.trace, provenance=provenance))

@@ -5,32 +5,49 @@ Shape letters: T tokens, L layers, K top-k.
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..check import TraceError
-from ..trace import UNKNOWN
-from .content import Content, as_dict, as_ints, as_list, decode_ids
-from .result import ImportOptions, ImportResult, Rows, finish_tokens, request_rows, stack_rows
+from .content import Content, as_dict, as_ints, as_list, decode_ids, only
+from .result import DECODE, PREFILL, ImportOptions, ImportResult, Rows, finish_tokens, stack_rows
 
 UNPARTED = "the prompt is not parted from the output: every row is taken as decode; pass prompt_len"
 
 
 def responses(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
     """Import `routed_experts` of saved responses: base64 of int32 (SGLang), base64 of an .npy or lists (vLLM)."""
-    pieces: list[Rows] = []
-    notes: list[str] = []
-    for content in contents:
-        for record in content.records:
-            for value, meta in _outputs(record):
-                pieces.append(_response_rows(value, meta, len(pieces), _next_step(pieces), options))
-                if "prompt_tokens" not in meta and "prompt_len" not in options:
-                    notes = [UNPARTED]
-    if not pieces:
+    outputs = [output for content in contents for record in content.records for output in _outputs(record)]
+    if not outputs:
         raise TraceError("no response in it has routed_experts; ask the server to return them")
-    return finish_tokens(stack_rows(pieces), options, format="responses", notes=notes)
+    parted = "prompt_len" in options or all("prompt_tokens" in meta for _, meta in outputs)
+    rows = _one_by_one(_response(value, meta, options) for value, meta in outputs)
+    return finish_tokens(rows, options, format="responses", notes=[] if parted else [UNPARTED])
+
+
+def _one_by_one(requests: Iterator[tuple[NDArray[np.integer], int, int]]) -> Rows:
+    """Return the rows of requests served alone, each given by its ids, the length of its prompt and first position.
+
+    A prompt is one step, each later token a step.
+    """
+    pieces: list[Rows] = []
+    step = 0
+    for number, (ids_TLK, prompt_len, first) in enumerate(requests):
+        place_T = np.arange(len(ids_TLK))
+        prompt = max(0, min(prompt_len - first, len(ids_TLK)))
+        piece = Rows(
+            request_id_T=np.full(len(ids_TLK), number),
+            position_T=first + place_T,
+            phase_T=np.where(place_T < prompt, PREFILL, DECODE).astype(np.uint8),
+            step_T=step + np.maximum(0, place_T - max(prompt - 1, 0)),
+            expert_ids_TLK=ids_TLK,
+        )
+        pieces.append(piece)
+        step = int(piece.step_T.max(initial=step - 1)) + 1
+    return stack_rows(pieces)
 
 
 def _outputs(record: dict[str, Any]) -> Iterator[tuple[object, dict[str, Any]]]:
@@ -46,19 +63,16 @@ def _outputs(record: dict[str, Any]) -> Iterator[tuple[object, dict[str, Any]]]:
                 yield meta["routed_experts"], {**shared, **lone, **holder, **meta}
 
 
-def _response_rows(
-    value: object, meta: dict[str, Any], request_id: int, first_step: int, options: ImportOptions
-) -> Rows:
+def _response(value: object, meta: dict[str, Any], options: ImportOptions) -> tuple[NDArray[np.integer], int, int]:
     start = int(meta.get("routed_experts_start_len", meta.get("routed_experts_prompt_start", 0)))
     dtype = str(meta.get("routed_experts_dtype", "int32"))
     ids = decode_ids(value, dtype)
     if ids.ndim == 1:
         ids = ids.reshape(-1, *_layers_and_width(ids.size, meta, start, options))
-    prompt_len = options.get("prompt_len", int(meta.get("prompt_tokens", 0)))
     if meta.get("prompt_routed_experts") is not None:
         prompt = decode_ids(meta["prompt_routed_experts"], dtype)
-        ids, prompt_len = np.concatenate([prompt, ids]), len(prompt) + start
-    return request_rows(ids, request_id=request_id, prompt_len=prompt_len, first_step=first_step, first_position=start)
+        return np.concatenate([prompt, ids]), len(prompt) + start, start
+    return ids, options.get("prompt_len", int(meta.get("prompt_tokens", 0))), start
 
 
 def _layers_and_width(size: int, meta: dict[str, Any], start: int, options: ImportOptions) -> tuple[int, int]:
@@ -78,8 +92,7 @@ def _layers_and_width(size: int, meta: dict[str, Any], start: int, options: Impo
 
 def arrays(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
     """Import `routed_experts` [T, L, K] saved as .npy, or as .npz with the ids of prompt and output tokens."""
-    pieces: list[Rows] = []
-    notes: list[str] = []
+    requests: list[tuple[NDArray[np.integer], int, int]] = []
     for content in contents:
         named = as_dict(content.value) if content.kind == "npz" else as_dict({"routed_experts": content.value})
         ids_TLK = as_ints(named["routed_experts"], "routed_experts", 3)
@@ -89,51 +102,28 @@ def arrays(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
             raise TraceError(
                 f"{content.path} has ids of {len(ids_TLK)} tokens and a request of {tokens}; save both whole"
             )
-        if not prompt_len:
-            notes = [UNPARTED]
-        step = _next_step(pieces)
-        pieces.append(request_rows(ids_TLK, request_id=len(pieces), prompt_len=prompt_len, first_step=step))
-    return finish_tokens(stack_rows(pieces), options, format="arrays", notes=notes)
+        requests.append((ids_TLK, prompt_len, 0))
+    notes = [] if all(prompt_len for _, prompt_len, _ in requests) else [UNPARTED]
+    return finish_tokens(_one_by_one(iter(requests)), options, format="arrays", notes=notes)
 
 
 def request_archive(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
     """Import `experts` [T, L, K] of decode tokens with `request_offsets`, `prompt_len` and a JSON `meta`."""
-    if len(contents) > 1:
-        raise TraceError("several archives would mix request numbers; import one file at a time")
-    named = as_dict(contents[0].value)
+    named = as_dict(only(contents, "several archives would mix request numbers").value)
     ids_TLK = as_ints(named["experts"], "experts", 3)
-    offsets, first = (
-        as_ints(named["request_offsets"], "request_offsets", 1),
-        as_ints(named["prompt_len"], "prompt_len", 1),
-    )
-    sizes = np.diff(offsets)
-    if len(first) != len(sizes) or offsets[0] or offsets[-1] != len(ids_TLK) or sizes.min(initial=0) < 0:
+    offsets = as_ints(named["request_offsets"], "request_offsets", 1)
+    first_R, size_R = as_ints(named["prompt_len"], "prompt_len", 1), np.diff(offsets)
+    if len(first_R) != len(size_R) or offsets[0] or offsets[-1] != len(ids_TLK) or size_R.min(initial=0) < 0:
         raise TraceError(
-            f"request_offsets do not part {len(ids_TLK)} tokens into {len(first)} requests; check the file"
+            f"request_offsets do not part {len(ids_TLK)} tokens into {len(first_R)} requests; check the file"
         )
-    request_T = np.repeat(np.arange(len(sizes)), sizes)
-    domain_T, domains = _domains(named, request_T)
-    tokens = len(ids_TLK)
-    rows = Rows(
-        request_id_T=request_T,
-        position_T=np.arange(tokens) - offsets[request_T] + first[request_T],
-        phase_T=np.ones(tokens, np.uint8),
-        step_T=np.arange(tokens),
-        expert_ids_TLK=ids_TLK,
-        domain_T=domain_T,
-    )
+    ids_of_request = np.split(ids_TLK, offsets[1:-1])
+    rows = _one_by_one((ids, 0, first) for ids, first in zip(ids_of_request, first_R.tolist(), strict=True))
+    domains: tuple[str, ...] = ()
+    if "meta" in named:
+        meta = as_list(json.loads(np.asarray(named["meta"], np.uint8).tobytes()))
+        names, domain_R = np.unique([str(as_dict(item)["category"]) for item in meta], return_inverse=True)
+        rows = replace(rows, domain_T=domain_R.astype(np.int16)[rows.request_id_T])
+        domains = tuple(names.tolist())
     notes = ["decode tokens alone, one request at a time: compose batches before simulating"]
     return finish_tokens(rows, options, format="request-archive", notes=notes, domains=domains)
-
-
-def _domains(named: dict[str, Any], request_T: NDArray[np.int64]) -> tuple[NDArray[np.int16], tuple[str, ...]]:
-    if "meta" not in named:
-        return np.full(len(request_T), UNKNOWN, np.int16), ()
-    meta = [as_dict(item) for item in as_list(json.loads(np.asarray(named["meta"], np.uint8).tobytes()))]
-    labels = [str(item["category"]) for item in meta]
-    domains = tuple(sorted(set(labels)))
-    return np.array([domains.index(label) for label in labels], np.int16)[request_T], domains
-
-
-def _next_step(pieces: Sequence[Rows]) -> int:
-    return int(pieces[-1].step_T[-1]) + 1 if pieces and len(pieces[-1].step_T) else len(pieces)

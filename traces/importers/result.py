@@ -65,8 +65,7 @@ class Rows:
     def keep(self, rows: NDArray[Any]) -> "Rows":
         """Return some rows, by mask or by index, or all of them in another order."""
         columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        kept: dict[str, Any] = {name: None if column is None else column[rows] for name, column in columns.items()}
-        return Rows(**kept)
+        return replace(self, **{name: column[rows] for name, column in columns.items() if column is not None})
 
 
 def stack_rows(pieces: Sequence[Rows]) -> Rows:
@@ -76,22 +75,6 @@ def stack_rows(pieces: Sequence[Rows]) -> Rows:
         raise TraceError(f"records have different layers or widths, {sorted(shapes)}; import one model at a time")
     names = ("request_id_T", "position_T", "phase_T", "step_T", "expert_ids_TLK")
     return Rows(**{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in names})
-
-
-def request_rows(
-    expert_ids_TLK: NDArray[np.integer], *, request_id: int, prompt_len: int, first_step: int, first_position: int = 0
-) -> Rows:
-    """Return the rows of one request recorded alone: its prompt is one step, each later token a step."""
-    tokens = len(expert_ids_TLK)
-    place_T = np.arange(tokens)
-    prompt = max(0, min(prompt_len - first_position, tokens))
-    return Rows(
-        request_id_T=np.full(tokens, request_id),
-        position_T=first_position + place_T,
-        phase_T=np.where(place_T < prompt, PREFILL, DECODE).astype(np.uint8),
-        step_T=first_step + np.maximum(0, place_T - max(prompt - 1, 0)),
-        expert_ids_TLK=expert_ids_TLK,
-    )
 
 
 def finish_tokens(
@@ -113,35 +96,27 @@ def finish_tokens(
     rows = rows.keep(np.argsort(rows.step_T, kind="stable"))
     if rows.expert_ids_TLK.shape[2] < num_experts:
         rows = _without_dummies(rows, said)
-    steps, step_T = np.unique(rows.step_T, return_inverse=True)
-    tokens = len(step_T)
-    provenance = Provenance(source=format, model=options.get("model"), notes="; ".join(said))
+    _, step_T, tokens_S = np.unique(rows.step_T, return_inverse=True, return_counts=True)
+    decoding_S = np.bincount(step_T, weights=rows.phase_T == DECODE)
+    phase_S = np.select([decoding_S == 0, decoding_S == tokens_S], [PREFILL, DECODE], MIXED).astype(np.uint8)
     trace = RoutingTrace(
         num_experts=num_experts,
-        provenance=provenance,
+        provenance=Provenance(source=format, model=options.get("model"), notes="; ".join(said)),
         request_id_T=rows.request_id_T.astype(np.int64),
         position_T=cast("NDArray[np.int32]", rows.position_T),
         phase_T=rows.phase_T,
         step_T=step_T.astype(np.int64),
-        domain_T=np.full(tokens, UNKNOWN, np.int16) if rows.domain_T is None else rows.domain_T,
+        domain_T=np.full(len(step_T), UNKNOWN, np.int16) if rows.domain_T is None else rows.domain_T,
         domains=domains,
         expert_ids_TLK=rows.expert_ids_TLK,
         gates_TLK=None if rows.gates_TLK is None else rows.gates_TLK.astype(np.float16),
-        step_table=StepTable(
-            phase_S=_step_phases(rows.phase_T, step_T, len(steps)), segment_S=np.zeros(len(steps), "u1")
-        ),
+        step_table=StepTable(phase_S=phase_S, segment_S=np.zeros_like(phase_S)),
     )
     # Narrowed after the check, so that what does not fit is refused rather than wrapped round.
     check_trace(trace)
     narrow = {"expert_ids_TLK": trace.expert_ids_TLK.astype(id_dtype(num_experts))}
     trace = replace(trace, position_T=trace.position_T.astype(np.int32), **narrow)
     return ImportResult(trace=trace, format=format, notes=tuple(said))
-
-
-def _step_phases(phase_T: NDArray[np.uint8], step_T: NDArray[np.intp], num_steps: int) -> NDArray[np.uint8]:
-    tokens_S = np.bincount(step_T, minlength=num_steps)
-    decoding_S = np.bincount(step_T, weights=phase_T == DECODE, minlength=num_steps)
-    return np.select([decoding_S == 0, decoding_S == tokens_S], [PREFILL, DECODE], MIXED).astype(np.uint8)
 
 
 def _without_padding(rows: Rows, said: list[str]) -> Rows:
@@ -176,10 +151,8 @@ def _without_dense_layers(rows: Rows, said: list[str]) -> Rows:
 
 def _without_spare_columns(rows: Rows, options: ImportOptions) -> Rows:
     """Cut columns that are -1 for every token: the source's width exceeds the model's top-k."""
-    ids_TLK = rows.expert_ids_TLK
-    used_K = (ids_TLK >= 0).any(axis=(0, 1))
-    top_k = int(used_K.sum())
-    ids_TLK = ids_TLK if used_K.all() else ids_TLK[:, :, used_K]
+    used_K = (rows.expert_ids_TLK >= 0).any(axis=(0, 1))
+    top_k, ids_TLK = int(used_K.sum()), rows.expert_ids_TLK[:, :, used_K]
     if options.get("top_k", top_k) != top_k:
         raise TraceError(f"each token has {top_k} experts, not the top_k {options.get('top_k')} given; check the model")
     if ids_TLK.min() < 0:
@@ -230,20 +203,18 @@ def finish_counts(
     if dense_L.any():
         said.append(f"layers {np.flatnonzero(dense_L).tolist()} count nothing (dense layers) and are dropped")
         counts_SLE = counts_SLE[:, ~dense_L]
-    dummy_S = _constant_counts(counts_SLE, top_k)
+    # A dummy gives the same number of tokens, at least four, to just `top_k` experts of each layer.
+    most_SL, chosen_SL = counts_SLE.max(axis=2), (counts_SLE > 0).sum(axis=2)
+    even_SL = (counts_SLE.sum(axis=2) == top_k * most_SL) & (chosen_SL == top_k) & (most_SL >= CONSTANT_TOKENS)
+    dummy_S = even_SL.all(axis=1) & (top_k < num_experts)
     if dummy_S.any():
         said.append(f"{dummy_S.sum()} constant steps (warm-up or graph capture) dropped")
     kept = np.flatnonzero(~dummy_S)
-    provenance = Provenance(source=format, model=options.get("model"), notes="; ".join(said))
-    labels = tuple(labels[step] for step in kept) if labels else ()
-    load = ExpertLoad(top_k=top_k, provenance=provenance, counts_SLE=counts_SLE[kept], labels=labels)
+    load = ExpertLoad(
+        top_k=top_k,
+        provenance=Provenance(source=format, model=options.get("model"), notes="; ".join(said)),
+        counts_SLE=counts_SLE[kept],
+        labels=tuple(labels[step] for step in kept) if labels else (),
+    )
     check_load(load)
     return ImportResult(trace=load, format=format, notes=tuple(said))
-
-
-def _constant_counts(counts_SLE: NDArray[np.int64], top_k: int) -> NDArray[np.bool_]:
-    """Tell steps where each layer gives the same number of tokens, at least four, to just `top_k` experts."""
-    most_SL = counts_SLE.max(axis=2)
-    chosen_SL = (counts_SLE > 0).sum(axis=2)
-    even_SL = (counts_SLE.sum(axis=2) == top_k * most_SL) & (chosen_SL == top_k)
-    return (even_SL & (most_SL >= CONSTANT_TOKENS)).all(axis=1) & (top_k < counts_SLE.shape[2])

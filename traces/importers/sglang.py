@@ -1,6 +1,6 @@
-"""SGLang's per-token recorder: expert ids of every token of every forward pass, one file per rank.
+"""SGLang's expert recorder, modes per_token and per_pass: one file per rank, ids and counts of physical experts.
 
-Shape letters: L layers, T tokens, W the recorder's width, P physical experts.
+Shape letters: L layers, T tokens, N pieces of a pass, W the recorder's width, P physical experts, E logical experts.
 """
 
 from collections import defaultdict, deque
@@ -12,11 +12,51 @@ from numpy.typing import NDArray
 
 from ..check import TraceError
 from .content import Content, as_dict, as_ints, as_list
-from .counts import physical_map
-from .result import DECODE, PREFILL, ImportOptions, ImportResult, Rows, finish_tokens, stack_rows
+from .result import DECODE, PREFILL, ImportOptions, ImportResult, Rows, finish_counts, finish_tokens, stack_rows
 
 MIXED_MODE = 3
 """ForwardMode of a pass with prompts and decoding requests; the latter are its pieces of one token."""
+
+Recorded = tuple[dict[str, Any], NDArray[np.int64]]
+"""A record and the map of its file: the logical expert of each physical one, [L, P]."""
+
+
+def _passes(contents: Sequence[Content], options: ImportOptions) -> tuple[dict[int, dict[int, Recorded]], int, int]:
+    """Return what each rank recorded of each forward pass, in order; then the numbers of layers and experts."""
+    passes: defaultdict[int, dict[int, Recorded]] = defaultdict(dict)
+    layers = experts = 0
+    for content in contents:
+        pack = as_dict(content.value)
+        given = options.get("physical_to_logical", pack.get("last_physical_to_logical_map"))
+        map_LP = as_ints(given, "last_physical_to_logical_map", 2)
+        if map_LP.min(initial=0) < 0:
+            raise TraceError("last_physical_to_logical_map holds negative ids; pass physical_to_logical")
+        layers, experts = len(map_LP), max(experts, int(map_LP.max()) + 1)
+        for record in map(as_dict, as_list(pack["records"])):
+            number, rank = int(record["forward_pass_id"]), int(record["rank"])
+            if rank in passes[number]:
+                raise TraceError(f"forward pass {number} of rank {rank} is here twice; keep one recording's files")
+            passes[number][rank] = record, map_LP
+    if not passes:
+        raise TraceError("it has no records; record while requests are served")
+    return {number: dict(sorted(passes[number].items())) for number in sorted(passes)}, layers, experts
+
+
+def sglang_per_pass(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
+    """Import `global_physical_count` [L, P] of each forward pass, summed over ranks and over copies of an expert."""
+    passes, layers, experts = _passes(contents, options)
+    counts_SLE = np.zeros((len(passes), layers, experts), dtype=np.int64)
+    for counts_LE, records in zip(counts_SLE, passes.values(), strict=True):
+        for record, map_LP in records.values():
+            counts_LP = as_ints(record["global_physical_count"], "global_physical_count", 2)
+            if counts_LP.shape != map_LP.shape:
+                raise TraceError(
+                    f"counts of shape {counts_LP.shape} do not fit the expert map {map_LP.shape}; pass the right one"
+                )
+            np.add.at(counts_LE, (np.arange(layers)[:, None], map_LP), counts_LP)
+    ranks = {rank for records in passes.values() for rank in records}
+    notes = [f"{sum(map(len, passes.values()))} records of {len(ranks)} ranks summed by forward pass"]
+    return finish_counts(counts_SLE, options, format="sglang-per-pass", notes=notes)
 
 
 def sglang_per_token(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
@@ -24,44 +64,25 @@ def sglang_per_token(contents: Sequence[Content], options: ImportOptions) -> Imp
 
     Ranks that recorded the same tokens (tensor parallel) count once; others (data parallel) share the step.
     """
-    passes: defaultdict[int, dict[int, tuple[dict[str, Any], NDArray[np.int64]]]] = defaultdict(dict)
-    for content in contents:
-        pack = as_dict(content.value)
-        map_LP = physical_map(pack, options)
-        for record in map(as_dict, as_list(pack["records"])):
-            number, rank = int(record["forward_pass_id"]), int(record["rank"])
-            if rank in passes[number]:
-                raise TraceError(f"forward pass {number} of rank {rank} is here twice; keep one recording's files")
-            passes[number][rank] = record, map_LP
-    requests, pieces, repeated = _Requests(), [], 0
-    for number, records in sorted(passes.items()):
-        distinct = _distinct([(rank, *record) for rank, record in sorted(records.items())])
-        repeated += len(records) - len(distinct)
-        pieces += [_rows(record, map_LP, number, rank, requests) for rank, record, map_LP in distinct]
-    if not pieces:
-        raise TraceError("it has no records; record while requests are served")
+    passes, _, experts = _passes(contents, options)
+    requests, pieces, repeated = _Requests(), list[Rows](), 0
+    for number, records in passes.items():
+        seen: list[dict[str, Any]] = []
+        for rank, (record, map_LP) in records.items():
+            if any(_same_tokens(record, other) for other in seen):
+                repeated += 1
+                continue
+            seen.append(record)
+            pieces.append(_rows(record, map_LP, number, rank, requests))
     notes = ["requests are joined by position: the recorder does not name them"]
     notes += [f"{repeated} records that repeat another rank's tokens dropped"] if repeated else []
-    if "num_experts" not in options:
-        options = {
-            **options,
-            "num_experts": max(int(map_LP.max()) + 1 for r in passes.values() for _, map_LP in r.values()),
-        }
-    return finish_tokens(stack_rows(pieces), options, format="sglang-per-token", notes=notes)
+    said: ImportOptions = {"num_experts": experts, **options}
+    return finish_tokens(stack_rows(pieces), said, format="sglang-per-token", notes=notes)
 
 
-def _distinct(
-    records: list[tuple[int, dict[str, Any], NDArray[np.int64]]],
-) -> list[tuple[int, dict[str, Any], NDArray[np.int64]]]:
-    kept: list[tuple[int, dict[str, Any], NDArray[np.int64]]] = []
-    for rank, record, map_LP in records:
-        ids = record["topk_ids_of_layer"]
-        if not any(
-            np.array_equal(ids, other["topk_ids_of_layer"]) and record["positions"] == other["positions"]
-            for _, other, _ in kept
-        ):
-            kept.append((rank, record, map_LP))
-    return kept
+def _same_tokens(record: dict[str, Any], other: dict[str, Any]) -> bool:
+    same_ids = np.array_equal(record["topk_ids_of_layer"], other["topk_ids_of_layer"])
+    return same_ids and record["positions"] == other["positions"]
 
 
 def _rows(record: dict[str, Any], map_LP: NDArray[np.int64], number: int, rank: int, requests: "_Requests") -> Rows:
@@ -86,13 +107,8 @@ def _rows(record: dict[str, Any], map_LP: NDArray[np.int64], number: int, rank: 
         phase_T[:tokens] = np.repeat(np.where(decodes_N, DECODE, PREFILL), size_N)
         # What follows the sequences is padding, whatever its ids.
         ids_TLW[tokens:] = -1
-    return Rows(
-        request_id_T=request_T,
-        position_T=position_T,
-        phase_T=phase_T,
-        step_T=np.full(len(position_T), number),
-        expert_ids_TLK=ids_TLW,
-    )
+    step_T = np.full(len(position_T), number)
+    return Rows(request_id_T=request_T, position_T=position_T, phase_T=phase_T, step_T=step_T, expert_ids_TLK=ids_TLW)
 
 
 def _logical(ids_LTW: NDArray[np.int64], map_LP: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -104,7 +120,7 @@ def _logical(ids_LTW: NDArray[np.int64], map_LP: NDArray[np.int64]) -> NDArray[n
         raise TraceError(
             f"physical ids span {ids_LTW.min()} to {ids_LTW.max()}; the expert map has 0 to {physical - 1}"
         )
-    padded_LP = np.concatenate([map_LP, np.full((layers, 1), -1)], axis=1)
+    padded_LP = np.pad(map_LP, ((0, 0), (0, 1)), constant_values=-1)
     return padded_LP[np.arange(layers)[:, None, None], ids_LTW]
 
 
