@@ -9,18 +9,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from .check import TraceError, check_trace
-from .store import PARTS, group_rows, open_trace, write_blocks
-from .stored import StoredTrace
+from .store import PARTS, StoredTrace, group_rows, open_trace, write_blocks
 from .trace import RoutingTrace, concat
 
 LOOSE_PIECES = 256
 """Steps kept as they came before they are joined: many small arrays cost more than their contents."""
-
-PROMISED = ("num_layers", "num_experts", "top_k")
 
 
 class TraceAppender:
@@ -65,11 +61,10 @@ class TraceAppender:
         last = self._last
         if last is None:
             return
-        for name in PROMISED:
-            if getattr(steps, name) != getattr(last, name):
-                raise TraceError(
-                    f"steps with {name} {getattr(steps, name)} follow {getattr(last, name)}; use one model"
-                )
+        for name in ("num_layers", "num_experts", "top_k"):
+            now, before = getattr(steps, name), getattr(last, name)
+            if now != before:
+                raise TraceError(f"steps with {name} {now} follow {before}; use one model")
         if (steps.gates_TLK is None) != (last.gates_TLK is None):
             raise TraceError("some steps have gates and some have none; give gates with every step or never")
         names = ((last.domains, steps.domains), (last.step_table.segments, steps.step_table.segments))
@@ -96,9 +91,7 @@ class TraceAppender:
     def __enter__(self) -> "TraceAppender":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -133,23 +126,23 @@ def _locked(folder: Path) -> IO[bytes]:
 
 
 def _merge(folder: Path, path: Path, *, notes: str | None) -> None:
+    """Stream the parts into one trace, small pieces joined until each makes a row group."""
     parts = open_trace(folder)
     assert isinstance(parts, StoredTrace)
     kept = parts.files[-1][1].provenance
     provenance = replace(kept, notes="; ".join(note for note in (kept.notes, notes) if note))
-    write_blocks((replace(block, provenance=provenance) for block in _regrouped(parts.blocks())), path)
 
-
-def _regrouped(blocks: Iterable[RoutingTrace]) -> Iterator[RoutingTrace]:
-    """Join small pieces until each makes a row group."""
-    pending: list[RoutingTrace] = []
-    for block in blocks:
-        pending.append(block)
-        if _rows(pending) >= group_rows(block):
+    def groups() -> Iterator[RoutingTrace]:
+        pending: list[RoutingTrace] = []
+        for block in parts.blocks():
+            pending.append(replace(block, provenance=provenance))
+            if _rows(pending) >= group_rows(block):
+                yield concat(pending)
+                pending = []
+        if pending:
             yield concat(pending)
-            pending = []
-    if pending:
-        yield concat(pending)
+
+    write_blocks(groups(), path)
 
 
 def _rows(traces: Iterable[RoutingTrace]) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .schema import PHASES
-from .trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable
+from .trace import STEP_COLUMNS, UNKNOWN, ExpertLoad, RoutingTrace, StepTable
 
 MAX_COUNT = np.iinfo(np.int32).max
 
@@ -44,13 +44,27 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def check_block(block: RoutingTrace | ExpertLoad) -> None:
+    """Raise `TraceError` unless the trace or load is sound."""
+    if isinstance(block, ExpertLoad):
+        check_load(block)
+    else:
+        check_trace(block)
+
+
 def check_trace(trace: RoutingTrace) -> None:
     """Raise `TraceError` unless the trace is whole: shapes agree, steps are sorted, ids and gates are sound."""
-    _check_shapes(trace)
+    ids_TLK, gates_TLK = trace.expert_ids_TLK, trace.gates_TLK
+    if ids_TLK.ndim != 3 or 0 in ids_TLK.shape[1:]:
+        raise TraceError(f"expert ids of shape {ids_TLK.shape} are no [tokens, layers, top-k]; give all three")
+    if trace.top_k > trace.num_experts:
+        raise TraceError(f"top-{trace.top_k} routing cannot come from {trace.num_experts} experts; check num_experts")
     _check_columns(trace)
-    _check_ids(trace.expert_ids_TLK, trace.num_experts)
-    if trace.gates_TLK is not None and not np.isfinite(trace.gates_TLK).all():
-        token, layer, _ = np.argwhere(~np.isfinite(trace.gates_TLK))[0]
+    _check_ids(ids_TLK, trace.num_experts)
+    if gates_TLK is not None and gates_TLK.shape != ids_TLK.shape:
+        raise TraceError(f"gates have shape {gates_TLK.shape} and ids {ids_TLK.shape}; the two must agree")
+    if gates_TLK is not None and not np.isfinite(gates_TLK).all():
+        token, layer, _ = np.argwhere(~np.isfinite(gates_TLK))[0]
         raise TraceError(f"the gates of token {token} in layer {layer} are not finite; record them again or drop gates")
     _check_step_table(trace.step_table, trace.num_layers)
 
@@ -70,30 +84,18 @@ def check_load(load: ExpertLoad) -> None:
         raise TraceError(f"phase {load.phase!r} is unknown; allowed are {', '.join(PHASES)}")
 
 
-def _check_shapes(trace: RoutingTrace) -> None:
-    ids_TLK = trace.expert_ids_TLK
-    if ids_TLK.ndim != 3 or 0 in ids_TLK.shape[1:]:
-        raise TraceError(f"expert ids of shape {ids_TLK.shape} are no [tokens, layers, top-k]; give all three")
-    if trace.top_k > trace.num_experts:
-        raise TraceError(f"top-{trace.top_k} routing cannot come from {trace.num_experts} experts; check num_experts")
-    for name in ("request_id_T", "position_T", "phase_T", "step_T", "domain_T"):
-        if getattr(trace, name).shape != (len(ids_TLK),):
-            raise TraceError(f"{name} has shape {getattr(trace, name).shape}; {len(ids_TLK)} tokens need that many")
-    if trace.gates_TLK is not None and trace.gates_TLK.shape != ids_TLK.shape:
-        raise TraceError(f"gates have shape {trace.gates_TLK.shape} and ids {ids_TLK.shape}; the two must agree")
-
-
 def _check_columns(trace: RoutingTrace) -> None:
+    ranges = {"step_T": (0, trace.num_steps), "phase_T": (0, 2), "position_T": (0, 1 << 31)}
+    ranges["domain_T"] = (UNKNOWN, len(trace.domains))
+    for name in ("request_id_T", *ranges):
+        shape, tokens = getattr(trace, name).shape, trace.expert_ids_TLK.shape[0]
+        if shape != (tokens,):
+            raise TraceError(f"{name} has shape {shape}; {tokens} tokens need that many")
     if len(set(trace.domains)) < len(trace.domains):
         raise TraceError(f"domains {trace.domains} name one twice; give each name once")
     if np.any(np.diff(trace.step_T) < 0):
         raise TraceError("token rows are not sorted by step; sort them")
-    for name, low, high in (
-        ("step_T", 0, trace.num_steps),
-        ("phase_T", 0, 2),
-        ("domain_T", UNKNOWN, len(trace.domains)),
-        ("position_T", 0, 1 << 31),
-    ):
+    for name, (low, high) in ranges.items():
         _check_range(name, getattr(trace, name), low, high)
 
 
@@ -122,13 +124,11 @@ def _check_step_table(table: StepTable, num_layers: int) -> None:
     steps = table.num_steps
     if not steps:
         raise TraceError("the trace has no steps; record at least one")
-    _check_range("phase_S", table.phase_S, 0, len(PHASES))
-    _check_range("segment_S", table.segment_S, 0, len(table.segments))
-    shapes = {"segment_S": (steps,), "arrival_ns_S": (steps,), "start_ns_S": (steps,)}
-    shapes |= {"moe_ns_SL": (steps, num_layers), "other_ns_SL": (steps, num_layers)}
-    for name, shape in shapes.items():
+    highest: dict[str, int] = {"phase_S": len(PHASES), "segment_S": len(table.segments)}
+    for name in STEP_COLUMNS:
         values: NDArray[np.integer] | None = getattr(table, name)
+        shape = (steps, num_layers) if name.endswith("_SL") else (steps,)
         if values is not None and values.shape != shape:
             raise TraceError(f"{name} has shape {values.shape}; the step table needs {shape}")
         if values is not None:
-            _check_range(name, values, UNKNOWN, None)
+            _check_range(name, values, 0 if name in highest else UNKNOWN, highest.get(name))

@@ -23,71 +23,66 @@ DICTIONARY = ["domain", "phase", "step_phase", "segment", "label", "layer"]
 NUMBERS = ("step", "request_id", "position", "arrival_ns", "start_ns", "moe_ns.list.element", "other_ns.list.element")
 ENCODING = dict.fromkeys(NUMBERS, "DELTA_BINARY_PACKED")
 STEP_NAMES = ["step", "request_id", "step_phase", "segment", "arrival_ns", "start_ns", "moe_ns", "other_ns"]
+STEP_FIELDS = {"step_phase": "phase_S", "segment": "segment_S", "arrival_ns": "arrival_ns_S", "start_ns": "start_ns_S"}
 
 # pyarrow ships no types; these names at least tell a table from a column.
 ArrowTable = Any
 ArrowColumn = Any
 
 
-def token_table(trace: RoutingTrace, header: Header, first_step: int) -> ArrowTable:
-    """Return the rows of a trace whose steps are numbered from `first_step` in the file."""
+def to_table(block: RoutingTrace | ExpertLoad, first_step: int) -> ArrowTable:
+    """Return the rows of a block whose steps are numbered from `first_step` in the file."""
+    return _load_table(block, first_step) if isinstance(block, ExpertLoad) else _token_table(block, first_step)
+
+
+def _token_table(trace: RoutingTrace, first_step: int) -> ArrowTable:
     tokens_S = np.bincount(trace.step_T, minlength=trace.num_steps)
     rows_S = np.maximum(tokens_S, 1)
-    is_token_R = np.repeat(tokens_S > 0, rows_S)
-    first_R = np.zeros(len(is_token_R), dtype=bool)
-    first_R[np.cumsum(rows_S) - rows_S] = True
-    columns = {"step": pa.array(np.repeat(np.arange(first_step, first_step + trace.num_steps), rows_S))}
-    columns |= _token_columns(trace, header, is_token_R)
-    columns |= _step_columns(trace, first_R)
-    return pa.table(columns)
-
-
-def _token_columns(trace: RoutingTrace, header: Header, is_token_R: NDArray[np.bool_]) -> dict[str, ArrowColumn]:
-    def rows(values: NDArray[np.generic], dtype: str) -> NDArray[Any]:
-        spread_R = np.zeros((len(is_token_R), *values.shape[1:]), dtype=dtype)
-        spread_R[is_token_R] = values
-        return spread_R
-
-    domain_R = rows(trace.domain_T, "<i2")
+    token_R = np.repeat(tokens_S > 0, rows_S)
     columns: dict[str, ArrowColumn] = {
-        "request_id": pa.array(rows(trace.request_id_T, "<i8"), mask=~is_token_R),
-        "position": pa.array(rows(trace.position_T, "<i4")),
-        "phase": pa.array(rows(trace.phase_T, "u1")),
+        "step": pa.array(np.repeat(np.arange(first_step, first_step + trace.num_steps), rows_S)),
+        "request_id": pa.array(_spread(trace.request_id_T, token_R, "<i8"), mask=~token_R),
+        "position": pa.array(_spread(trace.position_T, token_R, "<i4")),
+        "phase": pa.array(_spread(trace.phase_T, token_R, "u1")),
         "domain": pa.DictionaryArray.from_arrays(
-            pa.array(domain_R, mask=~is_token_R | (domain_R == UNKNOWN)), pa.array(header.domains, pa.string())
+            _nullable(trace.domain_T, token_R, "<i2"), pa.array(trace.domains, pa.string())
         ),
     }
-    ids_RLK = rows(trace.expert_ids_TLK, _id_code(trace.num_experts))
-    columns |= {f"experts_{layer}": _binary(ids_RLK[:, layer]) for layer in range(trace.num_layers)}
-    if trace.gates_TLK is not None:
-        gates_RLK = rows(trace.gates_TLK, "<f2")
-        columns |= {f"gates_{layer}": _binary(gates_RLK[:, layer]) for layer in range(trace.num_layers)}
-    return columns
+    layered = {"experts": (trace.expert_ids_TLK, _id_code(trace.num_experts)), "gates": (trace.gates_TLK, "<f2")}
+    for name, (values_TLK, dtype) in layered.items():
+        if values_TLK is not None:
+            values_RLK = _spread(values_TLK, token_R, dtype)
+            columns |= {f"{name}_{layer}": _binary(values_RLK[:, layer]) for layer in range(trace.num_layers)}
+    first_R = np.zeros(len(token_R), dtype=bool)
+    first_R[np.cumsum(rows_S) - rows_S] = True
+    return pa.table(columns | _step_columns(trace.step_table, trace.num_layers, first_R))
 
 
-def _step_columns(trace: RoutingTrace, first_R: NDArray[np.bool_]) -> dict[str, ArrowColumn]:
-    table = trace.step_table
-    columns: dict[str, ArrowColumn] = {}
-    for name, field in (("step_phase", "phase_S"), ("segment", "segment_S")):
-        columns[name] = _on_first(getattr(table, field), first_R, "u1")
-    for name in ("arrival_ns", "start_ns"):
-        columns[name] = _on_first(step_column(table, f"{name}_S", trace.num_layers), first_R, "<i8")
-    offsets_R = np.concatenate([[0], np.cumsum(first_R)]).astype(np.int32) * np.int32(trace.num_layers)
+def _step_columns(table: StepTable, num_layers: int, first_R: NDArray[np.bool_]) -> dict[str, ArrowColumn]:
+    columns: dict[str, ArrowColumn] = {
+        name: _nullable(step_column(table, field, num_layers), first_R, NARROW.get(field, "<i8"))
+        for name, field in STEP_FIELDS.items()
+    }
+    offsets_R = np.concatenate([[0], np.cumsum(first_R)]).astype(np.int32) * np.int32(num_layers)
     for name in ("moe_ns", "other_ns"):
-        flat = step_column(table, f"{name}_SL", trace.num_layers).ravel()
         # A column that nobody recorded is empty everywhere: no null to store for each layer of each step.
-        recorded = getattr(table, f"{name}_SL") is not None
-        values = pa.array(flat[: len(flat) * recorded], pa.int64(), mask=flat[: len(flat) * recorded] == UNKNOWN)
-        columns[name] = pa.ListArray.from_arrays(pa.array(offsets_R * np.int32(recorded)), values)
+        recorded: NDArray[np.int64] | None = getattr(table, f"{name}_SL")
+        flat = np.empty(0, np.int64) if recorded is None else recorded.ravel()
+        values = pa.array(flat, pa.int64(), mask=flat == UNKNOWN)
+        columns[name] = pa.ListArray.from_arrays(pa.array(offsets_R * np.int32(recorded is not None)), values)
     return columns
 
 
-def _on_first(values_S: NDArray[np.integer], first_R: NDArray[np.bool_], dtype: str) -> ArrowColumn:
-    values_R = np.zeros(len(first_R), dtype=dtype)
-    known_R = first_R.copy()
-    values_R[first_R] = values_S
-    known_R[first_R] = values_S != UNKNOWN
-    return pa.array(values_R, mask=~known_R)
+def _spread(values: NDArray[np.generic], on_R: NDArray[np.bool_], dtype: str) -> NDArray[Any]:
+    """Return values on the rows where `on_R` is true, zeros elsewhere."""
+    spread_R = np.zeros((len(on_R), *values.shape[1:]), dtype=dtype)
+    spread_R[on_R] = values
+    return spread_R
+
+
+def _nullable(values: NDArray[np.integer], on_R: NDArray[np.bool_], dtype: str) -> ArrowColumn:
+    spread_R = _spread(values, on_R, dtype)
+    return pa.array(spread_R, mask=~on_R | (spread_R == UNKNOWN))
 
 
 def _binary(values_RK: NDArray[np.generic]) -> ArrowColumn:
@@ -103,47 +98,47 @@ def _id_code(num_experts: int) -> str:
 def read_steps(table: ArrowTable, header: Header) -> tuple[int, NDArray[np.int64], StepTable]:
     """Return the number of the table's first step, the tokens of each step, and what the columns given say of each."""
     step_R = cast("NDArray[np.int64]", _numpy(table, "step"))
-    is_token_R = _numpy_valid(table, "request_id")
+    token_R = table.column("request_id").is_valid().to_numpy()
     first_R = np.diff(step_R, prepend=step_R[:1] - 1) != 0
     step_S = step_R[first_R]
     if not np.array_equal(step_S, step_S[0] + np.arange(len(step_S))):
         raise TraceError("its rows skip a step or are not sorted by step; record or import it again")
-    tokens_S = np.add.reduceat(is_token_R.astype(np.int64), np.flatnonzero(first_R))
+    tokens_S = np.add.reduceat(token_R.astype(np.int64), np.flatnonzero(first_R))
     firsts = table.select([name for name in STEP_NAMES if name in table.column_names]).filter(pa.array(first_R))
+    columns: dict[str, Any] = {
+        field: _numpy(firsts, name).astype(NARROW.get(field, "<i8"), copy=False) for name, field in STEP_FIELDS.items()
+    }
     shape = (len(step_S), header.num_layers)
-    lists = {f"{name}_SL": _lists(firsts, name, shape) for name in ("moe_ns", "other_ns")}
-    steps = StepTable(
-        phase_S=_numpy(firsts, "step_phase").astype(np.uint8),
-        segment_S=_numpy(firsts, "segment").astype(np.uint8),
-        segments=header.segments,
-        arrival_ns_S=_numpy(firsts, "arrival_ns"),
-        start_ns_S=_numpy(firsts, "start_ns"),
-        **lists,
-    )
-    return int(step_S[0]), tokens_S, steps
+    columns |= {f"{name}_SL": _lists(firsts, name, shape) for name in ("moe_ns", "other_ns")}
+    return int(step_S[0]), tokens_S, StepTable(segments=header.segments, **columns)
 
 
-def read_tokens(table: ArrowTable, header: Header) -> tuple[int, RoutingTrace]:
-    """Return the number of the table's first step, and its rows as a trace whose steps start at 0."""
+def read_block(table: ArrowTable, header: Header) -> tuple[int, RoutingTrace | ExpertLoad]:
+    """Return the number of the table's first step, and its rows as a block whose steps start at 0."""
+    return _read_load(table, header) if header.kind == "load" else _read_tokens(table, header)
+
+
+def _read_tokens(table: ArrowTable, header: Header) -> tuple[int, RoutingTrace]:
     first_step, tokens_S, steps = read_steps(table, header)
-    is_token_R = _numpy_valid(table, "request_id")
-
-    def tokens(values: NDArray[Any]) -> NDArray[Any]:
-        return values if len(tokens_S) == 0 or is_token_R.all() else values[is_token_R]
-
-    gates = _layers(table, "gates", "<f2", header) if header.has_gates else None
+    columns: dict[str, NDArray[Any]] = {
+        "request_id_T": _numpy(table, "request_id"),
+        "position_T": _numpy(table, "position").astype(NARROW["position_T"], copy=False),
+        "phase_T": _numpy(table, "phase").astype(NARROW["phase_T"], copy=False),
+        "domain_T": _domains(table, header),
+        "expert_ids_TLK": _layers(table, "experts", _id_code(header.num_experts), header),
+    }
+    if header.has_gates:
+        columns["gates_TLK"] = _layers(table, "gates", "<f2", header)
+    if not tokens_S.all():
+        token_R = table.column("request_id").is_valid().to_numpy()
+        columns = {name: values[token_R] for name, values in columns.items()}
     trace = RoutingTrace(
         num_experts=header.num_experts,
         provenance=header.provenance,
-        step_T=np.repeat(np.arange(len(tokens_S)), tokens_S),
-        request_id_T=tokens(_numpy(table, "request_id")),
-        position_T=tokens(_numpy(table, "position").astype(NARROW["position_T"])),
-        phase_T=tokens(_numpy(table, "phase").astype(np.uint8)),
-        domain_T=tokens(_domains(table, header)),
         domains=header.domains,
-        expert_ids_TLK=tokens(_layers(table, "experts", _id_code(header.num_experts), header)),
-        gates_TLK=None if gates is None else tokens(gates),
+        step_T=np.repeat(np.arange(len(tokens_S)), tokens_S),
         step_table=steps,
+        **columns,
     )
     return first_step, trace
 
@@ -154,10 +149,6 @@ def _numpy(table: ArrowTable, name: str) -> NDArray[Any]:
     if not pa.types.is_integer(column.type) or (column.null_count and column.type == pa.uint8()):
         raise TraceError(f"column {name} has gaps or is no integer; record or import the trace again")
     return column.fill_null(UNKNOWN).to_numpy() if column.null_count else column.to_numpy()
-
-
-def _numpy_valid(table: ArrowTable, name: str) -> NDArray[np.bool_]:
-    return table.column(name).is_valid().to_numpy()
 
 
 def _lists(table: ArrowTable, name: str, shape: tuple[int, int]) -> NDArray[np.int64] | None:
@@ -187,25 +178,21 @@ def _domains(table: ArrowTable, header: Header) -> NDArray[np.int16]:
     return place[column.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)]
 
 
-def load_table(load: ExpertLoad, first_step: int) -> ArrowTable:
-    """Return the rows of counts, one for each step and layer."""
+def _load_table(load: ExpertLoad, first_step: int) -> ArrowTable:
+    """Return one row for each step and layer."""
     steps, layers, experts = load.counts_SLE.shape
     offsets = np.arange(steps * layers + 1, dtype=np.int32) * np.int32(experts)
     labels = np.repeat(np.array(load.labels, dtype=object), layers) if load.labels else [None] * (steps * layers)
-    return pa.table(
-        {
-            "step": pa.array(np.repeat(np.arange(first_step, first_step + steps), layers)),
-            "layer": pa.array(np.tile(np.arange(layers, dtype=np.int32), steps)),
-            "label": pa.array(labels, pa.string()),
-            "counts": pa.ListArray.from_arrays(
-                pa.array(offsets), pa.array(load.counts_SLE.astype(np.int64, copy=False).ravel())
-            ),
-        }
-    )
+    columns = {
+        "step": np.repeat(np.arange(first_step, first_step + steps), layers),
+        "layer": np.tile(np.arange(layers, dtype=np.int32), steps),
+        "label": pa.array(labels, pa.string()),
+        "counts": pa.ListArray.from_arrays(pa.array(offsets), pa.array(load.counts_SLE.ravel(), pa.int64())),
+    }
+    return pa.table(columns)
 
 
-def read_load(table: ArrowTable, header: Header) -> tuple[int, ExpertLoad]:
-    """Return the number of the table's first step, and its rows as counts."""
+def _read_load(table: ArrowTable, header: Header) -> tuple[int, ExpertLoad]:
     labels = cast("list[str | None]", table.column("label").to_pylist())[:: header.num_layers]
     counts = table.column("counts").combine_chunks().flatten().to_numpy()
     load = ExpertLoad(

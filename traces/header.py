@@ -7,24 +7,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .check import TraceError
 from .schema import Phase, Provenance
-from .trace import STEP_COLUMNS, UNKNOWN, ExpertLoad, RoutingTrace, id_dtype, step_column
+from .trace import STEP_COLUMNS, TOKEN_COLUMNS, UNKNOWN, ExpertLoad, RoutingTrace, id_dtype, step_column
 
 SCHEMA_VERSION = 1
 KEY = b"expertslice"
 
-NARROW: dict[str, str] = {
-    "request_id_T": "<i8",
-    "position_T": "<i4",
-    "phase_T": "u1",
-    "domain_T": "<i2",
-    "gates_TLK": "<f2",
-    "phase_S": "u1",
-    "segment_S": "u1",
-}
+BYTES = ("phase_T", "phase_S", "segment_S", "labels")
+NARROW = {"position_T": "<i4", "domain_T": "<i2", "gates_TLK": "<f2", **dict.fromkeys(BYTES, "u1")}
+"""Types of columns in files and checksums; others are "<i8", and ids as narrow as the experts allow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,33 +56,14 @@ def parse_header(metadata: Mapping[bytes, bytes] | None) -> Header:
     return Header(provenance=provenance, **names, **fields)
 
 
-def tokens_header(trace: RoutingTrace) -> Header:
-    """Return the header for a trace that starts like this one; sizes and checksum are those of this one alone."""
-    return Header(
-        kind="tokens",
-        num_layers=trace.num_layers,
-        num_experts=trace.num_experts,
-        top_k=trace.top_k,
-        num_steps=trace.num_steps,
-        num_tokens=trace.num_tokens,
-        has_gates=trace.gates_TLK is not None,
-        domains=trace.domains,
-        segments=trace.step_table.segments,
-        provenance=trace.provenance,
-    )
-
-
-def load_header(load: ExpertLoad) -> Header:
-    """Return the header for counts."""
-    return Header(
-        kind="load",
-        num_layers=load.num_layers,
-        num_experts=load.num_experts,
-        top_k=load.top_k,
-        num_steps=load.num_steps,
-        phase=load.phase,
-        provenance=load.provenance,
-    )
+def header_of(block: RoutingTrace | ExpertLoad) -> Header:
+    """Return the header for a file that ends with this block; sizes are those of the block alone, no checksum."""
+    own: dict[str, Any] = {name: getattr(block, name) for name in ("num_layers", "num_experts", "top_k", "num_steps")}
+    if isinstance(block, ExpertLoad):
+        return Header(kind="load", provenance=block.provenance, phase=block.phase, **own)
+    own |= {"num_tokens": block.num_tokens, "has_gates": block.gates_TLK is not None}
+    segments = block.step_table.segments
+    return Header(kind="tokens", provenance=block.provenance, domains=block.domains, segments=segments, **own)
 
 
 @dataclass(slots=True)
@@ -100,28 +74,23 @@ class Checksum:
     num_steps: int = 0
     num_tokens: int = 0
 
-    def add_trace(self, trace: RoutingTrace) -> None:
-        """Feed the next steps of a token trace."""
-        self.num_steps += trace.num_steps
-        self.num_tokens += trace.num_tokens
-        self._add("tokens_of_step", np.bincount(trace.step_T, minlength=trace.num_steps), "<i8")
-        for name in ("request_id_T", "position_T", "phase_T", "domain_T", "gates_TLK"):
-            values: NDArray[np.generic] | None = getattr(trace, name)
+    def add(self, block: RoutingTrace | ExpertLoad) -> None:
+        """Feed the next steps."""
+        self.num_steps += block.num_steps
+        if isinstance(block, ExpertLoad):
+            labels = np.frombuffer("\0".join((*block.labels, "")).encode(), dtype=np.uint8)
+            rows: dict[str, Any] = {"counts_SLE": block.counts_SLE, "labels": labels}
+        else:
+            self.num_tokens += block.num_tokens
+            rows = {name: getattr(block, name) for name in TOKEN_COLUMNS}
+            rows["tokens_of_step"] = np.bincount(block.step_T, minlength=block.num_steps)
+            rows |= {name: step_column(block.step_table, name, block.num_layers) for name in STEP_COLUMNS}
+        for name, values in rows.items():
             if values is not None:
-                self._add(name, values, NARROW[name])
-        self._add("expert_ids_TLK", trace.expert_ids_TLK, np.dtype(id_dtype(trace.num_experts)).newbyteorder("<"))
-        for name in STEP_COLUMNS:
-            self._add(name, step_column(trace.step_table, name, trace.num_layers), NARROW.get(name, "<i8"))
-
-    def add_load(self, load: ExpertLoad) -> None:
-        """Feed the next steps of counts."""
-        self.num_steps += load.num_steps
-        self._add("counts_SLE", load.counts_SLE, "<i8")
-        self._add("labels", np.frombuffer("\0".join((*load.labels, "")).encode(), dtype=np.uint8), "u1")
-
-    def _add(self, name: str, values: NDArray[np.generic], dtype: "str | np.dtype[Any]") -> None:
-        digest = self.columns.setdefault(name, hashlib.sha256())
-        digest.update(np.ascontiguousarray(values, dtype=dtype).data)
+                ids = np.dtype(id_dtype(block.num_experts)).newbyteorder("<")
+                dtype = ids if name == "expert_ids_TLK" else np.dtype(NARROW.get(name, "<i8"))
+                digest = self.columns.setdefault(name, hashlib.sha256())
+                digest.update(np.ascontiguousarray(values, dtype=dtype).data)
 
     def of(self, header: Header) -> str:
         """Return the checksum of what was fed, bound to the header's shape and names."""

@@ -1,28 +1,27 @@
-"""A trace that stays on disk: streamed by row group, checked on the way, narrowed to a part without reading ids."""
+"""A trace on disk: streamed by row group, checked on the way, narrowed to a part without reading ids."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from .check import TraceError, check_load, check_trace, reading
-from .columns import STEP_NAMES, ArrowTable, read_load, read_steps, read_tokens
+from .check import TraceError, check_block, reading
+from .columns import STEP_NAMES, read_block, read_steps
 from .header import Checksum, Header, parse_header
 from .schema import PHASES, Phase, Provenance, RoutedStep
 from .trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable, concat, concat_tables, pick_rows, take_steps
 
-B = TypeVar("B")
+B = TypeVar("B", RoutingTrace, ExpertLoad)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """Files of one trace, in order, each with its own header, and one header for all."""
+class Stored(Generic[B]):
+    """Files of one trace, in order, each with its own header, and one header for all; satisfies `StepSource`."""
 
     files: tuple[tuple[Path, Header], ...]
     header: Header
@@ -47,10 +46,41 @@ class Stored:
     def provenance(self) -> Provenance:
         return self.header.provenance
 
+    def steps(self) -> Iterator[RoutedStep]:
+        """Yield the steps in order, holding one row group at a time.
+
+        Raises:
+            TraceError: Rows are not sound; that the checksum does not match is known after the last step only.
+        """
+        first = 0
+        for block in self.blocks():
+            yield from block.steps(first_step=first)
+            first += block.num_steps
+
+    def blocks(self) -> Iterator[B]:
+        """Yield consecutive pieces, each a trace or load of its own; check rows, and at a file's end its checksum."""
+        one = self.header
+        for path, own in self.files:
+            checksum = Checksum()
+            names = replace(own, domains=one.domains, segments=one.segments, provenance=one.provenance)
+            with reading(path), closing(pq.ParquetFile(path)) as file:
+                for group in range(file.num_row_groups):
+                    first_step, block = read_block(file.read_row_group(group), names)
+                    if first_step != checksum.num_steps:
+                        raise TraceError(f"step {first_step} follows step {checksum.num_steps - 1}; record it again")
+                    check_block(block)
+                    checksum.add(block)
+                    yield from self._kept(cast("B", block))
+                if checksum.of(own) != own.checksum:
+                    raise TraceError("its rows do not match its checksum: it was altered; record or import it again")
+
+    def _kept(self, block: B) -> Iterator[B]:
+        yield block
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTrace(Stored):
-    """A token trace on disk; satisfies `StepSource` and holds one row group at a time."""
+class StoredTrace(Stored[RoutingTrace]):
+    """A token trace on disk."""
 
     segment: str | None = None
     phase: Phase | None = None
@@ -69,30 +99,15 @@ class StoredTrace(Stored):
     def segments(self) -> tuple[str, ...]:
         return self.header.segments
 
-    def steps(self) -> Iterator[RoutedStep]:
-        """Yield the steps in order.
-
-        Raises:
-            TraceError: Rows are not sound; that the checksum does not match is known after the last step only.
-        """
-        first = 0
-        for block in self.blocks():
-            yield from block.steps(first_step=first)
-            first += block.num_steps
-
     def read(self) -> RoutingTrace:
         """Return the whole trace, or selection, in memory."""
         return concat(list(self.blocks()))
 
-    def blocks(self) -> Iterator[RoutingTrace]:
-        """Yield consecutive pieces of the trace, each a trace of its own."""
-        for path, own in self.files:
-            names = replace(own, domains=self.domains, segments=self.segments, provenance=self.provenance)
-            for block in _blocks(path, own, partial(read_tokens, header=names), check_trace, Checksum.add_trace):
-                keep_S = self._keep(block.step_table)
-                if keep_S.any():
-                    kept = block if keep_S.all() else take_steps(block, keep_S)
-                    yield replace(kept, step_table=self._rebased(kept.step_table))
+    def _kept(self, block: RoutingTrace) -> Iterator[RoutingTrace]:
+        keep_S = self._keep(block.step_table)
+        if keep_S.any():
+            kept = block if keep_S.all() else take_steps(block, keep_S)
+            yield replace(kept, step_table=self._rebased(kept.step_table))
 
     def step_table(self) -> StepTable:
         """Return what is known of every step, without reading ids."""
@@ -104,13 +119,16 @@ class StoredTrace(Stored):
             raise TraceError(f"the trace has no segment {segment!r}; it has {', '.join(self.segments)}")
         if phase is not None and phase not in PHASES:
             raise TraceError(f"phase {phase!r} is unknown; allowed are {', '.join(PHASES)}")
-        narrowed = replace(self, segment=segment or self.segment, phase=phase or self.phase, base_ns=0)
+        narrowed = replace(self, segment=segment or self.segment, phase=phase or self.phase)
         tables = list(narrowed._tables(STEP_NAMES[:-2]))
         if not tables:
             raise TraceError(f"no step has segment {narrowed.segment!r} and phase {narrowed.phase!r}; select less")
+        times = [times_S for table, _ in tables for times_S in (table.arrival_ns_S, table.start_ns_S)]
+        times = np.concatenate([times_S for times_S in times if times_S is not None])
+        known = times[times != UNKNOWN]
         num_steps = sum(table.num_steps for table, _ in tables)
         header = replace(self.header, num_steps=num_steps, num_tokens=sum(tokens for _, tokens in tables))
-        return replace(narrowed, header=header, base_ns=_earliest_ns([table for table, _ in tables]))
+        return replace(narrowed, header=header, base_ns=int(known.min()) if known.size else 0)
 
     def _tables(self, names: list[str]) -> Iterator[tuple[StepTable, int]]:
         """Yield the kept steps of each row group, and their tokens."""
@@ -134,32 +152,18 @@ class StoredTrace(Stored):
         def rebased(times_S: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
             return None if times_S is None else np.where(times_S == UNKNOWN, UNKNOWN, times_S - self.base_ns)
 
-        if not self.base_ns:
-            return table
         return replace(table, arrival_ns_S=rebased(table.arrival_ns_S), start_ns_S=rebased(table.start_ns_S))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredLoad(Stored):
-    """Counts on disk; satisfies `StepSource` and holds one row group at a time."""
-
-    def steps(self) -> Iterator[RoutedStep]:
-        """Yield the steps in order."""
-        first = 0
-        for block in self.blocks():
-            yield from block.steps(first_step=first)
-            first += block.num_steps
+class StoredLoad(Stored[ExpertLoad]):
+    """Counts on disk."""
 
     def read(self) -> ExpertLoad:
         """Return all counts in memory."""
         blocks = list(self.blocks())
         counts_SLE = np.concatenate([block.counts_SLE for block in blocks])
         return replace(blocks[0], counts_SLE=counts_SLE, labels=sum((block.labels for block in blocks), ()))
-
-    def blocks(self) -> Iterator[ExpertLoad]:
-        """Yield consecutive pieces of the counts."""
-        for path, own in self.files:
-            yield from _blocks(path, own, partial(read_load, header=own), check_load, Checksum.add_load)
 
 
 def read_header(path: Path) -> Header:
@@ -168,30 +172,3 @@ def read_header(path: Path) -> Header:
         raise TraceError(f"{path} is a folder; give the trace's file")
     with reading(path), closing(pq.ParquetFile(path)) as file:
         return parse_header(file.metadata.metadata)
-
-
-def _earliest_ns(tables: list[StepTable]) -> int:
-    times = [times_S for table in tables for times_S in (table.arrival_ns_S, table.start_ns_S) if times_S is not None]
-    known = [times_S[times_S != UNKNOWN] for times_S in times]
-    return min((int(times.min()) for times in known if times.size), default=0)
-
-
-def _blocks(
-    path: Path,
-    header: Header,
-    read: Callable[[ArrowTable], tuple[int, B]],
-    check: Callable[[B], None],
-    feed: Callable[[Checksum, B], None],
-) -> Iterator[B]:
-    """Yield a file's row groups, decoded and checked; compare sizes and checksum at the end."""
-    checksum = Checksum()
-    with reading(path), closing(pq.ParquetFile(path)) as file:
-        for group in range(file.num_row_groups):
-            first_step, block = read(file.read_row_group(group))
-            if first_step != checksum.num_steps:
-                raise TraceError(f"step {first_step} follows step {checksum.num_steps - 1}; record it again")
-            check(block)
-            feed(checksum, block)
-            yield block
-        if checksum.of(header) != header.checksum:
-            raise TraceError("its rows do not match its checksum: it was altered; record or import it again")

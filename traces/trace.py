@@ -144,6 +144,7 @@ class ExpertLoad:
 
 TOKEN_COLUMNS = ("request_id_T", "position_T", "phase_T", "domain_T", "expert_ids_TLK", "gates_TLK")
 STEP_COLUMNS = ("phase_S", "segment_S", "arrival_ns_S", "start_ns_S", "moe_ns_SL", "other_ns_SL")
+Rows = slice | NDArray[np.bool_]
 
 
 def slice_steps(trace: RoutingTrace, first: int, last: int) -> RoutingTrace:
@@ -159,6 +160,17 @@ def take_steps(trace: RoutingTrace, keep_S: NDArray[np.bool_]) -> RoutingTrace:
     return _picked(trace, keep_T, keep_S, (np.cumsum(keep_S) - 1)[trace.step_T[keep_T]])
 
 
+def _picked(trace: RoutingTrace, tokens: Rows, steps: Rows, step_T: NDArray[np.int64]) -> RoutingTrace:
+    columns = {name: column[tokens] for name in TOKEN_COLUMNS if (column := getattr(trace, name)) is not None}
+    return replace(trace, step_T=step_T, step_table=pick_rows(trace.step_table, steps), **columns)
+
+
+def pick_rows(table: StepTable, steps: Rows) -> StepTable:
+    """Return some rows of a step table."""
+    rows = {name: column[steps] for name in STEP_COLUMNS if (column := getattr(table, name)) is not None}
+    return replace(table, **rows)
+
+
 def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     """Join traces of one model end to end: steps are renumbered, requests keep their ids.
 
@@ -166,34 +178,23 @@ def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     the one before. Step columns that nobody recorded come back as None.
     """
     offsets = np.cumsum([0, *(trace.num_steps for trace in traces)])
-    steps = [trace.step_T + offset for trace, offset in zip(traces, offsets, strict=False)]
-    tokens = {name: _joined([getattr(trace, name) for trace in traces]) for name in TOKEN_COLUMNS}
+    step_T = np.concatenate([trace.step_T + offset for trace, offset in zip(traces, offsets, strict=False)])
+    columns = {name: [getattr(trace, name) for trace in traces] for name in TOKEN_COLUMNS}
+    tokens = {
+        name: None if any(part is None for part in parts) else np.concatenate(parts) for name, parts in columns.items()
+    }
     table = concat_tables([trace.step_table for trace in traces], traces[0].num_layers)
-    return replace(traces[-1], step_T=np.concatenate(steps), step_table=table, **tokens)
+    return replace(traces[-1], step_T=step_T, step_table=table, **tokens)
 
 
 def concat_tables(tables: Sequence[StepTable], num_layers: int) -> StepTable:
     """Join step tables end to end; a column that nobody recorded comes back as None."""
-    columns = {name: _joined([step_column(table, name, num_layers) for table in tables]) for name in STEP_COLUMNS}
-    return replace(tables[-1], **{name: None if _unknown(column) else column for name, column in columns.items()})
-
-
-def _picked(
-    trace: RoutingTrace, tokens: slice | NDArray[np.bool_], steps: slice | NDArray[np.bool_], step_T: NDArray[np.int64]
-) -> RoutingTrace:
-    columns = {name: column[tokens] for name in TOKEN_COLUMNS if (column := getattr(trace, name)) is not None}
-    return replace(trace, step_T=step_T, step_table=pick_rows(trace.step_table, steps), **columns)
-
-
-def pick_rows(table: StepTable, steps: slice | NDArray[np.bool_]) -> StepTable:
-    """Return some rows of a step table."""
-    rows = {name: column[steps] for name in STEP_COLUMNS if (column := getattr(table, name)) is not None}
-    return replace(table, **rows)
-
-
-def _joined(columns: list[NDArray[np.generic] | None]) -> NDArray[np.generic] | None:
-    arrays = [column for column in columns if column is not None]
-    return np.concatenate(arrays) if len(arrays) == len(columns) else None
+    columns: dict[str, NDArray[np.integer] | None] = {}
+    for name in STEP_COLUMNS:
+        column = np.concatenate([step_column(table, name, num_layers) for table in tables])
+        unknown = column.dtype == np.int64 and (column == UNKNOWN).all()
+        columns[name] = None if unknown else column
+    return replace(tables[-1], **columns)
 
 
 def step_column(table: StepTable, name: str, num_layers: int) -> NDArray[np.integer]:
@@ -203,7 +204,3 @@ def step_column(table: StepTable, name: str, num_layers: int) -> NDArray[np.inte
         return column
     shape = (table.num_steps, num_layers) if name.endswith("_SL") else (table.num_steps,)
     return np.full(shape, UNKNOWN, dtype=np.int64)
-
-
-def _unknown(column: NDArray[np.generic] | None) -> bool:
-    return column is None or (column.dtype == np.int64 and bool((column == UNKNOWN).all()))
