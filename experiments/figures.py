@@ -16,8 +16,7 @@ from .ranking import REFERENCE
 from .records import read_records
 from .simulate import Outcome
 from .summary import Result
-from .table import effect_words, rank_words, share_words
-from .why import signed
+from .table import effect_words, rank_words, share_words, signed
 
 TERMS = (
     ("cold_share", "cold experts: memory", PALETTE[0]),
@@ -60,9 +59,9 @@ def ranking_figure(result: Result, summary: dict[str, Any], folder: Path | None)
     for y, row in enumerate(rows):
         effect, p = row["effect_percent"], ranking.names.index(row["policy"])
         if row["policy"] != REFERENCE:
-            for half, lift, colour in ((row["workload_half_percent"], -0.12, 0), (row["model_half_percent"], 0.12, 1)):
+            for kind, lift, colour in (("workload", -0.12, 0), ("model", 0.12, 1)):
                 ax.plot(
-                    [effect - half, effect + half], [y + lift] * 2, color=PALETTE[colour], lw=3, solid_capstyle="butt"
+                    row[f"{kind}_interval_percent"], [y + lift] * 2, color=PALETTE[colour], lw=3, solid_capstyle="butt"
                 )
             ax.plot(ranking.composition_CP[:, p], [y - 0.3] * len(ranking.composition_CP), "|", color=PALETTE[0], ms=5)
         ax.plot([effect], [y], "o" if row["deployable"] else "D", color=INK, ms=4.5, zorder=3)

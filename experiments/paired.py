@@ -2,7 +2,7 @@
 
 Everything rests on deviations: a bootstrap of the workload, and draws of the model's parameters, each give rows of
 "how far every policy's effect might lie from its estimate", drawn jointly so that what policies share cancels in
-their differences. Intervals are symmetric: estimate plus or minus a quantile of the absolute deviation.
+their differences. An interval need not be symmetric: who is tuned to the nominal model only loses when it is wrong.
 
 Shape letters: P policies, N steps of a series, B bootstrap draws, M draws of the model's parameters, C compositions.
 """
@@ -144,20 +144,25 @@ def _median_of_blocks(times_PN: Floats, prefix_PN: Floats, starts: NDArray[np.in
     return np.stack(rows)
 
 
-def t_draws(deviations_MP: Floats, *, seed: int, num_draws: int = NUM_DRAWS) -> Floats:
+def t_draws(deviations_MP: Floats, *, seed: int, about_mean: bool = False, num_draws: int = NUM_DRAWS) -> Floats:
     """Return [B, P] draws with the spread of a few deviations: multivariate t, wider the fewer there were.
 
     A handful of parameter draws cannot give a 95 % quantile; their covariance and its uncertainty can. NaN stands for
-    a draw that a policy was left out of.
+    a draw that a policy was left out of. With `about_mean` the draws also have the deviations' mean, and predict one
+    more deviation of the same kind; a single deviation has no spread about its mean, and is taken about 0.
     """
     known_P = np.isfinite(deviations_MP).sum(axis=0)
+    total_P = np.nan_to_num(deviations_MP).sum(axis=0)
+    shift_P = np.where(known_P > 1, total_P / np.maximum(known_P, 1), 0.0) if about_mean else np.zeros(len(known_P))
+    freedom_P = np.where(known_P > 1, known_P - 1, known_P) if about_mean else known_P
+    predict_P = np.sqrt(1 + 1 / np.maximum(known_P, 1)) if about_mean else np.ones(len(known_P))
     rng = np.random.default_rng([seed, len(deviations_MP)])
     normal_BM = rng.standard_normal((num_draws, len(deviations_MP)))
-    draws_BP = normal_BM @ np.nan_to_num(deviations_MP) / np.sqrt(np.maximum(known_P, 1))
-    for known in np.unique(known_P[known_P > 0]).tolist():
-        scale_B = np.sqrt(known / rng.chisquare(known, num_draws))
-        draws_BP[:, known_P == known] *= scale_B[:, None]
-    return draws_BP
+    draws_BP = normal_BM @ np.nan_to_num(deviations_MP - shift_P) * (predict_P / np.sqrt(np.maximum(freedom_P, 1)))
+    for freedom in np.unique(freedom_P[freedom_P > 0]).tolist():
+        scale_B = np.sqrt(freedom / rng.chisquare(freedom, num_draws))
+        draws_BP[:, freedom_P == freedom] *= scale_B[:, None]
+    return draws_BP + shift_P
 
 
 def between_compositions(effect_CP: Floats, within_sd_CP: Floats) -> Floats:
@@ -175,35 +180,49 @@ def between_compositions(effect_CP: Floats, within_sd_CP: Floats) -> Floats:
 
 
 def half_width(deviation_BP: Floats, level: float = LEVEL) -> Floats:
-    """Return the half-width of each policy's interval."""
+    """Return the half-width of each policy's interval, for deviations without a side."""
     return np.quantile(np.abs(deviation_BP), level, axis=0)
+
+
+def interval(effect_P: Floats, deviation_BP: Floats, level: float = LEVEL) -> Floats:
+    """Return [2, P] low and high ends; the estimate itself is always inside."""
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    low_P, high_P = effect_P + np.quantile(deviation_BP, tails, axis=0)
+    return np.stack([np.minimum(low_P, effect_P), np.maximum(high_P, effect_P)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Every pair of policies: the difference in percentage points and its simultaneous half-width."""
+    """Every pair of policies: the difference in percentage points and its simultaneous interval."""
 
     difference_PP: Floats
-    half_width_PP: Floats
+    low_PP: Floats
+    high_PP: Floats
     differ_PP: NDArray[np.bool_]
     """Whether the pair's interval leaves out 0."""
 
 
 def compare_all(effect_P: Floats, deviation_BP: Floats, level: float = LEVEL) -> Comparison:
-    """Compare every pair so that with probability `level` no interval misses its difference (max-T)."""
+    """Compare every pair so that with probability `level` no interval misses its difference (max-T).
+
+    Intervals are as wide as the deviations spread about their mean, shifted by that mean, and reach to the estimate.
+    """
     p = len(effect_P)
     upper = np.triu_indices(p, 1)
     difference_PP = effect_P[:, None] - effect_P[None, :]
     pairs_BQ = deviation_BP[:, upper[0]] - deviation_BP[:, upper[1]]
-    sd_Q = pairs_BQ.std(axis=0)
-    half_PP = np.zeros((p, p))
-    if len(sd_Q) and sd_Q.max() > 0:
-        moving = sd_Q > 0
-        largest_B = (np.abs(pairs_BQ[:, moving]) / sd_Q[moving]).max(axis=1)
+    mean_Q, sd_Q = pairs_BQ.mean(axis=0), pairs_BQ.std(axis=0)
+    shift_PP, half_PP = np.zeros((p, p)), np.zeros((p, p))
+    moving = sd_Q > 0
+    if moving.any():
+        largest_B = (np.abs(pairs_BQ[:, moving] - mean_Q[moving]) / sd_Q[moving]).max(axis=1)
         half_PP[upper] = float(np.quantile(largest_B, level)) * sd_Q
-    half_PP = half_PP + half_PP.T
-    differ_PP = np.abs(difference_PP) > half_PP + EXACT_PERCENT
-    return Comparison(difference_PP=difference_PP, half_width_PP=half_PP, differ_PP=differ_PP)
+    shift_PP[upper] = mean_Q
+    shift_PP, half_PP = shift_PP - shift_PP.T, half_PP + half_PP.T
+    low_PP = np.minimum(difference_PP, difference_PP + shift_PP - half_PP)
+    high_PP = np.maximum(difference_PP, difference_PP + shift_PP + half_PP)
+    differ_PP = (low_PP > EXACT_PERCENT) | (high_PP < -EXACT_PERCENT)
+    return Comparison(difference_PP=difference_PP, low_PP=low_PP, high_PP=high_PP, differ_PP=differ_PP)
 
 
 def holm(p_values_Q: Floats) -> Floats:

@@ -37,17 +37,20 @@ class Ranking:
 
     names: tuple[str, ...]
     effect_P: NDArray[np.float64]
-    workload_half_P: NDArray[np.float64]
-    model_half_P: NDArray[np.float64]
-    half_P: NDArray[np.float64]
+    workload_2P: NDArray[np.float64]
+    """Low and high ends of the interval of the workload alone."""
+    model_2P: NDArray[np.float64]
+    both_2P: NDArray[np.float64]
     comparison: paired.Comparison
     ranks: tuple[paired.Rank | None, ...]
     """None for policies that foresee: a bound takes no place."""
     told_P: NDArray[np.bool_]
     """Whether a deployable policy can be told from the reference."""
     composition_CP: NDArray[np.float64]
+    nominal_P: NDArray[np.float64]
+    """Effect on the sampled steps under the nominal model."""
     draw_MP: NDArray[np.float64]
-    """Effect on the sampled steps under each draw; NaN where a policy was left out."""
+    """The same under each draw of its errors; NaN where a policy was left out."""
     block_steps: int
 
     @property
@@ -80,19 +83,20 @@ def rank(evidence: Evidence, foresees: Mapping[str, bool], *, seed: int) -> Rank
     workload_BP = blocks_BP + paired.t_draws(between_CP, seed=seed + 1)
     draw_MP = np.array([_effects(one, names) for one in evidence.draws]).reshape(-1, len(names))
     nominal_P = _effects(evidence.nominal, names) if evidence.nominal else np.zeros(len(names))
-    model_BP = paired.t_draws(draw_MP - nominal_P, seed=seed + 2)
+    model_BP = paired.t_draws(draw_MP - nominal_P, seed=seed + 2, about_mean=True)
     both_BP = workload_BP + model_BP
     ranks, told_P = _ranks(names, effect_P, both_BP, foresees)
     return Ranking(
         names=tuple(names),
         effect_P=effect_P,
-        workload_half_P=paired.half_width(workload_BP),
-        model_half_P=paired.half_width(model_BP),
-        half_P=paired.half_width(both_BP),
+        workload_2P=paired.interval(effect_P, workload_BP),
+        model_2P=paired.interval(effect_P, model_BP),
+        both_2P=paired.interval(effect_P, both_BP),
         comparison=paired.compare_all(effect_P, both_BP),
         ranks=ranks,
         told_P=told_P,
         composition_CP=composition_CP,
+        nominal_P=nominal_P,
         draw_MP=draw_MP,
         block_steps=block,
     )

@@ -60,10 +60,15 @@ def verdict(summary: dict[str, Any]) -> str:
     return f"{answer}: {effect_words(sure[0])} against unsliced (mean step time, 95 % interval).{also}"
 
 
+def _width(ends: Sequence[float]) -> float:
+    return ends[1] - ends[0]
+
+
 def trust(summary: dict[str, Any]) -> list[str]:
     """Return what the intervals cover and what they do not."""
     s = summary["statistics"]
-    widest = max(summary["ranking"], key=lambda row: row["effect_half_percent"])
+    widest = max(summary["ranking"], key=lambda row: _width(row["effect_interval_percent"]))
+    by_work, by_model = (_width(widest[f"{kind}_interval_percent"]) for kind in ("workload", "model"))
     batches = (
         f"{s['compositions']} independent batchings of the same requests" if s["compositions"] else
         "no other batches: the trace holds too few requests or counts alone"
@@ -74,8 +79,8 @@ def trust(summary: dict[str, Any]) -> list[str]:
         f"Model error: {s['model_draws']} draws of every figure with a declared error, the same for every policy, on "
         f"{s['sampled_steps']} sampled steps; what all policies share cancels in their differences. Bounds see the "
         "first few draws alone.",
-        f"Widest interval: {widest['policy']}, ± {widest['workload_half_percent']:.1f} from the workload and "
-        f"± {widest['model_half_percent']:.1f} from the model.",
+        f"Widest interval: {widest['policy']}, {by_work:.1f} points from the workload and {by_model:.1f} from the "
+        "model; an interval that lies to one side says that a policy can only lose where the model is wrong.",
         "Policies decide with a belief that is simpler than the simulator's truth; only bounds, which are not "
         "deployable, see the truth.",
         *summary["notes"],

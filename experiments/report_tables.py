@@ -79,7 +79,7 @@ def _ranking(summary: dict[str, Any]) -> Table:
         rows.append(Row([Cell(t, v) for t, v in zip(texts, values, strict=True)], bound=not row["deployable"]))
     level = f"{share_words(summary['statistics']['level'])}"
     caption = (
-        f"Simulated; ± is a {level} interval of workload and model error together; a tie cannot be told apart. "
+        f"Simulated; in brackets the {level} interval of workload and model error together; ties cannot be told apart. "
         "Slices busy: share of the step, most used layout."
     )
     return Table(caption, [Column(name) for name in COLUMNS], rows)
@@ -111,16 +111,20 @@ def _phases(summary: dict[str, Any]) -> Table:
     )
 
 
+def _ends(ends: Sequence[float]) -> Cell:
+    return Cell(f"{ends[0]:+.2f} … {ends[1]:+.2f}".replace("-", "−"), ends[0])
+
+
 def _pairs(summary: dict[str, Any]) -> Table:
     rows = [
         [Cell(pair["a"], pair["a"]), Cell(pair["b"], pair["b"]), number(pair["difference_percent"], "+.2f", " points"),
-         number(pair["half_percent"], ".2f", " points"), Cell("yes" if pair["differ"] else "no", int(pair["differ"]))]
+         _ends(pair["interval_percent"]), Cell("yes" if pair["differ"] else "no", int(pair["differ"]))]
         for pair in summary["pairs"]
     ]  # fmt: skip
     caption = (
         "Difference of the two effects; intervals hold for all pairs at once (max-T), so a tie is a tie among all."
     )
-    return table(caption, ("first", "second", "first − second", "±", "can be told apart"), rows)
+    return table(caption, ("first", "second", "first − second", "interval", "can be told apart"), rows)
 
 
 def _layers(summary: dict[str, Any]) -> Table:
@@ -170,14 +174,19 @@ def _slices(summary: dict[str, Any]) -> Table:
 
 def _draws(summary: dict[str, Any]) -> Table:
     names = [row["policy"] for row in summary["ranking"] if row["policy"] != "unsliced"]
-    rows = [[Cell("the trace", 0), *(number(_effect(summary, n), "+.1f", " %") for n in names)]]
-    for kind, title in (("compositions", "other batches"), ("draws", "model error")):
-        rows += [
-            [Cell(f"{title} {i + 1}", i + 1), *(number(one[n], "+.1f", " %") for n in names)]
-            for i, one in enumerate(summary[kind])
-        ]
+    rows = [[Cell("the trace", "the trace"), *(number(_effect(summary, n), "+.1f", " %") for n in names)]]
+    parts = (
+        ("other batches", summary["compositions"]),
+        ("sampled steps", [summary["sampled"]]),
+        ("sampled steps, model error", summary["draws"]),
+    )
+    for title, found in parts:
+        for i, one in enumerate(found):
+            label = f"{title} {i + 1}" if len(found) > 1 else title
+            rows.append([Cell(label, label), *(number(one[n], "+.1f", " %") for n in names)])
     caption = (
-        "Effect against unsliced, again: on re-batched requests, and with the model's figures drawn from their errors."
+        "Effect against unsliced, again: on re-batched requests, and on sampled steps with the model's figures as they "
+        "are and drawn from their errors."
     )
     return table(caption, ("what changed", *names), rows)
 

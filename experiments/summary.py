@@ -68,6 +68,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "ranking": rows,
         "phases": phase_effects(result.evidence, ranking.names, case.options.seed),
         "compositions": [dict(zip(ranking.names, row.tolist(), strict=True)) for row in ranking.composition_CP],
+        "sampled": dict(zip(ranking.names, ranking.nominal_P.tolist(), strict=True)),
         "draws": [dict(zip(ranking.names, _known(row.tolist()), strict=True)) for row in ranking.draw_MP],
         "pairs": _pairs(ranking),
         "why": result.why.plain(),
@@ -84,7 +85,7 @@ def _pairs(ranking: Ranking) -> list[dict[str, Any]]:
     return [
         {
             "a": a, "b": b, "difference_percent": float(c.difference_PP[i, j]),
-            "half_percent": float(c.half_width_PP[i, j]), "differ": bool(c.differ_PP[i, j]),
+            "interval_percent": [float(c.low_PP[i, j]), float(c.high_PP[i, j])], "differ": bool(c.differ_PP[i, j]),
         }
         for i, a in enumerate(ranking.names)
         for j, b in enumerate(ranking.names)
@@ -109,9 +110,9 @@ def row_of(name: str, ranking: Ranking, outcome: Outcome, foresees: bool) -> dic
         "tied": place.tied if place else False,
         "surely_faster": bool(ranking.surely_faster[p]),
         "effect_percent": float(ranking.effect_P[p]),
-        "effect_half_percent": float(ranking.half_P[p]),
-        "workload_half_percent": float(ranking.workload_half_P[p]),
-        "model_half_percent": float(ranking.model_half_P[p]),
+        "effect_interval_percent": ranking.both_2P[:, p].tolist(),
+        "workload_interval_percent": ranking.workload_2P[:, p].tolist(),
+        "model_interval_percent": ranking.model_2P[:, p].tolist(),
         **metrics(outcome),
     }
 

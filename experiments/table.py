@@ -20,7 +20,7 @@ COLUMNS = (
 
 MISSED_LEAST = ("changes", "slices busy", "p95", "J/1k tok", "tokens/s")
 BOUND = "bound, not deployable"
-WIDE = 120
+WIDE = 126
 """Columns where nobody watches."""
 
 
@@ -45,7 +45,17 @@ def effect_words(row: Mapping[str, Any]) -> str:
     """Return the effect with its interval; the reference has none."""
     if row["policy"] == "unsliced":
         return "–"
-    return f"{row['effect_percent']:+.1f} % ± {row['effect_half_percent']:.1f}".replace("-", "−")
+    return interval_words(row["effect_percent"], *row["effect_interval_percent"])
+
+
+def interval_words(effect: float, low: float, high: float) -> str:
+    """Return an effect in percent with the ends of its interval."""
+    return f"{signed(effect)} % ({signed(low)} … {signed(high)})"
+
+
+def signed(value: float) -> str:
+    """Return a number with its sign, a true minus; what rounds to zero has a plus."""
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def rank_words(row: Mapping[str, Any]) -> str:
@@ -110,7 +120,7 @@ def print_summary(summary: Mapping[str, Any], folder: Path, *, report: bool) -> 
     console.print(_rich_table(summary, console.width))
     console.print()
     level = share_words(summary["statistics"]["level"])
-    console.print(Text(f"± covers the workload and the model's error together ({level})", style="dim"))
+    console.print(Text(f"in brackets: {level} interval of the workload and the model's error together", style="dim"))
     _print_pairs(console, [("why" if i == 0 else "", s) for i, s in enumerate(summary["why"]["sentences"])])
     _print_pairs(console, [("report", str(folder / "report.html"))] if report else [("records", str(folder))])
 

@@ -11,7 +11,7 @@ from ..policies.contract import Plan
 from ..policies.cost import CostModel
 from ..traces.schema import RoutedStep
 from .ranking import REFERENCE, Evidence, Ranking
-from .table import share_words
+from .table import interval_words, share_words
 from .terms import LayerTerms, layer_terms, mean, weighted
 
 BESIDE = 0.1
@@ -112,14 +112,13 @@ def _outcome(
     if best is None:
         return ["No other deployable policy was asked for."]
     p = ranking.names.index(best)
-    effect, half = ranking.effect_P[p], ranking.half_P[p]
     if not ranking.surely_faster[p]:
-        return [_no_gain(ranking, evidence, best, effect, half), f"{_dominant(terms)}."]
+        return [_no_gain(ranking, evidence, best), f"{_dominant(terms)}."]
     outcome = evidence.main[best]
     sliced = 1 - outcome.unsliced_steps / len(outcome.step_ns)
     gained = [layer for layer, gain in enumerate(gain_L) if gain >= GAIN_WORTH]
     flat = [layer for layer, gain in enumerate(gain_L) if gain < GAIN_WORTH]
-    said = [f"{best} gains {-effect:.1f} % ± {half:.1f}, slicing {share_words(sliced)} of the steps"]
+    said = [f"{best} lies at {_effect(ranking, p)}, slicing {share_words(sliced)} of the steps"]
     if gained:
         average = sum(gain_L[layer] for layer in gained) / len(gained)
         bounds = sorted({terms[layer].bound for layer in gained})
@@ -137,24 +136,22 @@ def _bandwidth(evidence: Evidence, best: str) -> str:
     return f"Over the whole run it moves its bytes at {ours:.2f} TB/s, unsliced at {theirs:.2f} TB/s."
 
 
-def _no_gain(ranking: Ranking, evidence: Evidence, best: str, effect: float, half: float) -> str:
-    said = f"Nothing to gain that can be told from noise: {best} lies at {signed(effect)} % ± {half:.1f}"
+def _effect(ranking: Ranking, p: int) -> str:
+    return interval_words(float(ranking.effect_P[p]), *ranking.both_2P[:, p].tolist())
+
+
+def _no_gain(ranking: Ranking, evidence: Evidence, best: str) -> str:
+    where = _effect(ranking, ranking.names.index(best))
+    said = f"Nothing to gain that can be told from noise: {best} lies at {where}"
     outcome = evidence.main[best]
     if outcome.unsliced_steps == len(outcome.step_ns):
         said += ", never finding a slice worth it"
     bounds = [p for p, place in enumerate(ranking.ranks) if place is None]
     if bounds:
         p = min(bounds, key=lambda q: ranking.effect_P[q])
-        said += (
-            f"; {ranking.names[p]}, who knows the coming step and is not deployable, lies at "
-            f"{signed(ranking.effect_P[p])} % ± {ranking.half_P[p]:.1f}"
-        )
+        known = "who knows the coming step and is not deployable"
+        said += f"; {ranking.names[p]}, {known}, lies at {_effect(ranking, p)}"
     return said + "."
-
-
-def signed(value: float) -> str:
-    """Return a number with its sign, a true minus."""
-    return f"{value:+.1f}".replace("-", "−")
 
 
 def _dominant(terms: Sequence[LayerTerms]) -> str:
@@ -174,12 +171,12 @@ def _losers(ranking: Ranking, evidence: Evidence) -> list[str]:
     """Say why the slowest policy loses, when it does."""
     placed = [p for p, place in enumerate(ranking.ranks) if place is not None]
     p = max(placed, key=lambda q: ranking.effect_P[q])
-    effect, half = ranking.effect_P[p], ranking.half_P[p]
     outcome = evidence.main[ranking.names[p]]
-    if not ranking.told_P[p] or effect <= 0 or not outcome.layouts:
+    if not ranking.told_P[p] or ranking.effect_P[p] <= 0 or not outcome.layouts:
         return []
     use = max(outcome.layouts.values(), key=lambda u: u.steps)
     busy = ", ".join(f"{share_words(share)}" for share in use.busy_ns_S / use.step_ns)
     lost = (outcome.reconfigure_ns + outcome.capture_ns + outcome.stall_ns) / outcome.makespan_ns
     changes = f", and changing plans costs {share_words(lost, 1)}" if lost >= 0.001 else ""
-    return [f"{ranking.names[p]} loses {effect:.1f} % ± {half:.1f}: its slices are busy {busy} of the time{changes}."]
+    slices = f"its slices are busy {busy} of the time{changes}"
+    return [f"{ranking.names[p]} loses, at {_effect(ranking, p)}: {slices}."]

@@ -110,7 +110,9 @@ def survey(source: StepSource, *, num_windows: int, window_steps: int) -> Survey
     Raises:
         ValueError: the source has no step, or none with a token.
     """
-    starts = np.linspace(0, max(0, source.num_steps - window_steps), num_windows).astype(int)
+    # The middles of equal parts: the very first steps, where every request starts at once, are like no others.
+    middles = (np.arange(num_windows) + 0.5) * source.num_steps / num_windows - window_steps / 2
+    starts = np.maximum(middles, 0).astype(int)
     wanted = {int(s) + i for s in starts for i in range(window_steps)}
     kept: list[RoutedStep] = []
     total_LE = np.zeros((source.num_layers, source.num_experts), dtype=np.int64)

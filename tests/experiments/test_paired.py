@@ -65,12 +65,12 @@ def test_permuting_policies_permutes_ranks_and_intervals():
         deviation_BP = paired.block_bootstrap(rows_PN, reference, seed=5)
         effect_P = paired.effect_percent(rows_PN, reference)
         comparison = paired.compare_all(effect_P, deviation_BP)
-        return paired.ranks_with_ties(effect_P, comparison.differ_PP), comparison.half_width_PP
+        return paired.ranks_with_ties(effect_P, comparison.differ_PP), comparison.low_PP
 
-    ranks, half_PP = outcome(times_PN, 0)
-    moved, moved_half_PP = outcome(times_PN[order], 2)
+    ranks, low_PP = outcome(times_PN, 0)
+    moved, moved_low_PP = outcome(times_PN[order], 2)
     assert moved == [ranks[p] for p in order]
-    np.testing.assert_allclose(moved_half_PP, half_PP[np.ix_(order, order)])
+    np.testing.assert_allclose(moved_low_PP, low_PP[np.ix_(order, order)])
 
 
 def test_ranks_share_places_and_skip_them():
@@ -127,6 +127,31 @@ def test_a_policy_left_out_of_draws_has_wider_tails_and_the_others_keep_theirs()
     half_P = paired.half_width(paired.t_draws(deviations_MP, seed=0))
     assert half_P[0] == pytest.approx(2.12, rel=0.1)
     assert half_P[1] == pytest.approx(2.78, rel=0.1)
+
+
+def test_who_only_loses_when_the_model_is_wrong_has_a_one_sided_interval():
+    rng = np.random.default_rng(7)
+    deviations_MP = np.stack([np.zeros(16), 8 + 3 * rng.standard_normal(16)], axis=1)
+    deviation_BP = paired.t_draws(deviations_MP, seed=0, about_mean=True)
+    effect_P = np.array([0.0, 2.7])
+    low_P, high_P = paired.interval(effect_P, deviation_BP)
+    mean, sd = deviations_MP[:, 1].mean(), deviations_MP[:, 1].std(ddof=1)
+    assert high_P[1] == pytest.approx(2.7 + mean + 2.13 * sd * np.sqrt(1 + 1 / 16), rel=0.05)
+    assert low_P[1] <= 2.7
+    assert paired.compare_all(effect_P, deviation_BP).differ_PP[1, 0]
+    assert not paired.compare_all(np.array([0.0, -2.7]), deviation_BP).differ_PP[1, 0]
+
+
+@pytest.mark.parametrize("m", [3, 8, 16])
+def test_intervals_of_few_draws_hold_the_next_one(m):
+    rng = np.random.default_rng(8)
+    inside = 0
+    for i in range(400):
+        drawn = 5 + 2 * rng.standard_normal(m + 1)
+        draws_BP = paired.t_draws(drawn[:m, None], seed=i, about_mean=True, num_draws=500)
+        low, high = np.quantile(draws_BP[:, 0], [0.025, 0.975])
+        inside += low <= drawn[m] <= high
+    assert 0.91 <= inside / 400 <= 0.98
 
 
 def test_compositions_add_only_what_blocks_do_not_explain():

@@ -121,9 +121,9 @@ def test_suggested_commands_exist(finished):
     [
         ([("unsliced", 1, 0.0, False), ("a", 1, 1.0, False)], "Stay unsliced: no policy is faster"),
         ([("a", 1, -3.0, False), ("unsliced", 1, 0.0, False)], "Stay unsliced: no policy is faster"),
-        ([("a", 1, -5.0, True), ("unsliced", 2, 0.0, False)], "a: −5.0 % ± 1.0 against unsliced"),
+        ([("a", 1, -5.0, True), ("unsliced", 2, 0.0, False)], "a: −5.0 % (−6.0 … −4.0) against unsliced"),
         ([("a", 1, -5.0, True), ("b", 1, -4.8, True), ("unsliced", 3, 0.0, False)], "b cannot be told from it"),
-        ([("a", 1, -5.0, False), ("b", 1, -4.0, True), ("unsliced", 1, 0.0, False)], "b: −4.0 % ± 1.0"),
+        ([("a", 1, -5.0, False), ("b", 1, -4.0, True), ("unsliced", 1, 0.0, False)], "b: −4.0 % (−5.0 … −3.0)"),
     ],
 )
 def test_the_verdict_names_what_is_surely_faster(ranks, expected):
@@ -133,7 +133,7 @@ def test_the_verdict_names_what_is_surely_faster(ranks, expected):
             "rank": r,
             "deployable": True,
             "effect_percent": e,
-            "effect_half_percent": 1.0,
+            "effect_interval_percent": [e - 1.0, e + 1.0],
             "surely_faster": s,
         }
         for n, r, e, s in ranks

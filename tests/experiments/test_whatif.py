@@ -63,11 +63,15 @@ def test_metrics_are_consistent(finished):
     for row in summary["ranking"]:
         assert row["tokens_per_s"] == pytest.approx(tokens / (row["step_mean_ns"] * row["steps"]) * 1e9)
         assert row["effect_percent"] == pytest.approx(100 * (row["step_mean_ns"] / reference["step_mean_ns"] - 1))
-        assert row["effect_half_percent"] >= max(row["workload_half_percent"], row["model_half_percent"]) * 0.9
+        low, high = row["effect_interval_percent"]
+        assert low <= row["effect_percent"] <= high
+        for kind in ("workload", "model"):
+            part_low, part_high = row[f"{kind}_interval_percent"]
+            assert high - low >= 0.8 * (part_high - part_low)
         assert row["energy_j_per_1k_tokens"] > 0
         assert all(0 <= one["busy_share"] <= 1 for layout in row["layouts"] for one in layout["slices"])
     assert reference["effect_percent"] == 0
-    assert reference["effect_half_percent"] == 0
+    assert reference["effect_interval_percent"] == [0, 0]
 
 
 def test_bounds_take_no_rank_and_stand_last(finished):
