@@ -61,7 +61,7 @@ def test_every_figure_of_a_device_has_its_source(expertslice):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["devcies"], "devices"),
+        (["device"], "devices"),
         (["devices", "--jsn"], "--json"),
         (["whatif", "bundled", "--device", "h100-sxm5"], "did you mean 'h100-sxm5-80gb'"),
         (["whatif", "bundled", "--policy", "hotcold"], "did you mean 'hot_cold'"),
