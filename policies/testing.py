@@ -145,7 +145,6 @@ class PolicyContract:
 
     label_free: ClassVar[bool] = True
     """Whether renaming experts renames the plan and changes nothing else; False for rules on expert ids."""
-    """Mean time of a decision for 8 layers of 32 experts; ten times what a simulation should spend."""
 
     def test_constructor_only_stores(self, policy: Policy[Any]) -> None:
         assert is_dataclass(policy), f"{type(policy).__name__} is no dataclass; make it one, frozen and keyword-only"
