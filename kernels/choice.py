@@ -47,8 +47,9 @@ def score_of(order):
 @triton.jit
 def best_of(order, place, axis: tl.constexpr):
     """Return the largest order along an axis and where it is; of equals, the lowest place."""
-    key = tl.max((order.to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64), axis=axis)
-    return (key >> 32).to(tl.int32), (0x7FFFFFFF - (key & 0xFFFFFFFF)).to(tl.int32)
+    # Two 32-bit reductions: a warp has an instruction for each, and none for 64 bits.
+    best = tl.max(order, axis=axis)
+    return best, tl.min(tl.where(order == tl.expand_dims(best, axis), place, 0x7FFFFFFF), axis=axis)
 
 
 @triton.jit
@@ -73,38 +74,17 @@ def keep_best_groups(
 
 
 @triton.jit
-def pair_tree_sum(x, BT: tl.constexpr, BE: tl.constexpr):
-    """Sum rows over adjacent pairs, so that the order is the same in every launch."""
-    if BE == 1:
-        total = tl.reshape(x, [BT])
-    else:
-        left, right = tl.split(tl.reshape(x, [BT, BE // 2, 2]))
-        total = pair_tree_sum(left + right, BT, BE // 2)
-    return total
+def exact_sum(x):
+    """Sum rows of numbers from 0 to 1 in fixed point, so that no order of adding matters."""
+    return tl.sum((x * 1099511627776.0).to(tl.int64), axis=1).to(tl.float32) * 9.094947017729282e-13
 
 
 @triton.jit
 def choose(
-    logits_ptr,
-    bias_ptr,
-    ids_ptr,
-    weights_ptr,
-    t_T,
-    e_E,
-    num_tokens,
-    num_rows,
-    num_experts,
-    TOP_K: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    RENORMALISE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BT: tl.constexpr,
-    BE: tl.constexpr,
-    BK: tl.constexpr,
-):
+    logits_ptr, bias_ptr, ids_ptr, weights_ptr, t_T, e_E, num_tokens, num_rows, num_experts,
+    TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr, SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     """Store ids and weights of a block of tokens; return the slot of each chosen expert [T, E], -1 elsewhere."""
     known = (e_E < num_experts)[None, :]
     live = (t_T < num_tokens)[:, None]
@@ -118,29 +98,24 @@ def choose(
     order = tl.where(known, order_of(choice), NOTHING)
     if GROUPS > 1:
         order = keep_best_groups(order, SOFTMAX, GROUPS, TOP_GROUPS, BT, BE)
+    # Whatever is chosen stays where its expert is: moving it into rows of K would cost a barrier for each slot.
     slot = tl.full([BT, BE], -1, tl.int32)
-    k_K = tl.arange(0, BK)[None, :]
-    ids = tl.full([BT, BK], -1, tl.int32)
-    picked = tl.zeros([BT, BK], tl.float32)
     total = tl.zeros([BT], tl.float32)
     for k in range(TOP_K):
         best, expert = best_of(order, e_E[None, :], 1)
         hit = e_E[None, :] == expert[:, None]
         weight = tl.sum(tl.where(hit, score, 0.0), axis=1) if HAS_BIAS else score_of(best)
-        if SOFTMAX:
-            weight = expf(weight - top)
-        total += weight
-        picked = tl.where(k_K == k, weight[:, None], picked)
-        ids = tl.where(k_K == k, expert[:, None], ids)
-        slot = tl.where(hit & live, k, slot)
+        total += expf(weight - top) if SOFTMAX else weight
+        slot = tl.where(hit, k, slot)
         order = tl.where(hit, NOTHING, order)
+    picked = expf(logits - top[:, None]) if SOFTMAX else score
     if RENORMALISE:
-        picked = tl.div_rn(picked, tl.broadcast_to((total if SOFTMAX else total + 1e-20)[:, None], [BT, BK]))
+        picked = tl.div_rn(picked, tl.broadcast_to((total if SOFTMAX else total + 1e-20)[:, None], [BT, BE]))
     elif SOFTMAX:
-        whole = pair_tree_sum(tl.where(known, expf(logits - top[:, None]), 0.0), BT, BE)
-        picked = tl.div_rn(picked, tl.broadcast_to(whole[:, None], [BT, BK]))
-    out = t_T.to(tl.int64)[:, None] * TOP_K + k_K
-    inside = (t_T < num_rows)[:, None] & (k_K < TOP_K)
-    tl.store(ids_ptr + out, tl.where(live, ids, -1), mask=inside)
+        whole = exact_sum(tl.where(known, picked, 0.0))
+        picked = tl.div_rn(picked, tl.broadcast_to(whole[:, None], [BT, BE]))
+    out = t_T.to(tl.int64)[:, None] * TOP_K + slot
+    inside = (t_T < num_rows)[:, None] & (slot >= 0)
+    tl.store(ids_ptr + out, tl.where(live, tl.broadcast_to(e_E[None, :], [BT, BE]), -1), mask=inside)
     tl.store(weights_ptr + out, tl.where(live, picked * SCALE, 0.0), mask=inside)
-    return slot
+    return tl.where(live, slot, -1)

@@ -142,7 +142,7 @@ def _arguments(
     first, last = weights.products[0], weights.products[-1]
     middle = weights.products[1]
     spec, down_n = launch.slices[slice_id].up, launch.slices[slice_id].down.block_n
-    block_k = max(16, spec.block_k * 2 // x_TD.element_size())
+    block_k = spec.k_step(x_TD.element_size())
     by_desc = spec.descriptors and all(h.k_dim * x_TD.element_size() % 16 == 0 for h in weights.products)
     blocks_n = (spec.block_n, spec.block_n, down_n)
     held = [

@@ -105,6 +105,8 @@ def expert_tile(
     weight_N = tl.minimum(weight_rows(col, n_dim, GATED, B_DESC, BLOCK_N), n_dim - 1)
     k_K = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # A zero that the compiler does not know: else it would add fp32 products one by one to the whole sum.
+    nothing = tl.full([BLOCK_M, BLOCK_N], (k_dim >> 31).to(tl.float32), tl.float32)
     for k in range(0, k_dim, BLOCK_K):
         if A_DESC:
             x = a.load([row, k])
@@ -121,7 +123,10 @@ def expert_tile(
             w = tl.load(b_ptrs) if EVEN_K else tl.load(b_ptrs, mask=(k + k_K < k_dim)[:, None], other=0.0)
         if INTERPRET:
             x, w = x.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        if OUT.is_fp32():
+            acc += tl.dot(x, w, nothing, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + bias_start + weight_N).to(tl.float32)[None, :]
     live_M = m_M < row_stop - row
@@ -228,7 +233,7 @@ def grouped_product(
     """
     spec = launch.spec(slice_id, product, num_products)
     first, last = product == 0, product == num_products - 1
-    block_k = max(16, spec.block_k * 2 // x.element_size())
+    block_k = spec.k_step(x.element_size())
     # The copy engine wants stacked weights whose rows start at multiples of 16 bytes; other weights load by pointers.
     by_desc = spec.descriptors and not held.uneven and held.k_dim * x.element_size() % 16 == 0
     a_desc = by_desc and not first

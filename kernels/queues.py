@@ -29,10 +29,17 @@ def tile_capacity(num_rows: int, num_experts: int, block_m: int) -> int:
 
 
 @triton.jit
-def slice_of_experts(counts_E, e_E, num_experts, num_slices, plan_ptr):
-    """Return the slice of each expert: pinned by the plan, or found from its tokens; the last one if it is too high."""
+def load_plan(plan_ptr, e_E, num_experts):
+    """Return a plan's tile order, number of bounds and pinned slices [E]: early, they cost nothing."""
     num_bounds = tl.load(plan_ptr + NUM_BOUNDS_AT)
-    slices_E = tl.load(plan_ptr + PINNED_AT + e_E, mask=(e_E < num_experts) & (num_bounds < 0), other=0)
+    pinned_E = tl.load(plan_ptr + PINNED_AT + e_E, mask=e_E < num_experts, other=0)
+    return tl.load(plan_ptr + ORDER_AT), num_bounds, pinned_E
+
+
+@triton.jit
+def slice_of_experts(counts_E, num_bounds, pinned_E, num_slices, plan_ptr):
+    """Return the slice of each expert: pinned by the plan, or found from its tokens; the last one if it is too high."""
+    slices_E = pinned_E
     if num_bounds >= 0:
         place_E = tl.zeros_like(counts_E)
         for j in range(num_bounds):
@@ -58,27 +65,15 @@ def order_experts(counts_E, slices_E, e_E, order):
 
 @triton.jit
 def build_queues(
-    counts_E,
-    e_E,
-    num_experts,
-    num_slices,
-    plan_ptr,
-    sizes_ptr,
-    tiles_ptr,
-    begins_ptr,
-    tickets_ptr,
-    ready_ptr,
-    capacity,
-    part,
-    num_parts,
-    NUM_LISTS: tl.constexpr,
-):
+    counts_E, e_E, order, num_bounds, pinned_E, num_slices, plan_ptr, sizes_ptr, tiles_ptr, begins_ptr, tickets_ptr,
+    ready_ptr, capacity, part, num_parts, NUM_LISTS: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
     """Write the lists of row tiles [Q, capacity] and where each slice's run begins [Q, S + 1]; clear the counters.
 
     Part `part` of `num_parts` writes its share of the entries; each part works out the whole order for itself.
     """
-    slices_E = slice_of_experts(counts_E, e_E, num_experts, num_slices, plan_ptr)
-    counts_E, slices_E, e_E = order_experts(counts_E, slices_E, e_E, tl.load(plan_ptr + ORDER_AT))
+    slices_E = slice_of_experts(counts_E, num_bounds, pinned_E, num_slices, plan_ptr)
+    counts_E, slices_E, e_E = order_experts(counts_E, slices_E, e_E, order)
     if part == 0:
         tl.store(tickets_ptr + tl.arange(0, COUNTERS * SLICES), tl.zeros([COUNTERS * SLICES], tl.int32))
     for q in tl.static_range(NUM_LISTS):
@@ -94,12 +89,14 @@ def build_queues(
                 tl.store(begins_ptr + q * (SLICES + 1) + s + 1, begin)
         if part == 0:
             tl.store(begins_ptr + q * (SLICES + 1), 0)
-        for j in range(part, tl.max(num_E), num_parts):
-            place_E = q * capacity + first_E + j
-            tl.store(tiles_ptr + place_E, (first_E << EXPERT_BITS) | e_E, mask=j < num_E)
+        for start in range(part * BJ, tl.max(num_E), num_parts * BJ):
+            j_JE = start + tl.arange(0, BJ)[:, None] + 0 * e_E[None, :]
+            ours = j_JE < num_E[None, :]
+            place = q * capacity + first_E[None, :] + j_JE
+            tl.store(tiles_ptr + place, (first_E[None, :] << EXPERT_BITS) | (e_E[None, :] + 0 * j_JE), mask=ours)
             if q == 0:
-                tl.store(ready_ptr + place_E, tl.zeros_like(num_E), mask=j < num_E)
-                tl.store(ready_ptr + capacity + place_E, tl.zeros_like(num_E), mask=j < num_E)
+                tl.store(ready_ptr + place, 0 * j_JE, mask=ours)
+                tl.store(ready_ptr + capacity + place, 0 * j_JE, mask=ours)
 
 
 @triton.jit

@@ -3,14 +3,15 @@
 The bits law. For bf16 and fp16 every kernel gives the same bits as this file run on the same device, wherever the
 matrix library walks K in ascending order, whatever the tile, grid, slice, stealing, batch or neighbour rows:
 1. An expert's weight is a float32 number that depends on its token's logits alone. Exponentials and divisions are those
-   of IEEE float32; the renormalising sum runs over the chosen experts in slot order, the softmax sum over all experts
-   is a tree over adjacent pairs, padded with zeros to a power of two.
+   of IEEE float32; the renormalising sum runs over the chosen experts in slot order; the softmax sum over all experts
+   is taken in steps of 2^-40, where no order matters.
 2. A product accumulates in float32 over ascending K, adds the bias in float32, and is rounded once to the dtype.
 3. An activation reads the rounded product, works in float32, and is rounded once. SwiGLU is one activation.
 4. A token's output is the float32 sum of weight times row over its slots in slot order, without fused multiply-add,
    rounded once.
-For fp32 the law is 2 ulp: no rounding point hides the order inside a product. Given float64 tensors, the same functions
-compute in float64 throughout: the exact answer that errors are measured against.
+For fp32 no rounding point hides the order inside a product: a kernel sums 32 columns at a time and then the sums, so
+that its bits are the same everywhere and its error is not above torch's, but they are not torch's bits. Given float64
+tensors, the same functions compute in float64 throughout: the exact answer that errors are measured against.
 
 Ties and bad logits: equal scores go to the lower expert id; NaN counts as the lowest finite float, infinities as the
 largest and lowest finite ones, so ids are always valid and weights finite. Rows past `num_tokens` are padding: ids -1,
@@ -43,13 +44,9 @@ def finite_logits(logits_TE: Tensor) -> Tensor:
     return torch.nan_to_num(logits_TE.float(), nan=-FLOAT_MAX, posinf=FLOAT_MAX, neginf=-FLOAT_MAX)
 
 
-def pair_tree_sum(x_TE: Tensor) -> Tensor:
-    """Sum each row over adjacent pairs, pairs of pairs and so on, padded with zeros to a power of two."""
-    width = 1 << (x_TE.shape[1] - 1).bit_length()
-    x_TE = functional.pad(x_TE, (0, width - x_TE.shape[1]))
-    while x_TE.shape[1] > 1:
-        x_TE = x_TE[:, 0::2] + x_TE[:, 1::2]
-    return x_TE[:, 0]
+def exact_sum(x_TE: Tensor) -> Tensor:
+    """Sum each row of numbers from 0 to 1 in steps of 2^-40, so that no order of adding matters."""
+    return (x_TE * 2.0**40).long().sum(1).float() * 2.0**-40
 
 
 def sum_slots(x_TK: Tensor) -> Tensor:
@@ -86,7 +83,7 @@ def route(
     if router.score == "softmax":
         top_T1 = logits_TE.amax(1, keepdim=True)
         picked_TK = torch.exp(picked_TK - top_T1)
-        whole_T = sum_slots(picked_TK) if router.renormalise else pair_tree_sum(torch.exp(logits_TE - top_T1))
+        whole_T = sum_slots(picked_TK) if router.renormalise else exact_sum(torch.exp(logits_TE - top_T1))
         picked_TK = picked_TK / whole_T[:, None]
     elif router.renormalise:
         picked_TK = picked_TK / (sum_slots(picked_TK) + 1e-20)[:, None]

@@ -23,6 +23,7 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 MAX_SLICES = 16
 MAX_BLOCK_M = 256
 MAX_EXPERTS = 512
+FP32_COLUMNS = 32
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TILE_ORDERS = ("expert", "heavy", "light")
 
@@ -45,7 +46,7 @@ class LaunchSpec:
     block_m: int
     block_n: int
     block_k: int
-    """For two-byte dtypes; fp32 walks half of it at a time."""
+    """For two-byte dtypes; fp32 always sums 32 columns at a time, because its bits depend on that."""
     num_warps: int
     num_stages: int
     num_ctas: int
@@ -64,6 +65,10 @@ class LaunchSpec:
                 f"launch of {self.num_ctas} CTAs, {self.num_warps} warps, {self.num_stages} stages: CTAs and stages "
                 "must be at least 1, warps a power of two up to 16"
             )
+
+    def k_step(self, element_bytes: int) -> int:
+        """Return the columns that a tile of a dtype walks at a time."""
+        return FP32_COLUMNS if element_bytes == 4 else self.block_k
 
     @property
     def max_regs(self) -> int:

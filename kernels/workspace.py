@@ -40,6 +40,8 @@ class Workspace:
     """[E + 1] int32: where each expert's rows start."""
     row_slot_N: Tensor
     """Place t * K + slot of each row, expert by expert, in token order, and a tile more."""
+    slots_TE: Tensor
+    """int16, of whole blocks of tokens and a power of two of experts: which slot of the token an expert took, or -1."""
     block_counts_BE: Tensor
     tiles_QC: Tensor
     begins_QS: Tensor
@@ -82,6 +84,12 @@ class Workspace:
             counts_E=ints(spec.num_experts),
             offsets_E1=ints(spec.num_experts + 1),
             row_slot_N=ints(num_rows + MAX_BLOCK_M),
+            slots_TE=torch.empty(
+                num_blocks * block_tokens(spec.num_experts),
+                padded_experts(spec.num_experts),
+                dtype=torch.int16,
+                device=device,
+            ),
             block_counts_BE=ints(num_blocks, padded_experts(spec.num_experts)),
             tiles_QC=ints(2, capacity),
             begins_QS=ints(2, MAX_SLICES + 1),

@@ -317,7 +317,7 @@ def test_layers_against_sequential_torch():
 
 def test_single_products_against_the_matrix_library():
     """Report where the matrix library does not walk K in order; the shapes are those of the models compared."""
-    found = []
+    found, fp32 = [], []
     sizes = [(2048, 1536), (768, 2048), (4096, 28672), (14336, 4096), (2048, 8192), (4096, 2048), (2048, 2048)]
     sizes += [(1024, 2048), (1024, 1024), (1024, 4096), (2048, 1024), (512, 2048), (512, 1024), (1024, 512)]
     for (k_dim, n_dim), dtype in itertools.product(sizes, ("bf16", "fp32")):
@@ -330,23 +330,35 @@ def test_single_products_against_the_matrix_library():
                 epilogue="none",
             )  # fmt: skip
             ours, theirs = case.ws.hidden[0][:rows, :n_dim], functional.linear(x, case.weights.products[0].weight[0])
-            if not torch.equal(ours, theirs):
+            if dtype == "fp32":
+                # Neither order is that of the other: what must hold is the error against the exact product.
+                exact = functional.linear(x.double(), case.weights.products[0].weight[0].double())
+                errors = [float((out.double() - exact).norm() / exact.norm()) for out in (ours, theirs)]
+                fp32.append({"k": k_dim, "n": n_dim, "rows": rows, "ours": errors[0], "torch": errors[1]})
+            elif not torch.equal(ours, theirs):
                 ulp = (ours.double() - theirs.double()).abs().max() / theirs.abs().max().double()
                 share = float((ours != theirs).float().mean())
-                found.append(
-                    {"k": k_dim, "n": n_dim, "rows": rows, "dtype": dtype, "share": share, "of_max": float(ulp)}
-                )
-    write("matrix_library.json", found)
-    half = [one for one in found if one["dtype"] == "bf16"]
-    assert all(one["of_max"] < 2**-7 for one in half), half
-    assert all(one["of_max"] < 2**-19 for one in found if one["dtype"] == "fp32"), found
+                found.append({"k": k_dim, "n": n_dim, "rows": rows, "share": share, "of_max": float(ulp)})
+    write("matrix_library.json", {"bf16": found, "fp32": fp32})
+    assert all(one["of_max"] < 2**-7 for one in found), found
+    assert all(one["ours"] <= 1.05 * one["torch"] for one in fp32), fp32
 
 
 def test_widths_of_their_own_and_odd_sizes():
     for dtype in ("bf16", "fp32"):
         case = Case(num_tokens=77, num_experts=4, d_model=333, d_ff=(100, 257, 64, 31), kind="relu3", dtype=dtype)
-        out, expected = case.run(), case.sequential()
-        torch.testing.assert_close(out, expected, rtol=1e-4 if dtype == "fp32" else 2e-2, atol=1e-5)
+        exact = reference.experts(case.x.double(), *reference.route(case.logits, case.router), case.weights)
+        errors = [float((out.double() - exact).norm() / exact.norm()) for out in (case.run(), case.sequential())]
+        # The matrix library walks rows of odd length in an order of its own: bits differ, errors do not.
+        assert errors[0] <= 1.05 * errors[1], (dtype, errors)
+
+
+def test_fp32_has_the_same_bits_for_every_tile():
+    case = Case(num_tokens=100, d_model=520, d_ff=(392,), dtype="fp32")
+    expected = case.run()
+    shapes = [(16, 64, 128, 4, 4), (16, 128, 64, 4, 4), (64, 64, 64, 4, 4), (32, 128, 64, 4, 4)]
+    tiles = [tile(shape, descriptors=by_desc) for shape in shapes for by_desc in (False, True)]
+    assert not [spec for spec in tiles if not torch.equal(case.run(one_slice(spec)), expected)]
 
 
 def test_steady_state_allocates_nothing_and_never_waits():
