@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...traces.schema import PHASES, Provenance
+from ...traces.requests import phases_of
+from ...traces.schema import Provenance
 from ...traces.store import write_trace
-from ...traces.trace import UNKNOWN, RoutingTrace, StepTable
+from ...traces.trace import UNKNOWN, RoutingTrace, StepTable, concat
 
 SEGMENTS = ("early", "middle", "final")
 """Training checkpoints, in order."""
-
-Arrays = dict[str, NDArray[Any]]
 
 NOTES = (
     "Byte-level MoE language model trained for this project on documentation, dictionaries and source code of Debian "
@@ -31,51 +30,30 @@ NOTES = (
 )
 
 
-def phases_of(arrays: Arrays) -> NDArray[np.uint8]:
-    """Return each step's index into `PHASES`: prefill, decode, or mixed where both ran."""
-    num_steps = len(arrays["held"])
-    decode_S = np.bincount(arrays["step"], weights=arrays["phase"], minlength=num_steps)
-    tokens_S = np.bincount(arrays["step"], minlength=num_steps)
-    phase_S = np.full(num_steps, PHASES.index("mixed"), dtype=np.uint8)
-    phase_S[decode_S == 0] = PHASES.index("prefill")
-    phase_S[decode_S == tokens_S] = PHASES.index("decode")
-    return phase_S
-
-
-def starts_of(arrays: Arrays) -> NDArray[np.int64]:
-    """Return each step's start as the sum of the steps before it: the recorder left idle time between them."""
+def segment_of(arrays: dict[str, NDArray[Any]], segment: int, first_request: int, source: Provenance) -> RoutingTrace:
+    """Return one checkpoint as a trace; steps follow each other at once, without the recorder's idle time."""
+    num_steps, known_S1 = len(arrays["held"]), arrays["held"][:, None]
     step_ns_S = arrays["moe_ns"].sum(axis=1) + arrays["other_ns"].sum(axis=1) + arrays["head_ns"]
-    return np.concatenate([[0], np.cumsum(step_ns_S)[:-1]]).astype(np.int64)
-
-
-def joined(parts: list[Arrays], provenance: Provenance) -> RoutingTrace:
-    """Return one trace whose segments are the checkpoints; request ids are made unique over them."""
-    columns: dict[str, list[NDArray[Any]]] = {}
-    first_step = first_request = 0
-    for segment, arrays in enumerate(parts):
-        num_steps = len(arrays["held"])
-        unknown_S1 = ~arrays["held"][:, None]
-        rows = {
-            "request_id_T": arrays["request_id"].astype(np.int64) + first_request,
-            "position_T": arrays["position"].astype(np.int32),
-            "phase_T": arrays["phase"],
-            "step_T": arrays["step"].astype(np.int64) + first_step,
-            "domain_T": arrays["domain"].astype(np.int16),
-            "expert_ids_TLK": arrays["expert_ids"],
-            "phase_S": phases_of(arrays),
-            "segment_S": np.full(num_steps, segment, dtype=np.uint8),
-            "start_ns_S": starts_of(arrays),
-            "moe_ns_SL": np.where(unknown_S1, UNKNOWN, arrays["moe_ns"]),
-            "other_ns_SL": np.where(unknown_S1, UNKNOWN, arrays["other_ns"]),
-        }
-        for name, values in rows.items():
-            columns.setdefault(name, []).append(values)
-        first_step += num_steps
-        first_request += int(arrays["request_id"].max()) + 1
-    whole = {name: np.concatenate(values) for name, values in columns.items()}
-    table = StepTable(segments=SEGMENTS, **{n: whole.pop(n) for n in list(whole) if n.endswith(("_S", "_SL"))})
-    domains = tuple(str(name) for name in parts[0]["domain_names"])
-    return RoutingTrace(num_experts=32, provenance=provenance, step_table=table, domains=domains, **whole)
+    table = StepTable(
+        phase_S=phases_of(arrays["phase"], arrays["step"], num_steps),
+        segment_S=np.full(num_steps, segment, dtype=np.uint8),
+        segments=SEGMENTS,
+        start_ns_S=np.concatenate([[0], np.cumsum(step_ns_S)[:-1]]).astype(np.int64),
+        moe_ns_SL=np.where(known_S1, arrays["moe_ns"], UNKNOWN),
+        other_ns_SL=np.where(known_S1, arrays["other_ns"], UNKNOWN),
+    )
+    return RoutingTrace(
+        num_experts=32,
+        provenance=source,
+        request_id_T=arrays["request_id"].astype(np.int64) + first_request,
+        position_T=arrays["position"].astype(np.int32),
+        phase_T=arrays["phase"],
+        step_T=arrays["step"].astype(np.int64),
+        domain_T=arrays["domain"].astype(np.int16),
+        expert_ids_TLK=arrays["expert_ids"],
+        step_table=table,
+        domains=tuple(map(str, arrays["domain_names"])),
+    )
 
 
 def main(folder: Path, out: Path) -> None:
@@ -91,9 +69,13 @@ def main(folder: Path, out: Path) -> None:
         seed=training["train"]["seed"],
         notes=NOTES,
     )
-    parts = [dict(np.load(folder / f"{segment}.npz", allow_pickle=False)) for segment in SEGMENTS]
+    traces, first_request = [], 0
+    for segment, name in enumerate(SEGMENTS):
+        with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
+            traces.append(segment_of(dict(arrays), segment, first_request, provenance))
+        first_request = int(traces[-1].request_id_T.max()) + 1
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_trace(joined(parts, provenance), out)
+    write_trace(concat(traces), out)
     shutil.copyfile(folder / "training.json", out.with_suffix(".training.json"))
 
 

@@ -1,48 +1,37 @@
 """The corpus as bytes, one file per domain, with held-out windows that training never touches.
 
-Every `every`-th window of a file is held out, spread over the whole file so that held-out text is
-like the rest of its domain; a training sequence lies wholly between two such windows.
-
 Shape letters: N bytes of one domain, B sequences, C positions.
 """
-
-from __future__ import annotations
 
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .model import BOS
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+Corpus = dict[str, NDArray[np.uint8]]
 
 
-def read_corpus(path: Path) -> dict[str, NDArray[np.uint8]]:
+def read_corpus(path: Path) -> Corpus:
     """Read a tar of text files into bytes by short file name, sorted by name."""
     with tarfile.open(path) as tar:
-        files = {
-            Path(member.name).stem: np.frombuffer(file.read(), np.uint8)
-            for member in tar
-            if (file := tar.extractfile(member)) is not None
-        }
-    return dict(sorted(files.items()))
+        files = [(Path(m.name).stem, file.read()) for m in tar if (file := tar.extractfile(m)) is not None]
+    return {name: np.frombuffer(content, np.uint8) for name, content in sorted(files)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """How text is divided: windows of `window_bytes`, one of each `every` held out."""
+    """How text is divided: windows of `window_bytes`, one of each `every` held out, over the whole file."""
 
     window_bytes: int = 8192
     every: int = 32
 
     def heldout_starts(self, num_bytes: int) -> NDArray[np.int64]:
         """Give the first byte of each held-out window; only whole windows count."""
-        num_windows = num_bytes // self.window_bytes
-        return np.arange(self.every // 2, num_windows, self.every) * self.window_bytes
+        return np.arange(self.every // 2, num_bytes // self.window_bytes, self.every) * self.window_bytes
 
     def train_spans(self, num_bytes: int) -> NDArray[np.int64]:
         """Give [start, end) of each stretch between held-out windows, int64 [spans, 2]."""
@@ -51,8 +40,8 @@ class Split:
 
     def chunks(self, text_N: NDArray[np.uint8], length: int) -> NDArray[np.int64]:
         """Cut held-out windows into chunks; return tokens [chunks, length] that begin with BOS."""
-        per_window = self.window_bytes // (length - 1)
-        starts = self.heldout_starts(len(text_N))[:, None] + np.arange(per_window) * (length - 1)
+        offsets = np.arange(self.window_bytes // (length - 1)) * (length - 1)
+        starts = self.heldout_starts(len(text_N))[:, None] + offsets
         bytes_BC = text_N[starts.reshape(-1, 1) + np.arange(length - 1)]
         return np.insert(bytes_BC.astype(np.int64), 0, BOS, axis=1)
 
@@ -60,16 +49,13 @@ class Split:
 class Sampler:
     """Draws training sequences uniformly within a domain, and domains by size ** `power`."""
 
-    def __init__(
-        self, corpus: dict[str, NDArray[np.uint8]], split: Split, *, length: int, power: float, seed: int
-    ) -> None:
-        self._texts = list(corpus.values())
-        self._length, self._seed = length, seed
+    def __init__(self, corpus: Corpus, split: Split, *, length: int, power: float, seed: int) -> None:
+        self._texts, self._length, self._seed = list(corpus.values()), length, seed
         spans = [split.train_spans(len(text_N)) for text_N in self._texts]
-        self._first = [span[:, 0] for span in spans]
-        # How many sequences can start in each span, as running totals to draw from.
+        # How many sequences can start in each span; as running totals, to draw from.
         room = [np.maximum(span[:, 1] - span[:, 0] - length + 1, 0) for span in spans]
         self._ends = [r.cumsum() for r in room]
+        self._shift = [span[:, 0] - (r.cumsum() - r) for span, r in zip(spans, room, strict=True)]
         weight = np.array([len(text_N) for text_N in self._texts]) ** float(power)
         self.domain_share = weight / weight.sum()
 
@@ -79,9 +65,7 @@ class Sampler:
 
     def start(self, domain: int, draw: int) -> int:
         """Map a draw in [0, num_starts) to the byte where that sequence starts."""
-        ends = self._ends[domain]
-        span = int(np.searchsorted(ends, draw, side="right"))
-        return int(self._first[domain][span] + draw - (ends[span - 1] if span else 0))
+        return int(draw + self._shift[domain][np.searchsorted(self._ends[domain], draw, side="right")])
 
     def batch(self, step: int, num_sequences: int) -> NDArray[np.int64]:
         """Draw the sequences of one step, int64 [B, length + 1], each beginning with BOS."""

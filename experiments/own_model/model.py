@@ -8,8 +8,6 @@ Shape letters: B sequences, C positions, T = B*C tokens, R = T*K routed rows, E 
 L layers, D model, F expert width, H heads, W head width, V vocabulary.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +36,10 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     init_std: float = 0.02
 
+    @property
+    def out_std(self) -> float:
+        return self.init_std / (2 * self.num_layers) ** 0.5
+
 
 class Routing(NamedTuple):
     """What one MoE layer decided."""
@@ -48,30 +50,21 @@ class Routing(NamedTuple):
     ends_E: Tensor  # int32, running count of rows up to and with each expert
 
 
-class Gather(torch.autograd.Function):
-    """Copy each token's row to its K routed rows; the backward is the sum that `Collect` does."""
+class Exchange(torch.autograd.Function):
+    """Copy rows by index, or sum K rows each where the index is [T, K]; `back` is the index of the backward."""
 
     @staticmethod
-    def forward(ctx, x_TD, token_of_row_R, row_of_TK):
-        ctx.save_for_backward(row_of_TK)
-        return x_TD[token_of_row_R]
+    def forward(ctx, x, index, back):
+        ctx.save_for_backward(back)
+        return pick(x, index)
 
     @staticmethod
-    def backward(ctx, grad_RD):
-        return grad_RD[ctx.saved_tensors[0]].sum(1), None, None
+    def backward(ctx, grad):
+        return pick(grad, ctx.saved_tensors[0]), None, None
 
 
-class Collect(torch.autograd.Function):
-    """Sum each token's K routed rows; the backward is the copy that `Gather` does."""
-
-    @staticmethod
-    def forward(ctx, y_RD, token_of_row_R, row_of_TK):
-        ctx.save_for_backward(token_of_row_R)
-        return y_RD[row_of_TK].sum(1)
-
-    @staticmethod
-    def backward(ctx, grad_TD):
-        return grad_TD[ctx.saved_tensors[0]], None, None
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    return x[index] if index.dim() == 1 else x[index].sum(1)
 
 
 def grouped_product(x_RD: Tensor, w_EFD: Tensor, ends_E: Tensor) -> Tensor:
@@ -114,12 +107,11 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.num_heads = cfg.num_heads
-        out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5
         self.norm = Norm(cfg.d_model)
         self.q_norm = Norm(cfg.d_model // cfg.num_heads)
         self.k_norm = Norm(cfg.d_model // cfg.num_heads)
         self.qkv = nn.Parameter(torch.randn(3 * cfg.d_model, cfg.d_model) * cfg.init_std)
-        self.out = nn.Parameter(torch.randn(cfg.d_model, cfg.d_model) * out_std)
+        self.out = nn.Parameter(torch.randn(cfg.d_model, cfg.d_model) * cfg.out_std)
 
     def forward(self, x_TD: Tensor, turn_2TW: Tensor, attend: Attend) -> Tensor:
         qkv_TD = fn.linear(self.norm(x_TD), self.qkv.to(x_TD.dtype))
@@ -135,12 +127,11 @@ class Moe(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         E, D, ffn = cfg.num_experts, cfg.d_model, cfg.d_ff
-        out_std = cfg.init_std / (2 * cfg.num_layers) ** 0.5
         self.top_k = cfg.top_k
         self.norm = Norm(D)
         self.router = nn.Parameter(torch.randn(E, D) * cfg.init_std)
         self.gate_up = nn.Parameter(torch.randn(E, 2 * ffn, D) * cfg.init_std)
-        self.down = nn.Parameter(torch.randn(E, D, ffn) * out_std)
+        self.down = nn.Parameter(torch.randn(E, D, ffn) * cfg.out_std)
 
     def route(self, x_TD: Tensor) -> tuple[Routing, Tensor]:
         """Choose experts; return the choice and the order that sorts routed rows by expert."""
@@ -159,12 +150,12 @@ class Moe(nn.Module):
         rows_R = torch.arange(len(order_R), device=x_TD.device)
         row_of_TK = torch.empty_like(order_R).scatter_(0, order_R, rows_R).view(-1, self.top_k)
         token_of_row_R = order_R // self.top_k
-        rows_RD = Gather.apply(h_TD, token_of_row_R, row_of_TK)
+        rows_RD = Exchange.apply(h_TD, token_of_row_R, row_of_TK)
         gate_RF, up_RF = grouped_product(rows_RD, self.gate_up, routing.ends_E).chunk(2, -1)
         weight_R = routing.gates_TK.flatten().gather(0, order_R).to(x_TD.dtype)
         act_RF = fn.silu(gate_RF) * up_RF * weight_R[:, None]
         y_RD = grouped_product(act_RF, self.down, routing.ends_E)
-        return Collect.apply(y_RD, token_of_row_R, row_of_TK), routing
+        return Exchange.apply(y_RD, row_of_TK, token_of_row_R), routing
 
 
 class Block(nn.Module):

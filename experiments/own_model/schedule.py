@@ -1,25 +1,18 @@
-"""Which rows run in which step, planned before the first one.
+"""Which rows run in which step, planned before the first one: it depends on lengths alone.
 
 Two workloads over the same slots. *Wave*: as many requests as slots are prefilled in chunks, several
 requests a step, and then all decode together. *Server*: requests of mixed length come and go, and
-chunks of prompts run beside decode in one step (continuous batching). Who runs when depends on lengths
-alone, so nothing here waits for the device.
+chunks of prompts run beside decode in one step (continuous batching).
 
 Shape letters: T tokens of one step, C positions of one prompt.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,31 +32,24 @@ class RecordConfig:
     hold_cycles: int = 60_000_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Request:
-    """One prompt and how many tokens to continue it by."""
+    """One prompt, how many tokens to continue it by, and while planning its slot and how many positions have run."""
 
     request_id: int
     domain: int
     prompt: NDArray[np.int64]
     num_outputs: int
-
-
-@dataclass(slots=True)
-class Running:
-    """A request in a slot, and how many of its positions have run."""
-
-    request: Request
-    slot: int
+    slot: int = -1
     done: int = 0
 
     @property
     def is_filling(self) -> bool:
-        return self.done < len(self.request.prompt)
+        return self.done < len(self.prompt)
 
     @property
     def is_finished(self) -> bool:
-        return self.done == len(self.request.prompt) + self.request.num_outputs
+        return self.done == len(self.prompt) + self.num_outputs
 
 
 class StepRows(NamedTuple):
@@ -72,47 +58,43 @@ class StepRows(NamedTuple):
     request_T: NDArray[np.int64]
     slot_T: NDArray[np.int64]
     position_T: NDArray[np.int64]
+    sampled: NDArray[np.int64]  # rows whose logits give a next token
     num_prefill: int
     chunk: int
-    sampled: NDArray[np.int64]  # rows whose logits give a next token
+
+    def key_lengths(self) -> list[int]:
+        """Give how many cached positions prompt chunks and decoding rows read, in whole multiples of 64.
+
+        What lies behind a row's own position is masked; few lengths keep the attention kernels few.
+        """
+        groups = (self.position_T[: self.num_prefill], self.position_T[self.num_prefill :])
+        return [-(-(int(group.max(initial=-1)) + 1) // 64) * 64 for group in groups]
 
 
-def step_rows(filling: list[Running], decoding: list[Running], chunk: int) -> StepRows:
+def step_rows(filling: list[Request], decoding: list[Request], chunk: int) -> StepRows:
     """Lay out one step."""
-    pieces = [(r, chunk) for r in filling] + [(r, 1) for r in decoding]
-    widths = [width for _, width in pieces]
-    request_T = np.repeat([r.request.request_id for r, _ in pieces], widths)
-    slot_T = np.repeat([r.slot for r, _ in pieces], widths)
-    position_T = np.concatenate([np.arange(r.done, r.done + width) for r, width in pieces])
-    last = np.repeat([len(r.request.prompt) for r, _ in pieces], widths) - 1
-    sampled = np.flatnonzero(position_T >= last)
-    return StepRows(request_T, slot_T, position_T, chunk * len(filling), chunk, sampled)
+    requests, widths = filling + decoding, [chunk] * len(filling) + [1] * len(decoding)
+    columns = np.repeat([(r.request_id, r.slot, len(r.prompt) - 1) for r in requests], widths, axis=0).T
+    position_T = np.concatenate([np.arange(r.done, r.done + w) for r, w in zip(requests, widths, strict=True)])
+    return StepRows(*columns[:2], position_T, np.flatnonzero(position_T >= columns[2]), chunk * len(filling), chunk)
 
 
 def schedule(
-    requests: Sequence[Request],
-    *,
-    num_slots: int,
-    chunk: int,
-    width: int,
-    prefill_first: bool,
-    max_steps: int | None = None,
+    requests: list[Request], num_slots: int, *, chunk: int, width: int, prefill_first: bool = False, most: int = -1
 ) -> list[StepRows]:
-    """Plan all steps: up to `width` prompts a step, one chunk each, beside decode or before it.
+    """Plan `most` or all steps: up to `width` prompts a step, one chunk each, beside decode or before it.
 
     Prompt lengths are multiples of `chunk`. With `prefill_first` nothing decodes while prompts wait.
     """
     waiting, free = deque(requests), list(reversed(range(num_slots)))
-    running: list[Running] = []
+    running: list[Request] = []
     steps: list[StepRows] = []
-    while (waiting or running) and len(steps) != max_steps:
-        num_filling = sum(r.is_filling for r in running)
-        while waiting and free and num_filling < width:
-            running.append(Running(waiting.popleft(), free.pop()))
-            num_filling += 1
+    while (waiting or running) and len(steps) != most:
+        while waiting and free and sum(r.is_filling for r in running) < width:
+            running.append(waiting.popleft())
+            running[-1].slot = free.pop()
         filling = [r for r in running if r.is_filling]
-        held = prefill_first and bool(filling)
-        decoding = [] if held else [r for r in running if not r.is_filling]
+        decoding = [] if prefill_first and filling else [r for r in running if not r.is_filling]
         steps.append(step_rows(filling, decoding, chunk))
         for r in filling + decoding:
             r.done += chunk if r.is_filling else 1
@@ -121,60 +103,31 @@ def schedule(
     return steps
 
 
-def wave_requests(prompts: list[NDArray[np.int64]], cfg: RecordConfig) -> list[Request]:
-    """Make one request per slot, all domains in turn; prompts are [chunks, C] per domain."""
-    return [
-        Request(
-            request_id=r,
-            domain=r % len(prompts),
-            prompt=prompts[r % len(prompts)][r // len(prompts) % len(prompts[r % len(prompts)])],
-            num_outputs=cfg.wave_outputs,
-        )
-        for r in range(cfg.num_slots)
-    ]
+def requests_of(prompts: list[NDArray[np.int64]], cfg: RecordConfig) -> list[Request]:
+    """Make the wave's requests, one per slot, then more of mixed lengths than the server's steps can admit.
 
-
-def server_requests(prompts: list[NDArray[np.int64]], cfg: RecordConfig) -> list[Request]:
-    """Make more requests than the server's steps can admit, of mixed lengths, domains equally."""
-    rng = np.random.default_rng([cfg.seed, 1])
-    used = -(-cfg.num_slots // len(prompts))
-    rounds = (cfg.num_slots + cfg.server_steps // 2) // len(prompts) + 1
-    requests: list[Request] = []
-    for turn in range(rounds):
-        for domain in rng.permutation(len(prompts)):
-            chunks = prompts[domain]
-            length = cfg.server_chunk * int(rng.integers(1, cfg.prompt_len // cfg.server_chunk + 1))
-            requests.append(
-                Request(
-                    request_id=cfg.num_slots + len(requests),
-                    domain=int(domain),
-                    prompt=chunks[(used + turn) % len(chunks)][:length],
-                    num_outputs=int(rng.integers(cfg.prompt_len // 8, cfg.prompt_len + 1)),
-                )
-            )
-    return requests
-
-
-def key_lengths(rows: StepRows, *, multiple: int = 64) -> tuple[int, int]:
-    """Give how many cached positions prompt chunks and decoding rows read, in whole multiples.
-
-    What lies behind a row's own position is masked; few lengths keep the attention kernels few.
+    Domains come equally often; prompts are [chunks, C] per domain, and each next request takes the next chunk.
     """
-    groups = (rows.position_T[: rows.num_prefill], rows.position_T[rows.num_prefill :])
-    prefill, decode = (-(-(int(group.max(initial=-1)) + 1) // multiple) * multiple for group in groups)
-    return prefill, decode
+    rng, num_domains = np.random.default_rng([cfg.seed, 1]), len(prompts)
+    requests: list[Request] = []
+
+    def add(domain: int, turn: int, length: int, num_outputs: int) -> None:
+        prompt = prompts[domain][turn % len(prompts[domain])][:length]
+        requests.append(Request(request_id=len(requests), domain=domain, prompt=prompt, num_outputs=num_outputs))
+
+    for r in range(cfg.num_slots):
+        add(r % num_domains, r // num_domains, cfg.prompt_len, cfg.wave_outputs)
+    first_turn = -(-cfg.num_slots // num_domains)
+    for turn in range((cfg.num_slots + cfg.server_steps // 2) // num_domains + 1):
+        for domain in rng.permutation(num_domains).tolist():
+            length = cfg.server_chunk * int(rng.integers(1, cfg.prompt_len // cfg.server_chunk + 1))
+            add(domain, first_turn + turn, length, int(rng.integers(cfg.prompt_len // 8, cfg.prompt_len + 1)))
+    return requests
 
 
 def plan(prompts: list[NDArray[np.int64]], cfg: RecordConfig) -> tuple[list[Request], list[StepRows]]:
     """Make the requests and steps of both workloads, one after the other."""
-    wave, server = wave_requests(prompts, cfg), server_requests(prompts, cfg)
-    steps = schedule(wave, num_slots=cfg.num_slots, chunk=cfg.wave_chunk, width=cfg.wave_width, prefill_first=True)
-    steps += schedule(
-        server,
-        num_slots=cfg.num_slots,
-        chunk=cfg.server_chunk,
-        width=cfg.server_width,
-        prefill_first=False,
-        max_steps=cfg.server_steps,
-    )
-    return wave + server, steps
+    requests, slots = requests_of(prompts, cfg), cfg.num_slots
+    steps = schedule(requests[:slots], slots, chunk=cfg.wave_chunk, width=cfg.wave_width, prefill_first=True)
+    server = schedule(requests[slots:], slots, chunk=cfg.server_chunk, width=cfg.server_width, most=cfg.server_steps)
+    return requests, steps + server

@@ -4,39 +4,33 @@
 
 Writes one npz of routing per checkpoint and `training.json`. Every figure of loss is in nats per byte.
 
-Shape letters: N bytes of one domain, D domains, L layers, E experts.
+Shape letters: B sequences, C positions, D domains, L layers, E experts.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
-import logging
 import platform
 import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as fn
+from numpy.typing import NDArray
 
-from .data import Sampler, Split, read_corpus
-from .evaluate import balance_statistics, evaluate
+from ...traces.dependence import entropy_bits
+from ...traces.statistics import gini, max_mean
+from .data import Corpus, Sampler, Split, read_corpus
 from .model import Decoder, ModelConfig, router_losses, serving_copy
 from .record import record
 from .schedule import RecordConfig
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 NAMES = ("early", "middle", "final")
 SPLIT = Split()
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +62,9 @@ class Trainer:
     def __init__(self, model: Decoder, sampler: Sampler, cfg: TrainConfig) -> None:
         self.model, self.sampler, self.cfg = model, sampler, cfg
         self.device = model.head.device
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        vectors = [p for p in model.parameters() if p.dim() == 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=cfg.peak_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
-        )
+        matrices = {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": cfg.weight_decay}
+        vectors = {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}
+        self.optimizer = torch.optim.AdamW([matrices, vectors], lr=cfg.peak_lr, betas=(0.9, 0.95), fused=True)
         self.step, self.spent_s, self.rows = 0, 0.0, []
         if cfg.compile:
             for block in model.blocks:
@@ -120,12 +111,35 @@ class Trainer:
             losses = [self.train_step() for _ in range(log_every)]
             mean = torch.stack(losses).mean(0).tolist()  # waits for the device
             self.spent_s += time.perf_counter() - begin
-            row = dict(zip(("loss", "balance", "z", "grad_norm"), mean, strict=True))
             rate = log_every * self.cfg.num_sequences * self.cfg.sequence_len / (time.perf_counter() - begin)
+            row = dict(zip(("loss", "balance", "z", "grad_norm"), mean, strict=True))
             row |= {"step": self.step, "seconds": self.spent_s, "lr": self.lr(), "tokens_per_s": rate}
             self.rows.append(row | gpu_state(self.device))
-            if self.step % (10 * log_every) == 0:
-                log.info("%s", {name: round(value, 5) for name, value in self.rows[-1].items()})
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, chunks: list[NDArray[np.int64]]) -> tuple[list[float], NDArray[np.int64]]:
+    """Give held-out loss per domain, and rows per expert as int64 [D, L, E]."""
+    losses, counts = [], []
+    with torch.compiler.set_stance("force_eager"):
+        for tokens_BC in chunks:
+            tokens = torch.from_numpy(tokens_BC).to(model.head.device)
+            logits, routings = model(tokens[:, :-1])
+            losses.append(fn.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item())
+            ends_LE = torch.stack([r.ends_E for r in routings]).cpu().numpy().astype(np.int64)
+            counts.append(np.diff(ends_LE, axis=1, prepend=0))
+    return losses, np.stack(counts)
+
+
+def balance_statistics(counts_DLE: NDArray[np.int64]) -> dict[str, list[float]]:
+    """Give per layer: Gini and max / mean of the load, and the domains' mean divergence from it in bit."""
+    share_DLE = counts_DLE / counts_DLE.sum(-1, keepdims=True)
+    load_LE = share_DLE.mean(0)
+    return {
+        "gini_L": [gini(load_E) for load_E in load_LE],
+        "max_over_mean_L": [max_mean(load_E) for load_E in load_LE],
+        "domain_expert_information_bit_L": (entropy_bits(load_LE) - entropy_bits(share_DLE).mean(0)).tolist(),
+    }
 
 
 def gpu_state(device: torch.device) -> dict[str, float]:
@@ -157,57 +171,7 @@ def facts(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=TrainConfig().seconds)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--balance-coef", type=float, default=TrainConfig().balance_coef)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the blocks")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a trial on a CPU")
-    parser.add_argument("--short", action="store_true", help="record a few steps per checkpoint")
-    parser.add_argument("--commit", default="unknown", help="written into training.json")
-    return parser.parse_args(argv)
-
-
-def configs(args: argparse.Namespace) -> tuple[ModelConfig, TrainConfig, RecordConfig]:
-    """Turn the command line into the three configurations."""
-    model, recording = ModelConfig(), RecordConfig(seed=args.seed)
-    train = TrainConfig(
-        seconds=args.seconds,
-        steps=args.steps,
-        balance_coef=args.balance_coef,
-        compile=args.compile,
-        seed=args.seed,
-    )
-    if args.short or args.tiny:
-        recording = replace(recording, wave_outputs=16, server_steps=32)
-    if args.tiny:
-        model = replace(model, num_layers=3, num_experts=8, d_model=64, d_ff=64, num_heads=2)
-        train = replace(train, num_sequences=8, sequence_len=128, eval_sequences=2)
-        recording = replace(recording, num_slots=16, prompt_len=128, wave_chunk=64, server_chunk=32)
-    return model, train, recording
-
-
-def provenance(args: argparse.Namespace, trainer: Trainer, corpus: dict[str, NDArray[np.uint8]]) -> dict[str, Any]:
-    """Say how this run was made."""
-    return {
-        "command": shlex.join(["python", "-m", "expertslice.experiments.own_model.train", *sys.argv[1:]]),
-        "commit": args.commit,
-        "facts": facts(trainer.device),
-        "num_parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "domain_bytes": {name: len(text_N) for name, text_N in corpus.items()},
-        "domain_share": trainer.sampler.domain_share.tolist(),
-        "model": asdict(trainer.model.cfg),
-        "train": asdict(trainer.cfg),
-        "split": asdict(SPLIT),
-    }
-
-
-def checkpoint(trainer: Trainer, corpus: dict[str, NDArray[np.uint8]], cfg: RecordConfig, path: Path) -> dict[str, Any]:
+def checkpoint(trainer: Trainer, corpus: Corpus, cfg: RecordConfig, path: Path) -> dict[str, Any]:
     """Evaluate and record the model as it is now; write the routing, return the report."""
     length, most = trainer.cfg.sequence_len + 1, trainer.cfg.eval_sequences
     texts = [SPLIT.chunks(text_N, length)[:most] for text_N in corpus.values()]
@@ -215,7 +179,7 @@ def checkpoint(trainer: Trainer, corpus: dict[str, NDArray[np.uint8]], cfg: Reco
     prompts = [SPLIT.chunks(text_N, cfg.prompt_len) for text_N in corpus.values()]
     columns = record(serving_copy(trainer.model), prompts, cfg)
     np.savez_compressed(path, domain_names=list(corpus), eval_counts=counts_DLE.astype(np.int32), **columns)
-    report = {
+    return {
         "step": trainer.step,
         "training_tokens": trainer.step * trainer.cfg.num_sequences * trainer.cfg.sequence_len,
         "training_seconds": trainer.spent_s,
@@ -227,18 +191,14 @@ def checkpoint(trainer: Trainer, corpus: dict[str, NDArray[np.uint8]], cfg: Reco
         "steps_held": int(columns["held"].sum()),
         "gpu_after_recording": gpu_state(trainer.device),
     }
-    log.info("%s: held-out loss %.4f, %s", path.stem, np.mean(losses), report["balance"])
-    return report
 
 
-def main(argv: list[str] | None = None) -> None:
+def run(
+    corpus: Corpus, out: Path, model_cfg: ModelConfig, cfg: TrainConfig, recording: RecordConfig, commit: str
+) -> None:
     """Train, evaluate and record; files are written checkpoint by checkpoint."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    args = arguments(argv)
-    model_cfg, cfg, recording = configs(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(cfg.seed)
-    corpus = read_corpus(args.corpus)
     sampler = Sampler(corpus, SPLIT, length=cfg.sequence_len, power=cfg.domain_power, seed=cfg.seed)
     with device:
         model = Decoder(model_cfg, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -246,16 +206,43 @@ def main(argv: list[str] | None = None) -> None:
     # Compile and warm up before the clock starts.
     trainer.backward()
     trainer.optimizer.zero_grad()
-    args.out.mkdir(parents=True, exist_ok=True)
-    report = provenance(args, trainer, corpus) | {"checkpoints": {}, "curve": trainer.rows}
+    out.mkdir(parents=True, exist_ok=True)
+    report = {
+        "command": shlex.join(["python", "-m", "expertslice.experiments.own_model.train", *sys.argv[1:]]),
+        "commit": commit,
+        "facts": facts(device),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "domain_bytes": {name: len(text_N) for name, text_N in corpus.items()},
+        "domain_share": sampler.domain_share.tolist(),
+        "model": asdict(model_cfg),
+        "train": asdict(cfg),
+        "split": asdict(SPLIT),
+        "checkpoints": {},
+        "curve": trainer.rows,
+    }
     brief = replace(recording, wave_outputs=recording.wave_outputs // 4, server_steps=0)
     for name, progress in zip(NAMES, cfg.checkpoints, strict=True):
         trainer.train_until(progress)
         amount = recording if name == NAMES[-1] else brief
-        report["checkpoints"][name] = checkpoint(trainer, corpus, amount, args.out / f"{name}.npz")
+        report["checkpoints"][name] = checkpoint(trainer, corpus, amount, out / f"{name}.npz")
         if device.type == "cuda":
             report["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        (args.out / "training.json").write_text(json.dumps(report, indent=1))
+        (out / "training.json").write_text(json.dumps(report, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=TrainConfig().seconds)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--balance-coef", type=float, default=TrainConfig().balance_coef)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks")
+    parser.add_argument("--commit", default="unknown", help="written into training.json")
+    args = vars(parser.parse_args())
+    corpus, out, commit = read_corpus(args.pop("corpus")), args.pop("out"), args.pop("commit")
+    run(corpus, out, ModelConfig(), TrainConfig(**args), RecordConfig(seed=args["seed"]), commit)
 
 
 if __name__ == "__main__":

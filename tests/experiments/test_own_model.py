@@ -15,7 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from expertslice.experiments.own_model import evaluate, train  # noqa: E402
+from expertslice.experiments.own_model import train  # noqa: E402
 from expertslice.experiments.own_model.data import Sampler, Split, read_corpus  # noqa: E402
 from expertslice.experiments.own_model.model import (  # noqa: E402
     BOS,
@@ -150,7 +150,7 @@ def test_training_lowers_the_loss_and_keeps_balance(model, corpus):
     assert trainer.step == 60
     assert trainer.rows[-1]["loss"] < 0.75 * trainer.rows[0]["loss"]
     assert trainer.rows[-1]["balance"] < min(1.2, trainer.rows[0]["balance"])
-    losses, counts_DLE = evaluate.evaluate(model, [SPLIT.chunks(t, 33)[:4] for t in corpus.values()])
+    losses, counts_DLE = train.evaluate(model, [SPLIT.chunks(t, 33)[:4] for t in corpus.values()])
     assert len(losses) == 3
     assert (counts_DLE.sum(-1) == 4 * 32 * CONFIG.top_k).all()
 
@@ -158,16 +158,16 @@ def test_training_lowers_the_loss_and_keeps_balance(model, corpus):
 def test_domain_information_tells_split_experts_from_shared_ones():
     shared = np.full((2, 1, 4), 5)
     split = np.array([[[9, 9, 0, 0]], [[0, 0, 9, 9]]])
-    assert evaluate.balance_statistics(shared)["domain_expert_information_bit_L"] == [0.0]
-    assert evaluate.balance_statistics(split)["domain_expert_information_bit_L"] == [1.0]
-    assert evaluate.balance_statistics(split)["gini_L"] == [0.0]
+    assert train.balance_statistics(shared)["domain_expert_information_bit_L"] == [0.0]
+    assert train.balance_statistics(split)["domain_expert_information_bit_L"] == [1.0]
+    assert train.balance_statistics(split)["gini_L"] == [0.0]
 
 
 def test_served_tokens_route_as_in_one_full_forward(model, corpus):
     prompts = [SPLIT.chunks(t, RECORDING.prompt_len) for t in corpus.values()]
     requests, steps = plan(prompts, RECORDING)
     server = Server(model, requests, RECORDING)
-    ids = torch.cat(server.run(steps)[0])
+    ids, _ = server.run(steps)
     request_T = np.concatenate([s.request_T for s in steps])
     position_T = np.concatenate([s.position_T for s in steps])
     for request in set(request_T):
@@ -211,9 +211,9 @@ def test_record_holds_both_workloads_in_step_order(model, corpus):
 
 @pytest.mark.slow
 def test_the_entry_writes_three_recordings_and_a_report_without_text(tmp_path, corpus):
-    path, out = tmp_path / "mix.tar.xz", tmp_path / "out"
-    write_tar(path, {name: np.tile(text_N, 40).tobytes() for name, text_N in corpus.items()})
-    train.main(["--corpus", str(path), "--out", str(out), "--steps", "20", "--tiny"])
+    out, texts = tmp_path / "out", {name: np.tile(corpus[name], 40) for name in sorted(corpus)}
+    cfg = train.TrainConfig(steps=20, num_sequences=8, sequence_len=128, eval_sequences=2)
+    train.run(texts, out, CONFIG, cfg, RECORDING, commit="unknown")
     report = json.loads((out / "training.json").read_text())
     for name, at in report["checkpoints"].items():
         with np.load(out / f"{name}.npz") as columns:
