@@ -7,37 +7,29 @@ and state-space layers are counted as if they were attention of the same heads.
 
 import json
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .names import nearest
-from .schema import Dtype, ExpertKind, MoeSpec
+from .schema import Dtype, MoeSpec
 
 Config = dict[str, Any]
 
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config", "attn_config")
 NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "moe_num_experts", "num_moe_experts", "num_experts")
 TOP_K = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "top_k_experts",
-    "moe_topk",
-    "moe_top_k",
-    "moe_k",
-    "num_selected_experts",
+    *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts"),
+    *("moe_topk", "moe_top_k", "moe_k", "num_selected_experts"),
 )
 WIDTH = ("hidden_size", "d_model", "n_embd")
 DEPTH = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 EXPERT_WIDTH = (
-    "moe_intermediate_size",
-    "expert_ffn_hidden_size",
-    "moe_ffn_hidden_size",
-    "ffn_hidden_size",
-    "intermediate_size",
-    "d_ff",
+    *("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"),
+    *("ffn_hidden_size", "intermediate_size", "d_ff"),
 )
 HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
 KV_HEADS = ("num_key_value_heads", "kv_n_heads")
@@ -69,8 +61,11 @@ def load_model(name_or_path: str) -> MoeSpec:
         ValueError: the name is unknown, or the file is not a config of a MoE model with the figures needed.
     """
     presets = _presets()
-    if name_or_path in presets:
-        return _from_preset(name_or_path, presets[name_or_path])
+    if preset := presets.get(name_or_path):
+        if "config" in preset:
+            return model_from_config(preset["config"], name=name_or_path, source=preset["source"])
+        spec: dict[str, Any] = {**preset["spec"], "d_ff": tuple(preset["spec"]["d_ff"])}
+        return MoeSpec(**spec, name=name_or_path, source=preset["source"])
     path = Path(name_or_path)
     if path.is_dir():
         path /= "config.json"
@@ -88,13 +83,6 @@ def load_model(name_or_path: str) -> MoeSpec:
     return model_from_config(config, name=name or "model", source=str(path))
 
 
-def _from_preset(name: str, preset: dict[str, Any]) -> MoeSpec:
-    if "config" in preset:
-        return model_from_config(preset["config"], name=name, source=preset["source"])
-    spec: dict[str, Any] = {**preset["spec"], "d_ff": tuple(preset["spec"]["d_ff"])}
-    return MoeSpec(**spec, name=name, source=preset["source"])
-
-
 def model_from_config(config: Config, *, name: str, source: str) -> MoeSpec:
     """Return the shape that a Hugging Face config describes.
 
@@ -109,8 +97,10 @@ def model_from_config(config: Config, *, name: str, source: str) -> MoeSpec:
     num_layers = _num_moe_layers(config, name, _figure(config, DEPTH, name, "layers"))
     if not num_layers:
         raise ValueError(f"model {name!r} makes none of its layers a MoE layer; check its keys on sparse layers")
-    quantised = config.get("quantization_config")
+    quantised, family = config.get("quantization_config"), config.get("model_type")
     method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    by_family = "sigmoid" if family in SIGMOID_FAMILIES else "softmax"
+    scored = config.get("scoring_func") or config.get("score_function") or by_family
     return MoeSpec(
         name=name,
         num_layers=num_layers,
@@ -118,9 +108,9 @@ def model_from_config(config: Config, *, name: str, source: str) -> MoeSpec:
         top_k=_figure(config, TOP_K, name, "experts per token"),
         d_model=_figure(config, WIDTH, name, "width"),
         d_ff=(_figure(config, EXPERT_WIDTH, name, "width"),),
-        kind=_kind(config),
+        kind="gelu2" if family in UNGATED_FAMILIES else "swiglu",
         dtype=DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch."), "bf16"),
-        score="sigmoid" if _is_sigmoid(config) else "softmax",
+        score="sigmoid" if scored == "sigmoid" else "softmax",
         renormalise=bool(config.get("norm_topk_prob", True)),
         other_params_per_layer=_other_params(config, name, num_experts),
         source=source + (f"; its {method} weights are taken as bf16" if method else ""),
@@ -142,30 +132,19 @@ def _flatten(config: Config) -> Config:
 
 
 def _figure(config: Config, keys: Sequence[str], name: str, what: str, *, default: int | None = None) -> int:
-    for key in keys:
-        if key in config:
-            return _whole(config[key], f"model {name!r}: {key}", MOST[what], least=0 if default is not None else 1)
-    if default is not None:
+    """Return the whole number under the first of the keys that is there."""
+    key = next((key for key in keys if key in config), None)
+    if key is None:
+        if default is None:
+            raise ValueError(f"model {name!r} lacks its {what}; give a config.json with one of {', '.join(keys)}")
         return default
-    raise ValueError(f"model {name!r} lacks its {what}; give a config.json with one of {', '.join(keys)}")
-
-
-def _whole(value: object, where: str, most: int, *, least: int) -> int:
+    value, least, most = config[key], int(default is None), MOST[what]
     if isinstance(value, list) and value and all(one == value[0] for one in value):
         # Some families repeat a figure per layer.
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{where} is {value!r:.80}; give a whole number from {least} to {most}")
+        raise ValueError(f"model {name!r}: {key} is {value!r:.80}; give a whole number from {least} to {most}")
     return value
-
-
-def _kind(config: Config) -> ExpertKind:
-    return "gelu2" if config.get("model_type") in UNGATED_FAMILIES else "swiglu"
-
-
-def _is_sigmoid(config: Config) -> bool:
-    spelled = config.get("scoring_func") or config.get("score_function")
-    return spelled == "sigmoid" if spelled else config.get("model_type") in SIGMOID_FAMILIES
 
 
 def _num_moe_layers(config: Config, name: str, depth: int) -> int:
@@ -175,57 +154,44 @@ def _num_moe_layers(config: Config, name: str, depth: int) -> int:
         return sum(one == "sparse" for one in types[:depth])
     if isinstance(listed, list):
         return len(listed)
-    rules = _layer_rules(config, name, depth)
-    return sum(all(rule(layer) for rule in rules) for layer in range(depth))
 
-
-def _layer_rules(config: Config, name: str, depth: int) -> list[Callable[[int], bool]]:
     def read(*keys: str, default: int) -> int:
         return _figure(config, keys, name, "layers", default=default)
 
-    dense = read("first_k_dense_replace", "num_dense_layers", default=0)
+    layer_L = np.arange(depth)
     step = max(read("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval", default=1), 1)
     period, offset = max(read("expert_layer_period", default=1), 1), read("expert_layer_offset", default=0)
-    first = read("moe_layer_start_index", default=0)
     last = depth - 1 if config.get("moe_layer_end_index", -1) == -1 else read("moe_layer_end_index", default=0)
-    mlp_only = config.get("mlp_only_layers") or ()
+    routes_L = layer_L >= read("first_k_dense_replace", "num_dense_layers", default=0)
+    routes_L &= ((layer_L + 1) % step == 0) & ((layer_L % period == offset) | (period == 1))
+    routes_L &= (layer_L >= read("moe_layer_start_index", default=0)) & (layer_L <= last)
+    routes_L &= ~np.isin(layer_L, config.get("mlp_only_layers") or ())
     freq = config.get("moe_layer_freq", 1)
     if isinstance(freq, list):
-        flags = [bool(one) for one in freq] + [False] * depth
+        flags = [bool(one) for one in freq[:depth]]
+        routes_L &= np.array(flags + [False] * (depth - len(flags)))
     else:
-        every = max(read("moe_layer_freq", default=1), 1)
-        flags = [layer % every == 0 for layer in range(depth)]
-    return [
-        lambda layer: layer >= dense,
-        lambda layer: flags[layer],
-        lambda layer: (layer + 1) % step == 0,
-        lambda layer: layer not in mlp_only,
-        lambda layer: first <= layer <= last,
-        lambda layer: period == 1 or layer % period == offset,
-    ]
+        routes_L &= layer_L % max(read("moe_layer_freq", default=1), 1) == 0
+    return int(routes_L.sum())
 
 
 def _other_params(config: Config, name: str, num_experts: int) -> int:
     """Return the weights that every token passes in a layer beside its routed experts; 0 when heads are unknown."""
+
+    def width(*keys: str, default: int | None = 0) -> int:
+        return _figure(config, keys, name, "width", default=default)
+
     if not any(key in config for key in HEADS):
         return 0
-    d_model = _figure(config, WIDTH, name, "width")
-    shared = _figure(config, SHARED_WIDTH, name, "width", default=0)
+    d_model, heads = width(*WIDTH, default=None), width(*HEADS, default=None)
+    shared = width(*SHARED_WIDTH)
     if not shared:
-        shared = _figure(config, NUM_SHARED, name, "experts", default=0) * _figure(config, EXPERT_WIDTH, name, "width")
-    return _attention_params(config, name, d_model) + 3 * d_model * shared + d_model * num_experts + 2 * d_model
-
-
-def _attention_params(config: Config, name: str, d_model: int) -> int:
-    heads = _figure(config, HEADS, name, "width")
+        shared = _figure(config, NUM_SHARED, name, "experts", default=0) * width(*EXPERT_WIDTH, default=None)
+    other = 3 * d_model * shared + d_model * num_experts + 2 * d_model
     if "kv_lora_rank" not in config:
-        kv_heads = _figure(config, KV_HEADS, name, "width", default=0) or heads
-        head_dim = _figure(config, ("head_dim", "kv_channels"), name, "width", default=0) or d_model // heads
-        return d_model * head_dim * (2 * heads + 2 * kv_heads)
-    kv_rank, rope, nope, v_dim = (
-        _figure(config, (key,), name, "width", default=0)
-        for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    )
-    q_rank = _figure(config, ("q_lora_rank",), name, "width", default=0)
+        head_dim = width("head_dim", "kv_channels") or d_model // heads
+        return other + d_model * head_dim * (2 * heads + 2 * (width(*KV_HEADS) or heads))
+    kv_rank, q_rank, v_dim = width("kv_lora_rank"), width("q_lora_rank"), width("v_head_dim")
+    nope, rope = width("qk_nope_head_dim"), width("qk_rope_head_dim")
     queries = d_model * q_rank + (q_rank or d_model) * heads * (nope + rope)
-    return queries + d_model * (kv_rank + rope) + kv_rank * heads * (nope + v_dim) + heads * v_dim * d_model
+    return other + queries + d_model * (kv_rank + rope) + kv_rank * heads * (nope + v_dim) + heads * v_dim * d_model

@@ -20,18 +20,10 @@ MAX_PICKLE_BYTES = 16 << 20
 
 REBUILD = "torch._utils._rebuild_tensor_v2"
 BFLOAT16 = np.dtype([("bits", "u2")])
-STORAGES = {
-    "torch.DoubleStorage": np.dtype("f8"),
-    "torch.FloatStorage": np.dtype("f4"),
-    "torch.HalfStorage": np.dtype("f2"),
-    "torch.BFloat16Storage": BFLOAT16,
-    "torch.LongStorage": np.dtype("i8"),
-    "torch.IntStorage": np.dtype("i4"),
-    "torch.ShortStorage": np.dtype("i2"),
-    "torch.CharStorage": np.dtype("i1"),
-    "torch.ByteStorage": np.dtype("u1"),
-    "torch.BoolStorage": np.dtype("?"),
-}
+FLOATS = {"Double": np.dtype("f8"), "Float": np.dtype("f4"), "Half": np.dtype("f2"), "BFloat16": BFLOAT16}
+WHOLE = {"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "?"}
+DTYPES = FLOATS | {name: np.dtype(code) for name, code in WHOLE.items()}
+STORAGES = {f"torch.{name}Storage": dtype for name, dtype in DTYPES.items()}
 NAMES = frozenset((*STORAGES, REBUILD, "torch.Size", "collections.OrderedDict"))
 
 
@@ -102,10 +94,8 @@ class _Archive:
         if self._budget < 0:
             raise TraceError("its tensors repeat one storage and would need more memory than the file; save clones")
         steps = [step * storage.itemsize for step in stride]
-        view = np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
-        return _widened(view) if storage.dtype.names else view
-
-
-def _widened(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Return bfloat16 as float32, of which it is the upper half."""
-    return np.left_shift(values["bits"].astype(np.uint32), 16, dtype=np.uint32).view(np.float32)
+        view: NDArray[Any] = np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
+        if storage.dtype.names is None:
+            return view
+        # bfloat16 is the upper half of a float32.
+        return np.left_shift(view["bits"].astype(np.uint32), 16, dtype=np.uint32).view(np.float32)

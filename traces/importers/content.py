@@ -71,7 +71,11 @@ def _load_npz(path: Path) -> dict[str, NDArray[Any]]:
         return {name: arrays[name] for name in arrays.files}
 
 
-READERS: dict[Kind, Callable[[Path], object]] = {"npz": _load_npz, "npy": np.load, "torch": read_torch_file}
+def _load_npy(path: Path) -> NDArray[Any]:
+    return np.load(path, allow_pickle=False)
+
+
+READERS: dict[Kind, Callable[[Path], object]] = {"npz": _load_npz, "npy": _load_npy, "torch": read_torch_file}
 
 
 def _open_text(path: Path) -> Content:
