@@ -35,7 +35,9 @@ def test_a_package_loads_nothing_it_must_not(package: str, barred: tuple[str, ..
 
 
 def test_the_command_line_starts_without_heavy_libraries():
-    script = "import sys, expertslice.experiments.cli; print([n for n in ('torch', 'seaborn', 'scipy') if n in sys.modules])"
+    script = (
+        "import sys, expertslice.experiments.cli; print([n for n in ('torch', 'seaborn', 'scipy') if n in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert result.stdout.strip() == "[]"
 

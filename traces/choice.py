@@ -168,7 +168,7 @@ class Sample:
 
 Blocks = tuple[NDArray[np.float64], ...]
 """logit_E, tilt_RE, memory_HE, first_E, weight_CE."""
-PRECISION = (0.03, 1.5, 0.02, 0.03, 0.3)
+PRECISION = (0.03, 1.5, 0.5, 0.03, 0.3)
 """Of the Gaussian prior of each block: weak, but for the tilt, which has few tokens per request."""
 
 

@@ -21,11 +21,11 @@ from .spec import SynthSpec, logits_of_load, plain_layer
 from .tilt import Tilt, split_tilt, tilt_variance, typical_tilt
 from .trace import RoutingTrace
 
-DRAWN_ENTRIES = 3_000_000
+DRAWN_ENTRIES = 2_400_000
 """Marks per layer of the tokens drawn at each correction."""
 ACROSS_TOKENS = 30_000
 """Tokens on which the dependence on the layer below is measured."""
-LIKELIHOOD_ENTRIES = 12_000_000
+LIKELIHOOD_ENTRIES = 9_000_000
 """Marks over all layers of the tokens that the likelihood sees."""
 LOAD_TOKENS = 20_000
 ROUNDS = ((1.0, 1.0, 0.9, 0.8, 0.7, 0.6), (0.7, 0.5, 0.4), (0.4, 0.3, 0.3))
@@ -98,7 +98,7 @@ def _likeliest(
 ) -> tuple[list[LayerChoice], NDArray[np.float64]]:
     """Return each layer's most likely parameters, and the tilts of the panel's requests [R, L, E]."""
     num_layers = panel.ids_PRLK.shape[2]
-    num_tokens = max(LIKELIHOOD_ENTRIES // (num_layers * num_experts), 4000)
+    num_tokens = int(np.clip(LIKELIHOOD_ENTRIES // (num_layers * num_experts), 4_000, 12_000))
     layers, tilts = list[LayerChoice](), list[NDArray[np.float64]]()
     for level in range(num_layers):
         sample = layer_sample(panel, level, num_experts, num_tokens)
@@ -128,7 +128,8 @@ def _match_layers(
     """
     num_layers, num_experts = tilt.own_LE.shape
     num_positions, num_requests = panel.ids_PRLK.shape[:2]
-    num_drawn = int(np.clip(DRAWN_ENTRIES // (num_experts * num_positions), 16, 384))
+    affordable = max(DRAWN_ENTRIES // (num_experts * num_positions), 16)
+    num_drawn = min(affordable, max(2 * num_requests, 96), 384)
     drawn = panel.pick(evenly(num_requests, num_drawn))
     num_across = min(int(panel.shape.tokens_R.sum()), int(drawn.shape.tokens_R.sum()), ACROSS_TOKENS)
     wanted = _wanted(panel, num_experts, num_across)

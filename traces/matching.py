@@ -80,7 +80,7 @@ def _across(ids_PRK: Ids, hot_NE: F32, shape: Shape, below_PRK: Ids, num_across:
     """Measure the dependence on the layer below; recall is learnt on every other request and judged on the rest."""
     k, num_experts = ids_PRK.shape[2], hot_NE.shape[1]
     alive_N = np.flatnonzero(shape.alive)
-    some_M = alive_N[np.linspace(0, len(alive_N) - 1, num_across).astype(np.int64)]
+    some_M = np.sort(np.random.default_rng([num_across]).choice(alive_N, num_across, replace=False))
     below_MK, first_M = below_PRK.reshape(-1, k)[some_M], ids_PRK[..., 0].ravel()[some_M]
     fold_M = some_M % len(shape.tokens_R) % 2
     recall = [
@@ -152,23 +152,38 @@ def _profile_step(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
     return np.clip(lacks_BE - lacks_E, -1, 1) * (_profile_trust(wanted) * (seen.tokens_B > 0))[:, None]
 
 
-def _corrected(layer: LayerChoice, wanted: Moments, seen: Moments, gain: float) -> LayerChoice:
-    logit_E = np.clip(log_weight(wanted.inside_E) - log_weight(seen.inside_E), -2, 2)
-    first_E = np.clip(_log_odds(wanted.first_E) - _log_odds(seen.first_E), -2, 2) - logit_E
+def _load_error(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
+    return np.clip(log_weight(wanted.inside_E) - log_weight(seen.inside_E), -2, 2)
+
+
+def _calmed(
+    gain_E: NDArray[np.float64], error_E: NDArray[np.float64], before_E: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Halve the gain of each expert whose error has changed sign: its memory answers a correction with more than it."""
+    return np.where(error_E * before_E < 0, gain_E / 2, np.minimum(gain_E * 1.2, LOAD_GAIN))
+
+
+def _corrected(
+    layer: LayerChoice, wanted: Moments, seen: Moments, gain: float, load_gain_E: NDArray[np.float64]
+) -> LayerChoice:
+    logit_E = load_gain_E * _load_error(wanted, seen)
+    first_E = LOAD_GAIN * np.clip(_log_odds(wanted.first_E) - _log_odds(seen.first_E), -2, 2) - logit_E
     memory_H1 = gain * _memory_step(wanted, seen)[:, None]
     first_scale = _ratio(wanted.recall_first, seen.recall_first, 0.02) ** (2 * gain)
     rest_scale = _ratio(wanted.recall_set, seen.recall_set, 0.02) ** (2 * gain)
-    sharpness = layer.sharpness * _ratio(wanted.information_bits, seen.information_bits, 0.02) ** (0.7 * gain)
+    # Of a single choice, sharpness would only scale everything.
+    several = wanted.inside_E.sum() > 1.5
+    sharper = _ratio(wanted.information_bits, seen.information_bits, 0.02) ** (0.7 * gain * several)
     return replace(
         layer,
         # What a memory adds on average leaves the logit again, or the load would shift.
-        logit_E=(layer.logit_E + LOAD_GAIN * logit_E - memory_H1.sum() * wanted.inside_E).astype(np.float32),
-        first_E=(layer.first_E + LOAD_GAIN * first_E).astype(np.float32),
+        logit_E=(layer.logit_E + logit_E - memory_H1.sum() * wanted.inside_E).astype(np.float32),
+        first_E=(layer.first_E + first_E).astype(np.float32),
         profile_BE=(layer.profile_BE + 0.5 * gain * _profile_step(wanted, seen)).astype(np.float32),
         memory_HE=(layer.memory_HE + memory_H1).astype(np.float32),
         below_first_EE=layer.below_first_EE * np.float32(first_scale),
         below_rest_EE=layer.below_rest_EE * np.float32(rest_scale),
-        sharpness=float(np.clip(sharpness, 0.2, 5)),
+        sharpness=float(np.clip(layer.sharpness * sharper, 0.2, 5)),
     )
 
 
@@ -206,11 +221,14 @@ def match(
 ) -> Matched:
     """Correct a layer once per gain; `tilt_RE` and `below_PRK` stay the same, the noise is drawn anew each time."""
     k = round(float(wanted.inside_E.sum()))
-    scale_E = np.ones(tilt_RE.shape[1], np.float32)
+    scale_E, load_gain_E = np.ones(tilt_RE.shape[1], np.float32), np.full(tilt_RE.shape[1], LOAD_GAIN)
+    error_E = np.zeros(tilt_RE.shape[1])
     for gain in gains:
         ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, noise)
         seen = moments(ids_PRK, shape, below_PRK, tilt_RE.shape[1], num_across)
-        layer = _corrected(layer, wanted, seen, gain)
+        before_E, error_E = error_E, _load_error(wanted, seen)
+        load_gain_E = _calmed(load_gain_E, error_E, before_E)
+        layer = _corrected(layer, wanted, seen, gain, load_gain_E)
         scale_E = np.clip(scale_E * _tilt_step(wanted, seen, gain), 0.02, 10).astype(np.float32)
     ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, noise)
     return Matched(layer=layer, ids_PRK=ids_PRK, tilt_scale_E=scale_E)
