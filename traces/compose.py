@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .requests import group_requests, prompt_lengths
+from .requests import Request, draw_requests
 from .schema import PHASES, Phase, Provenance, RoutedStep
 from .trace import UNKNOWN, RoutingTrace, StepTable, counts_of
 
@@ -66,20 +65,6 @@ class Composition:
                 raise ValueError(f"composition with {name} {value}; it must be at least 1")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One request's tokens in order; the first `prompt_tokens` are prefill."""
-
-    request_id: int
-    prompt_tokens: int
-    expert_ids_TLK: NDArray[np.integer]
-    rows_T: NDArray[np.int64]
-    """Rows of the trace it comes from."""
-    domain: int = UNKNOWN
-    with_previous: bool = False
-    """Arrives together with the request before it: part of a burst."""
-
-
 @dataclass(slots=True)
 class _Running:
     request: Request
@@ -92,31 +77,6 @@ class _Running:
 
 Segment = tuple[Request, int, int]
 """A request and the range of its tokens that a step runs."""
-
-
-def draw_requests(trace: RoutingTrace, seed: int, *, forever: bool) -> Iterator[Request]:
-    """Yield the requests of a trace in random order: once, or in rounds without end.
-
-    A request keeps its id in the first round; later rounds add a stride, so that ids stay unique.
-    """
-    if len(np.unique(trace.step_table.segment_S[trace.step_T])) > 1:
-        raise ValueError(
-            f"the trace holds the segments {', '.join(trace.step_table.segments)}, which never shared a batch; "
-            "choose one with select_segment"
-        )
-    groups = group_requests(trace)
-    prompt_R = prompt_lengths(trace, groups)
-    rows = list(groups.rows())
-    id_R = trace.request_id_T[groups.order_T[groups.offsets_R[:-1]]]
-    stride = int(id_R.max()) + 1
-    for draw in itertools.count() if forever else range(1):
-        for r in np.random.default_rng([seed, 0, draw]).permutation(len(rows)):
-            yield Request(
-                request_id=draw * stride + int(id_R[r]),
-                prompt_tokens=int(prompt_R[r]),
-                expert_ids_TLK=trace.expert_ids_TLK[rows[r]],
-                rows_T=rows[r],
-            )
 
 
 def _arrivals(requests: Iterable[Request], composition: Composition) -> Iterator[_Running]:

@@ -1,8 +1,9 @@
-"""Requests inside a trace: which rows are whose, in reading order; picking rows; splitting by request.
+"""Requests inside a trace: which rows are whose, in reading order; drawing, picking and splitting them.
 
 Shape letters: T tokens, S steps, R requests, L MoE layers, K top-k.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .schema import PHASES
-from .trace import RoutingTrace, StepTable
+from .trace import UNKNOWN, RoutingTrace, StepTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,3 +120,42 @@ def split_requests(trace: RoutingTrace, fraction: float, seed: int) -> tuple[Rou
     first_T = chosen_R[groups.request_of]
     learn, judge = (select_rows(trace, np.sort(groups.order_T[part_T])) for part_T in (first_T, ~first_T))
     return learn, judge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request's tokens in order; the first `prompt_tokens` are prefill."""
+
+    request_id: int
+    prompt_tokens: int
+    expert_ids_TLK: NDArray[np.integer]
+    rows_T: NDArray[np.int64]
+    """Rows of the trace it comes from."""
+    domain: int = UNKNOWN
+    with_previous: bool = False
+    """Arrives together with the request before it: part of a burst."""
+
+
+def draw_requests(trace: RoutingTrace, seed: int, *, forever: bool) -> Iterator[Request]:
+    """Yield the requests of a trace in random order: once, or in rounds without end.
+
+    A request keeps its id in the first round; later rounds add a stride, so that ids stay unique.
+    """
+    if len(np.unique(trace.step_table.segment_S[trace.step_T])) > 1:
+        raise ValueError(
+            f"the trace holds the segments {', '.join(trace.step_table.segments)}, which never shared a batch; "
+            "choose one with select_segment"
+        )
+    groups = group_requests(trace)
+    prompt_R = prompt_lengths(trace, groups)
+    rows = list(groups.rows())
+    id_R = trace.request_id_T[groups.order_T[groups.offsets_R[:-1]]]
+    stride = int(id_R.max()) + 1
+    for draw in itertools.count() if forever else range(1):
+        for r in np.random.default_rng([seed, 0, draw]).permutation(len(rows)):
+            yield Request(
+                request_id=draw * stride + int(id_R[r]),
+                prompt_tokens=int(prompt_R[r]),
+                expert_ids_TLK=trace.expert_ids_TLK[rows[r]],
+                rows_T=rows[r],
+            )

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .choice import F32, Ids, Shape, choose, gumbel
-from .compose import Composition, Request, composed_provenance, routed_steps
-from .requests import phases_of
+from .compose import Composition, composed_provenance, routed_steps
+from .requests import Request, phases_of
 from .schema import Provenance, RoutedStep
 from .spec import SynthSpec, zipf_spec
 from .trace import UNKNOWN, RoutingTrace, StepTable, id_dtype
