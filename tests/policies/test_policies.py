@@ -168,13 +168,6 @@ class ConvertsParameters(Honest):
         object.__setattr__(self, "tiles", [*self.tiles])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slow(Honest):
-    def plan(self, obs, state):
-        sum(range(400_000))
-        return Honest.plan(self, obs, state)
-
-
 SUITE = [name for name in dir(PolicyContract) if name.startswith("test_")]
 
 
@@ -207,7 +200,6 @@ def test_an_honest_policy_passes():
         (NoLayouts(), "test_declares_layouts", "no layouts"),
         (Remembers(), "test_calls_are_pure", "changed the policy"),
         (ConvertsParameters(), "test_constructor_only_stores", "changes tiles"),
-        (Slow(), "test_decides_in_time", "a decision takes"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Honest) else None,
 )
