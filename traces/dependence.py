@@ -1,6 +1,6 @@
-"""What one layer's choice says of the next layer's: information and recall.
+"""What one choice says of another: information between layers, recall, divergence of requests.
 
-Shape letters: N tokens, E experts, K top-k, C conditions.
+Shape letters: N tokens, R requests, E experts, K top-k, C conditions.
 """
 
 import numpy as np
@@ -13,6 +13,13 @@ def entropy_bits(share: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the entropy over the last axis, in bits; shares sum to 1 there."""
     logs = np.log2(share, where=share > 0, out=np.zeros_like(share))
     return -(share * logs).sum(axis=-1)
+
+
+def jsd_bits(counts_RE: NDArray[np.integer] | F32) -> NDArray[np.float64]:
+    """Return each row's Jensen-Shannon divergence from the load of all rows together, in bits."""
+    row_RE = counts_RE / counts_RE.sum(axis=1, keepdims=True)
+    whole_E = counts_RE.sum(axis=0) / counts_RE.sum()
+    return entropy_bits((row_RE + whole_E) / 2) - (entropy_bits(row_RE) + entropy_bits(whole_E)) / 2
 
 
 def joint_counts(one_N: NDArray[np.integer], other_N: NDArray[np.integer], num_experts: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .choice import F32, NUM_BINS, WIDTH_OF_BIN_B, Ids, LayerChoice, Noise, Shape, choose, gumbel, log_weight, multi_hot
-from .dependence import conditional_recall, joint_counts, mutual_information_bits
+from .dependence import conditional_recall, joint_counts, jsd_bits, mutual_information_bits
 
 LAGS_G = (1, 4, 8, 16)
 NEAR_POSITIONS = 200
@@ -38,6 +38,8 @@ class Moments:
     """Share of a token's experts that the token `LAGS_G` before it chose, early in requests; nan: none is that long."""
     overlap_any: float
     """The same for any two tokens of a request."""
+    divergence_bits: float
+    """Jensen-Shannon divergence of a request's load from the whole load."""
     information_bits: float | None = None
     recall_first: float | None = None
     recall_set: float | None = None
@@ -66,6 +68,7 @@ def moments(ids_PRK: Ids, shape: Shape, below_PRK: Ids | None, num_experts: int,
         together_E=together_E,
         overlap_G=np.array([_overlap(hot_PRE, shape, lag, k) for lag in LAGS_G]),
         overlap_any=float(together_E.sum() / k),
+        divergence_bits=float(jsd_bits(sum_RE).mean()),
         **({} if below_PRK is None else _across(ids_PRK, hot_NE, shape, below_PRK, num_across)),
     )
 
@@ -121,8 +124,8 @@ def _tilt_step(wanted: Moments, seen: Moments, gain: float) -> NDArray[np.float6
     floor = max(float(extra_E.mean()), 1e-9) / 30
     ratio_E = np.clip((extra_E + floor) / (seen_E + floor), 0.3, 3)
     # Once by overlap, which full experts decide, and once by divergence, which counts every expert alike.
-    weight_E = 1 / np.maximum(wanted.inside_E, 0.1 * wanted.inside_E.mean())
-    overlap, divergence = ((extra_E @ w_E + floor) / (seen_E @ w_E + floor) for w_E in (weight_E**0, weight_E))
+    overlap = (extra_E.sum() + floor) / (seen_E.sum() + floor)
+    divergence = wanted.divergence_bits / max(seen.divergence_bits, 1e-9)
     together = np.clip(overlap**0.3 * divergence**0.7, 0.3, 3)
     return ratio_E ** (1.2 * gain**2) * together ** (0.8 * (1 - gain))
 

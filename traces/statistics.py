@@ -18,6 +18,7 @@ from .dependence import (
     entropy_bits,
     information_bias_bits,
     joint_counts,
+    jsd_bits,
     mutual_information_bits,
 )
 from .locality import (
@@ -112,13 +113,6 @@ def zipf_s(load_E: NDArray[np.floating] | NDArray[np.integer]) -> float:
     if len(ordered_E) < 2:
         return np.nan
     return float(-np.polyfit(np.log(np.arange(1, len(ordered_E) + 1)), np.log(ordered_E), 1)[0])
-
-
-def jsd_bits(counts_RE: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Return each row's Jensen-Shannon divergence from the load of all rows together, in bits."""
-    row_RE = counts_RE / counts_RE.sum(axis=1, keepdims=True)
-    whole_E = counts_RE.sum(axis=0) / counts_RE.sum()
-    return entropy_bits((row_RE + whole_E) / 2) - (entropy_bits(row_RE) + entropy_bits(whole_E)) / 2
 
 
 def summarise(

@@ -29,7 +29,7 @@ def split_tilt(tilt_RLE: NDArray[np.float64], domain_R: NDArray[np.int64], num_d
     domain_DLE = np.zeros((num_domains, *shape[1:]))
     if num_domains > 1:
         np.add.at(domain_DLE, domain_R, tilt_RLE)
-        domain_DLE /= (np.bincount(domain_R, minlength=num_domains) + 4)[:, None, None]
+        domain_DLE /= (np.bincount(domain_R, minlength=num_domains) + 1)[:, None, None]
     rest_RX = (tilt_RLE - domain_DLE[domain_R]).reshape(shape[0], -1)
     _, size_F, axis_FX = np.linalg.svd(rest_RX / np.sqrt(shape[0]), full_matrices=False)
     num_factors = min(MAX_FACTORS, shape[0] - 1, len(size_F))
