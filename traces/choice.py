@@ -1,10 +1,9 @@
-"""How one layer chooses experts: Gumbel top-k over logits, and its likelihood (Plackett-Luce), fitted to tokens.
+"""How one layer chooses experts: Gumbel top-k over logits.
 
 The logits of a token are a sum: popularity, a profile over the position, a tilt of its request, what the layer below
 chose for the same token, and what this layer chose for the tokens before it.
 
-Shape letters: P positions, R requests, E experts, K top-k, H memories, B position bins, N sampled tokens,
-C columns of a design matrix.
+Shape letters: P positions, R requests, E experts, K top-k, H memories, B position bins, N rows of any kind.
 """
 
 from collections.abc import Callable
@@ -65,6 +64,8 @@ class LayerChoice:
     below_first_EE: F32
     """[expert below, expert]: what the layer below's first choice adds."""
     below_rest_EE: F32
+    lead_EE: F32
+    """[first choice below, expert]: added for the first choice alone."""
 
 
 def multi_hot(ids_NK: NDArray[np.integer], num_experts: int) -> F32:
@@ -113,22 +114,32 @@ def choose(layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | None
         ids_PRK, in the order of choice; `PAD` beyond a request's end.
     """
     standing_PRE = _standing(layer, tilt_RE, shape, below_PRK)
+    lead_PRE = np.broadcast_to(layer.first_E, standing_PRE.shape)
+    if below_PRK is not None:
+        lead_PRE = (layer.lead_EE + layer.first_E)[np.maximum(below_PRK[..., 0], 0)]
     memory_HRE = np.zeros((len(MEMORY_H), *tilt_RE.shape), np.float32)
     alive_P = shape.alive.sum(axis=1)
-    _run(layer, standing_PRE[:WARM_UP], memory_HRE, alive_P[:WARM_UP], k, noise)
-    return _run(layer, standing_PRE, memory_HRE, alive_P, k, noise)
+    warm = slice(WARM_UP)
+    _run(layer, standing_PRE[warm], lead_PRE[warm], memory_HRE, alive_P[warm], k, noise)
+    return _run(layer, standing_PRE, lead_PRE, memory_HRE, alive_P, k, noise)
 
 
 def _run(
-    layer: LayerChoice, standing_PRE: F32, memory_HRE: F32, alive_P: NDArray[np.int64], k: int, noise: Noise
+    layer: LayerChoice,
+    standing_PRE: F32,
+    lead_PRE: F32,
+    memory_HRE: F32,
+    alive_P: NDArray[np.int64],
+    k: int,
+    noise: Noise,
 ) -> Ids:
     """Draw position after position; `memory_HRE` is where the memories stand, before and after."""
-    noise_PRE, first_noise_PRE = noise(standing_PRE.shape), noise(standing_PRE.shape) + layer.first_E
+    noise_PRE, lead_PRE = noise(standing_PRE.shape), lead_PRE + noise(standing_PRE.shape)
     ids_PRK = np.full((*standing_PRE.shape[:2], k), PAD, np.int32)
     for p, alive in enumerate(alive_P):
         past_HRE = memory_HRE[:, :alive]
         score_RE = standing_PRE[p, :alive] + np.einsum("he,hre->re", layer.memory_HE, past_HRE)
-        lead_RE = np.float32(layer.sharpness) * score_RE + first_noise_PRE[p, :alive]
+        lead_RE = np.float32(layer.sharpness) * score_RE + lead_PRE[p, :alive]
         ids_PRK[p, :alive] = ids_RK = _pick(lead_RE, score_RE + noise_PRE[p, :alive], k)
         remember(past_HRE, ids_RK)
     return ids_PRK
@@ -152,93 +163,3 @@ def remember(memory_HRE: F32, ids_RK: NDArray[np.integer]) -> None:
     stays_H11 = np.asarray(MEMORY_H, np.float32)[:, None, None]
     memory_HRE *= stays_H11
     memory_HRE += (1 - stays_H11) * hot_RE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """Tokens of one layer to fit on, sorted by request."""
-
-    ids_NK: NDArray[np.int64]
-    request_N: NDArray[np.int64]
-    num_requests: int
-    design_NC: F32
-    """Marks of the profile bin, then of the first choice below, then of the other choices below."""
-    memory_HNE: F32
-
-
-Blocks = tuple[NDArray[np.float64], ...]
-"""logit_E, tilt_RE, memory_HE, first_E, weight_CE."""
-PRECISION = (0.03, 1.5, 0.5, 0.03, 0.3)
-"""Of the Gaussian prior of each block: weak, but for the tilt, which has few tokens per request."""
-
-
-def split_blocks(flat: NDArray[np.float64], sample: Sample, num_experts: int) -> Blocks:
-    """Cut the vector of all parameters into its blocks."""
-    rows = (1, sample.num_requests, len(MEMORY_H), 1, sample.design_NC.shape[1])
-    parts = np.split(flat.reshape(-1, num_experts), np.cumsum(rows)[:-1])
-    return parts[0][0], parts[1], parts[2], parts[3][0], parts[4]
-
-
-def _logits(blocks: Blocks, sample: Sample) -> F32:
-    logit_E, tilt_RE, memory_HE, _, weight_CE = (block.astype(np.float32) for block in blocks)
-    logit_NE = sample.design_NC @ weight_CE
-    logit_NE += tilt_RE[sample.request_N]
-    logit_NE += logit_E
-    for gain_E, memory_NE in zip(memory_HE, sample.memory_HNE, strict=True):
-        logit_NE += gain_E * memory_NE
-    return logit_NE
-
-
-def log_likelihood(logit_NE: F32, first_E: F32, ids_NK: NDArray[np.int64]) -> tuple[float, F32, F32]:
-    """Return the log-likelihood of ordered choices and its slopes in the logits and in the first choice's extra.
-
-    The first choice is a softmax over logit + first; each later one a softmax over the logits still left.
-    """
-    row_N = np.arange(len(ids_NK))
-    weight_NE = np.exp(logit_NE - logit_NE.max(axis=1, keepdims=True))
-    lead_NE = weight_NE * np.exp(first_E)
-    lead_NE /= lead_NE.sum(axis=1, keepdims=True)
-    chosen_NK = np.maximum(np.take_along_axis(weight_NE, ids_NK, axis=1), 1e-30)
-    left_NJ = np.maximum(weight_NE.sum(axis=1, keepdims=True) - chosen_NK.cumsum(axis=1)[:, :-1], 1e-12)
-    value = np.log(np.maximum(lead_NE[row_N, ids_NK[:, 0]], 1e-30)).sum() + np.log(chosen_NK[:, 1:] / left_NJ).sum()
-    inverse_NJ = np.cumsum(1 / left_NJ, axis=1)
-    slope_NE = -weight_NE * inverse_NJ[:, -1:] if inverse_NJ.shape[1] else np.zeros_like(weight_NE)
-    slope_NE[row_N, ids_NK[:, 0]] = 0
-    slope_NE[row_N[:, None], ids_NK[:, 1:]] = 1 - chosen_NK[:, 1:] * inverse_NJ
-    lead_NE *= -1
-    lead_NE[row_N, ids_NK[:, 0]] += 1
-    return float(value), slope_NE + lead_NE, lead_NE
-
-
-def _objective(flat: NDArray[np.float64], sample: Sample, num_experts: int) -> tuple[float, NDArray[np.float64]]:
-    """Return the negative log-posterior per token and its gradient."""
-    blocks = split_blocks(flat, sample, num_experts)
-    value, slope_NE, lead_NE = log_likelihood(_logits(blocks, sample), blocks[3].astype(np.float32), sample.ids_NK)
-    start_R = np.searchsorted(sample.request_N, np.arange(sample.num_requests))
-    tilt_RE = np.zeros((sample.num_requests, num_experts))
-    present_R = np.flatnonzero(np.bincount(sample.request_N, minlength=sample.num_requests))
-    tilt_RE[present_R] = np.add.reduceat(slope_NE, start_R[present_R], axis=0)
-    memory_HE = np.stack([np.einsum("ne,ne->e", slope_NE, memory_NE) for memory_NE in sample.memory_HNE])
-    slopes = (slope_NE.sum(axis=0), tilt_RE, memory_HE, lead_NE.sum(axis=0), sample.design_NC.T @ slope_NE)
-    gradient = np.concatenate(
-        [(slope - weight * block).ravel() for slope, weight, block in zip(slopes, PRECISION, blocks, strict=True)]
-    )
-    penalty = sum(0.5 * weight * float((block**2).sum()) for weight, block in zip(PRECISION, blocks, strict=True))
-    return (penalty - value) / len(sample.ids_NK), -gradient / len(sample.ids_NK)
-
-
-def most_likely(sample: Sample, num_experts: int, max_iterations: int) -> Blocks:
-    """Return the parameters of highest posterior density: a concave problem, begun at the load alone."""
-    from scipy.optimize import minimize
-
-    start = np.zeros((2 + sample.num_requests + len(MEMORY_H) + sample.design_NC.shape[1], num_experts))
-    start[0] = log_weight(np.bincount(sample.ids_NK.ravel(), minlength=num_experts) / len(sample.ids_NK))
-    found = minimize(
-        _objective,
-        start.ravel(),
-        args=(sample, num_experts),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": max_iterations, "maxcor": 8},
-    )
-    return split_blocks(np.asarray(found.x), sample, num_experts)

@@ -11,9 +11,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from .choice import F32, NUM_BINS, Blocks, Ids, LayerChoice, Sample, gumbel, log_weight, most_likely, top_k
+from .choice import F32, NUM_BINS, Ids, LayerChoice, gumbel, log_weight, top_k
 from .drift import LEAST_WINDOWS, MAX_WINDOWS, drift_of, window_counts
-from .matching import Moments, match, moments, noise_tape, with_trusted_profile
+from .likelihood import Blocks, Sample, most_likely
+from .matching import match, noise_tape, with_trusted_profile
+from .moments import Moments, moments
 from .panel import MAX_REQUESTS, Panel, evenly, layer_sample, panel_of
 from .requests import group_requests, prompt_lengths
 from .schema import StepSource
@@ -52,6 +54,7 @@ def _layer(blocks: Blocks, sample: Sample, num_experts: int) -> LayerChoice:
         memory_HE=memory_HE.astype(np.float32),
         below_first_EE=first_EE.astype(np.float32),
         below_rest_EE=rest_EE.astype(np.float32),
+        lead_EE=np.zeros((num_experts, num_experts), np.float32),
     )
 
 

@@ -12,88 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .choice import F32, NUM_BINS, WIDTH_OF_BIN_B, Ids, LayerChoice, Noise, Shape, choose, gumbel, log_weight, multi_hot
-from .dependence import conditional_recall, joint_counts, jsd_bits, mutual_information_bits
+from .choice import F32, WIDTH_OF_BIN_B, Ids, LayerChoice, Noise, Shape, choose, gumbel, log_weight
+from .moments import Moments, moments
 
-LAGS_G = (1, 4, 8, 16)
-NEAR_POSITIONS = 200
-"""Overlaps are matched on the first tokens of requests, where batches that start together are most alike."""
+FEW_TOKENS = 5
+"""Pairs of experts seen less often than that say little."""
 LOAD_GAIN = 0.8
 GAIN_H = (1.6, 2.5, 3.0)
 """Memory gain per unit of log-odds of overlap, by memory: the slower, the less one unit moves the overlap."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moments:
-    """What is matched; shares of tokens, float64."""
-
-    inside_E: NDArray[np.float64]
-    inside_BE: NDArray[np.float64]
-    """By profile bin; a bin without tokens is 0."""
-    tokens_B: NDArray[np.int64]
-    first_E: NDArray[np.float64]
-    together_E: NDArray[np.float64]
-    """Share of the pairs of tokens of one request that both chose the expert."""
-    overlap_G: NDArray[np.float64]
-    """Share of a token's experts that the token `LAGS_G` before it chose, early in requests; nan: none is that long."""
-    overlap_any: float
-    """The same for any two tokens of a request."""
-    divergence_bits: float
-    """Jensen-Shannon divergence of a request's load from the whole load."""
-    information_bits: float | None = None
-    recall_first: float | None = None
-    recall_set: float | None = None
-
-
-def moments(ids_PRK: Ids, shape: Shape, below_PRK: Ids | None, num_experts: int, num_across: int) -> Moments:
-    """Measure one layer, given what the layer below chose for the same tokens.
-
-    What depends on the layer below is measured on `num_across` tokens, the same number wherever two measurements are
-    compared: such measures are biased by how many there are.
-    """
-    k = ids_PRK.shape[2]
-    hot_NE = multi_hot(ids_PRK.reshape(-1, k), num_experts)
-    hot_PRE = hot_NE.reshape(*ids_PRK.shape[:2], num_experts)
-    tokens, sum_RE = int(shape.tokens_R.sum()), hot_PRE.sum(axis=0)
-    num_pairs = max(int((shape.tokens_R * (shape.tokens_R - 1)).sum()), 1)
-    together_E = ((sum_RE.astype(np.float64) ** 2).sum(axis=0) - sum_RE.sum(axis=0)) / num_pairs
-    alive_N, bin_N = shape.alive.ravel(), shape.bins.ravel()
-    tokens_B = np.bincount(bin_N[alive_N], minlength=NUM_BINS)
-    inside_BE = (multi_hot(bin_N[:, None], NUM_BINS).T @ hot_NE) / np.maximum(tokens_B, 1)[:, None]
-    return Moments(
-        inside_E=sum_RE.sum(axis=0, dtype=np.float64) / tokens,
-        inside_BE=inside_BE,
-        tokens_B=tokens_B,
-        first_E=np.bincount(ids_PRK[..., 0].ravel()[alive_N], minlength=num_experts) / tokens,
-        together_E=together_E,
-        overlap_G=np.array([_overlap(hot_PRE, shape, lag, k) for lag in LAGS_G]),
-        overlap_any=float(together_E.sum() / k),
-        divergence_bits=float(jsd_bits(sum_RE).mean()),
-        **({} if below_PRK is None else _across(ids_PRK, hot_NE, shape, below_PRK, num_across)),
-    )
-
-
-def _overlap(hot_PRE: F32, shape: Shape, lag: int, k: int) -> float:
-    hot_PRE = hot_PRE[:NEAR_POSITIONS]
-    pairs = int(np.maximum(np.minimum(shape.tokens_R, NEAR_POSITIONS) - lag, 0).sum())
-    return float(np.vdot(hot_PRE[lag:], hot_PRE[:-lag])) / (pairs * k) if pairs else np.nan
-
-
-def _across(ids_PRK: Ids, hot_NE: F32, shape: Shape, below_PRK: Ids, num_across: int) -> dict[str, float | None]:
-    """Measure the dependence on the layer below; recall is learnt on every other request and judged on the rest."""
-    k, num_experts = ids_PRK.shape[2], hot_NE.shape[1]
-    alive_N = np.flatnonzero(shape.alive)
-    some_M = np.sort(np.random.default_rng([num_across]).choice(alive_N, num_across, replace=False))
-    below_MK, first_M = below_PRK.reshape(-1, k)[some_M], ids_PRK[..., 0].ravel()[some_M]
-    fold_M = some_M % len(shape.tokens_R) % 2
-    recall = [
-        conditional_recall(multi_hot(below_MK[:, :width], num_experts), hot_NE[some_M], fold_M, k) for width in (1, k)
-    ]
-    return {
-        "information_bits": mutual_information_bits(joint_counts(below_MK[:, 0], first_M, num_experts)),
-        "recall_first": recall[0],
-        "recall_set": recall[1],
-    }
 
 
 def _log_odds(share: NDArray[np.float64] | float) -> NDArray[np.float64]:
@@ -166,6 +92,15 @@ def _calmed(
     return np.where(error_E * before_E < 0, gain_E / 2, np.minimum(gain_E * 1.2, LOAD_GAIN))
 
 
+def _lead_step(wanted: Moments, seen: Moments) -> NDArray[np.float64] | float:
+    """Return the change of the first choice's logits given the first choice below, beyond what its load lacks."""
+    if wanted.firsts_EE is None or seen.firsts_EE is None or wanted.inside_E.sum() < 1.5:
+        return 0.0
+    lacks_EE = np.log(wanted.firsts_EE + FEW_TOKENS) - np.log(seen.firsts_EE + FEW_TOKENS)
+    lacks_E = np.log(wanted.firsts_EE.sum(axis=0) + FEW_TOKENS) - np.log(seen.firsts_EE.sum(axis=0) + FEW_TOKENS)
+    return np.clip(lacks_EE - lacks_E, -1, 1)
+
+
 def _corrected(
     layer: LayerChoice, wanted: Moments, seen: Moments, gain: float, load_gain_E: NDArray[np.float64]
 ) -> LayerChoice:
@@ -176,7 +111,7 @@ def _corrected(
     rest_scale = _ratio(wanted.recall_set, seen.recall_set, 0.02) ** (2 * gain)
     # Of a single choice, sharpness would only scale everything.
     several = wanted.inside_E.sum() > 1.5
-    sharper = _ratio(wanted.information_bits, seen.information_bits, 0.02) ** (0.7 * gain * several)
+    sharper = _ratio(wanted.information_bits, seen.information_bits, 0.02) ** (0.4 * gain * several)
     return replace(
         layer,
         # What a memory adds on average leaves the logit again, or the load would shift.
@@ -186,6 +121,7 @@ def _corrected(
         memory_HE=(layer.memory_HE + memory_H1).astype(np.float32),
         below_first_EE=layer.below_first_EE * np.float32(first_scale),
         below_rest_EE=layer.below_rest_EE * np.float32(rest_scale),
+        lead_EE=(layer.lead_EE + 0.5 * gain * _lead_step(wanted, seen)).astype(np.float32),
         sharpness=float(np.clip(layer.sharpness * sharper, 0.2, 5)),
     )
 

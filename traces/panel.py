@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .choice import F32, MEMORY_H, NUM_BINS, PAD, WARM_UP, Ids, Sample, Shape, multi_hot, remember
+from .choice import F32, MEMORY_H, NUM_BINS, PAD, WARM_UP, Ids, Shape, multi_hot, remember
+from .likelihood import Sample
 from .requests import group_requests, prompt_lengths
 from .trace import RoutingTrace
 

@@ -152,6 +152,7 @@ def plain_layer(logit_E: F32) -> LayerChoice:
         memory_HE=np.zeros((len(MEMORY_H), num_experts), np.float32),
         below_first_EE=np.zeros((num_experts, num_experts), np.float32),
         below_rest_EE=np.zeros((num_experts, num_experts), np.float32),
+        lead_EE=np.zeros((num_experts, num_experts), np.float32),
     )
 
 

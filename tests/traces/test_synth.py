@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertslice.traces.choice import gumbel, log_likelihood, top_k
+from expertslice.traces.choice import gumbel, top_k
 from expertslice.traces.compose import Composition, Poisson, compose
 from expertslice.traces.fit import fit
+from expertslice.traces.likelihood import log_likelihood
 from expertslice.traces.requests import group_requests
 from expertslice.traces.schema import Provenance
 from expertslice.traces.spec import SynthSpec

@@ -1,0 +1,102 @@
+"""The likelihood of one layer's choices (Plackett-Luce), and its most likely parameters given each token's past.
+
+Shape letters: R requests, E experts, K top-k, H memories, N sampled tokens, J later choices, C columns of a design
+matrix.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .choice import F32, MEMORY_H, log_weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Tokens of one layer to fit on, sorted by request."""
+
+    ids_NK: NDArray[np.int64]
+    request_N: NDArray[np.int64]
+    num_requests: int
+    design_NC: F32
+    """Marks of the profile bin, then of the first choice below, then of the other choices below."""
+    memory_HNE: F32
+
+
+Blocks = tuple[NDArray[np.float64], ...]
+"""logit_E, tilt_RE, memory_HE, first_E, weight_CE."""
+PRECISION = (0.03, 1.5, 0.5, 0.03, 0.3)
+"""Of the Gaussian prior of each block: weak, but for the tilt, which has few tokens per request."""
+
+
+def split_blocks(flat: NDArray[np.float64], sample: Sample, num_experts: int) -> Blocks:
+    """Cut the vector of all parameters into its blocks."""
+    rows = (1, sample.num_requests, len(MEMORY_H), 1, sample.design_NC.shape[1])
+    parts = np.split(flat.reshape(-1, num_experts), np.cumsum(rows)[:-1])
+    return parts[0][0], parts[1], parts[2], parts[3][0], parts[4]
+
+
+def _logits(blocks: Blocks, sample: Sample) -> F32:
+    logit_E, tilt_RE, memory_HE, _, weight_CE = (block.astype(np.float32) for block in blocks)
+    logit_NE = sample.design_NC @ weight_CE
+    logit_NE += tilt_RE[sample.request_N]
+    logit_NE += logit_E
+    for gain_E, memory_NE in zip(memory_HE, sample.memory_HNE, strict=True):
+        logit_NE += gain_E * memory_NE
+    return logit_NE
+
+
+def log_likelihood(logit_NE: F32, first_E: F32, ids_NK: NDArray[np.int64]) -> tuple[float, F32, F32]:
+    """Return the log-likelihood of ordered choices and its slopes in the logits and in the first choice's extra.
+
+    The first choice is a softmax over logit + first; each later one a softmax over the logits still left.
+    """
+    row_N = np.arange(len(ids_NK))
+    weight_NE = np.exp(logit_NE - logit_NE.max(axis=1, keepdims=True))
+    lead_NE = weight_NE * np.exp(first_E)
+    lead_NE /= lead_NE.sum(axis=1, keepdims=True)
+    chosen_NK = np.maximum(np.take_along_axis(weight_NE, ids_NK, axis=1), 1e-30)
+    left_NJ = np.maximum(weight_NE.sum(axis=1, keepdims=True) - chosen_NK.cumsum(axis=1)[:, :-1], 1e-12)
+    value = np.log(np.maximum(lead_NE[row_N, ids_NK[:, 0]], 1e-30)).sum() + np.log(chosen_NK[:, 1:] / left_NJ).sum()
+    inverse_NJ = np.cumsum(1 / left_NJ, axis=1)
+    slope_NE = -weight_NE * inverse_NJ[:, -1:] if inverse_NJ.shape[1] else np.zeros_like(weight_NE)
+    slope_NE[row_N, ids_NK[:, 0]] = 0
+    slope_NE[row_N[:, None], ids_NK[:, 1:]] = 1 - chosen_NK[:, 1:] * inverse_NJ
+    lead_NE *= -1
+    lead_NE[row_N, ids_NK[:, 0]] += 1
+    return float(value), slope_NE + lead_NE, lead_NE
+
+
+def _objective(flat: NDArray[np.float64], sample: Sample, num_experts: int) -> tuple[float, NDArray[np.float64]]:
+    """Return the negative log-posterior per token and its gradient."""
+    blocks = split_blocks(flat, sample, num_experts)
+    value, slope_NE, lead_NE = log_likelihood(_logits(blocks, sample), blocks[3].astype(np.float32), sample.ids_NK)
+    start_R = np.searchsorted(sample.request_N, np.arange(sample.num_requests))
+    tilt_RE = np.zeros((sample.num_requests, num_experts))
+    present_R = np.flatnonzero(np.bincount(sample.request_N, minlength=sample.num_requests))
+    tilt_RE[present_R] = np.add.reduceat(slope_NE, start_R[present_R], axis=0)
+    memory_HE = np.stack([np.einsum("ne,ne->e", slope_NE, memory_NE) for memory_NE in sample.memory_HNE])
+    slopes = (slope_NE.sum(axis=0), tilt_RE, memory_HE, lead_NE.sum(axis=0), sample.design_NC.T @ slope_NE)
+    gradient = np.concatenate(
+        [(slope - weight * block).ravel() for slope, weight, block in zip(slopes, PRECISION, blocks, strict=True)]
+    )
+    penalty = sum(0.5 * weight * float((block**2).sum()) for weight, block in zip(PRECISION, blocks, strict=True))
+    return (penalty - value) / len(sample.ids_NK), -gradient / len(sample.ids_NK)
+
+
+def most_likely(sample: Sample, num_experts: int, max_iterations: int) -> Blocks:
+    """Return the parameters of highest posterior density: a concave problem, begun at the load alone."""
+    from scipy.optimize import minimize
+
+    start = np.zeros((2 + sample.num_requests + len(MEMORY_H) + sample.design_NC.shape[1], num_experts))
+    start[0] = log_weight(np.bincount(sample.ids_NK.ravel(), minlength=num_experts) / len(sample.ids_NK))
+    found = minimize(
+        _objective,
+        start.ravel(),
+        args=(sample, num_experts),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": max_iterations, "maxcor": 8},
+    )
+    return split_blocks(np.asarray(found.x), sample, num_experts)
