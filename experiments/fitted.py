@@ -9,7 +9,7 @@ Shape letters: L MoE layers, E experts, X experts of the model that routing is m
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,7 +102,9 @@ def _fit_of(source: StepSource) -> SynthSpec:
 
 def _cache_path(opened: Opened) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = f"{__version__}/{opened.sha256}/{opened.segment}/{FIT_TOKENS}/{FIT_LENGTH}"
+    # A fit kept by another form of the generator must not be read.
+    form = [field.name for kind in (SynthSpec, LayerChoice) for field in fields(kind)]
+    key = f"{__version__}/{form}/{opened.sha256}/{opened.segment}/{FIT_TOKENS}/{FIT_LENGTH}"
     return root / "expertslice" / f"fit-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
@@ -186,5 +188,6 @@ def _layer(
         profile_BE=pick(layer.profile_BE),
         memory_HE=pick(layer.memory_HE),
         below_first_EE=pick(layer.below_first_EE)[below_X],
+        lead_EE=pick(layer.lead_EE)[below_X],
         below_rest_EE=pick(layer.below_rest_EE)[below_X] * np.float32(max(1, old_k - 1) / max(1, new_k - 1)),
     )

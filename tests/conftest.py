@@ -1,7 +1,13 @@
-"""Where there is no CUDA device, Triton kernels run in its interpreter; that must be set before triton is imported."""
+"""Environment that must stand before libraries load.
+
+Where there is no CUDA device, Triton kernels run in its interpreter. Workers of the suite share the cores, so that
+threads of BLAS only get in each other's way.
+"""
 
 import ctypes
 import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def cuda_is_there() -> bool:

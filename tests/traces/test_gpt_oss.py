@@ -105,8 +105,6 @@ def test_statistics_are_those_published(trace):
     assert_close(measured, PUBLISHED, within=0.13)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_fitted_generator_has_the_statistics_of_eight_layers(trace):
     few = replace(trace, expert_ids_TLK=trace.expert_ids_TLK[:, [0, 1, 6, 12, 13, 18, 22, 23]])
     drawn = synthesise(fit(few), num_requests=342, seed=7)
