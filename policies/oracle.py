@@ -1,8 +1,8 @@
 """A bound, not deployable: the cheapest of an enumerated set of plans for the true counts of the coming step.
 
 It sees what no policy can and decides free of charge, under the simulator's own costs. It bounds the plans in its set,
-not what slicing could do at best, and it looks one step ahead: a layout is left only if the step gains more than the
-switch costs.
+not what slicing could do at best. Where switching layouts is charged it looks one step ahead, and leaves one only if the
+step gains more than the switch costs; `drive` gives it free switches.
 """
 
 from dataclasses import dataclass, replace
@@ -56,8 +56,9 @@ class Oracle:
     def plan(self, obs: Observation, state: OracleState) -> tuple[Plan, OracleState]:
         if obs.coming_LE is not None and obs.coming_LE.any() and state.setup.belief is not None:
             costs = plan_costs_ns(state.setup, state.plans, obs.coming_LE)
-            now = state.plans[state.index].layout
-            costs += [switch_ns(now, plan.layout, state.setup.device) for plan in state.plans]
+            if not state.setup.control.free_switches:
+                now = state.plans[state.index].layout
+                costs += [switch_ns(now, plan.layout, state.setup.device) for plan in state.plans]
             if np.isfinite(costs).any():
                 state = replace(state, index=int(costs.argmin()))
         return state.plans[state.index], state
