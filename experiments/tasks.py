@@ -3,6 +3,7 @@
 import signal
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -92,21 +93,18 @@ def _in_parallel(tasks: Sequence[Task], world: World, jobs: int, counters: Path)
     try:
         for place, outcome in results:
             yield place, _accepted(outcome)
-    except BaseException:
-        _kill_workers()
-        raise
+    finally:
+        # Whatever ended this early, what still runs is stopped. The executor's own shutdown would wait for a thread
+        # that may be submitting the next task under the same lock.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*still being processed by the workers", category=UserWarning)
+            results.close()
 
 
 def _accepted(outcome: Outcome | Refused) -> Outcome:
     if isinstance(outcome, Outcome):
         return outcome
     raise ValueError(outcome.sentence)
-
-
-def _kill_workers() -> None:
-    from joblib.externals.loky import get_reusable_executor
-
-    get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
 @contextmanager
