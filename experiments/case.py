@@ -7,8 +7,7 @@ from typing import Any
 
 from ..policies.contract import MECHANISMS, Mechanism, Policy
 from ..policies.data import load_device, nearest
-from ..policies.layouts import one_slice_plan
-from ..policies.validate import validate
+from ..policies.loop import declared_layouts
 from ..traces.compose import Composition
 from ..traces.schema import StepSource
 from ..traces.trace import RoutingTrace
@@ -125,9 +124,7 @@ def _runnable(
     truth = world.truth()
     for name, policy in policies.items():
         try:
-            setup = world.setup(foresees=policy.foresees, truth=truth)
-            for layout in policy.layouts(setup):
-                validate(one_slice_plan(layout), setup)
+            declared_layouts(policy, world.setup(foresees=policy.foresees, truth=truth))
             kept[name] = policy
         except ValueError as error:
             if strict or name == REFERENCE:

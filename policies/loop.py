@@ -1,13 +1,15 @@
 """The one loop: observe, decide, apply, submit, drain. The same for every backend and every policy."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..traces.schema import RoutedStep
-from .contract import Backend, EnergyWindow, Observation, Plan, Policy, Setup, StepRecord
-from .layouts import fallback_plan
+from .contract import Backend, EnergyWindow, Observation, Plan, Policy, Setup, SliceLayout, StepRecord
+from .layouts import fallback_plan, one_slice_plan
+from .validate import PlanError, validate
 
 OnPolicyError = Literal["raise", "unsliced"]
 
@@ -34,6 +36,28 @@ def deployable_control(policy: Policy[Any], setup: Setup) -> Setup:
     return replace(setup, control=control)
 
 
+@contextmanager
+def _blaming(policy: Policy[Any], where: str) -> Generator[None]:
+    """Turn whatever a policy's own code raises into a `PolicyError`."""
+    try:
+        yield
+    except Exception as error:
+        raise PolicyError(f"{type(policy).__name__} {where}: {str(error) or type(error).__name__}") from error
+
+
+def declared_layouts(policy: Policy[Any], setup: Setup) -> tuple[SliceLayout, ...]:
+    """Return a policy's layouts, each checked against the device.
+
+    Raises:
+        PolicyError: the policy raised, or the device cannot hold one of them.
+    """
+    with _blaming(policy, "declares layouts"):
+        layouts = policy.layouts(setup)
+        for layout in layouts:
+            validate(one_slice_plan(layout), setup)
+    return layouts
+
+
 @dataclass
 class _Decisions:
     """One policy's decisions over a run: its state, its errors, and who hears of them."""
@@ -43,7 +67,7 @@ class _Decisions:
     setup: Setup
     on_decision: Callable[[Observation, Plan], None] | None
     on_policy_error: OnPolicyError
-    state: Any
+    state: Any = None
     errors: int = 0
 
     def decide(self, step: RoutedStep) -> None:
@@ -52,20 +76,31 @@ class _Decisions:
         if self.policy.foresees:
             obs = replace(obs, coming_LE=step.counts_LE)
         try:
-            plan, self.state = self.policy.plan(obs, self.state)
-            self.backend.apply(plan)
-        except Exception as error:
-            plan = self._unsliced(error, obs.step)
+            plan = self._planned(obs)
+        except PolicyError as error:
+            plan = self._unsliced(error)
         if self.on_decision is not None:
             self.on_decision(obs, plan)
 
-    def _unsliced(self, error: Exception, step: int) -> Plan:
-        name = type(self.policy).__name__
+    def _planned(self, obs: Observation) -> Plan:
+        where = f"at step {obs.step}"
+        with _blaming(self.policy, where):
+            plan, self.state = self.policy.plan(obs, self.state)
+            if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"plan() returned {type(plan).__name__} first; return a Plan and the state")
+        try:
+            self.backend.apply(plan)
+        except PlanError as error:
+            # Anything else that the backend raises is no fault of the policy's.
+            raise PolicyError(f"{type(self.policy).__name__} {where}: {error}") from error
+        return plan
+
+    def _unsliced(self, error: PolicyError) -> Plan:
         if self.on_policy_error == "raise":
-            raise PolicyError(f"{name} at step {step}: {error}") from error
+            raise error
         self.errors += 1
         if self.errors == 1:
-            warnings.warn(f"{name} at step {step}: {error}; running unsliced", stacklevel=4)
+            warnings.warn(f"{error}; running unsliced", stacklevel=4)
         plan = fallback_plan(self.setup)
         self.backend.apply(plan)
         return plan
@@ -94,8 +129,10 @@ def drive(
         raise ValueError(f"{type(policy).__name__} foresees the coming step, which only the simulator can offer")
     setup = deployable_control(policy, setup)
     control = setup.control
-    decisions = _Decisions(policy, backend, setup, on_decision, on_policy_error, policy.init(setup))
-    backend.open(setup, policy.layouts(setup))
+    decisions = _Decisions(policy, backend, setup, on_decision, on_policy_error)
+    with _blaming(policy, "starts"):
+        decisions.state = policy.init(setup)
+    backend.open(setup, declared_layouts(policy, setup))
     num_steps = 0
     try:
         for step in steps:

@@ -63,10 +63,11 @@ def policy_class(name: str) -> type[Policy[Any]]:
     module_name, _, attribute = (points[0].value if points else name).partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:
+        # Importing runs whatever the module holds.
         raise ValueError(
             f"policy {name!r} cannot be imported ({error}); give module:Class of an installed class"
-        ) from None
+        ) from error
     wants = "a frozen dataclass with init, layouts, plan and booleans foresees and reads_clock"
     if not isinstance(found, type) or not dataclasses.is_dataclass(found):
         raise ValueError(f"policy {name!r} is {type(found).__name__} {found!r:.60}; it must be {wants}")
