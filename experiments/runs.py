@@ -28,7 +28,6 @@ class RunFolder:
         self.manifest = {"status": "running", "kind": kind, "started": _now(), **manifest}
         stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")
         self.final, self.path = _make(root, f"{stamp}-{kind}")
-        self._written = False
         try:
             self.write_json("manifest.json", self.manifest)
         except OSError:

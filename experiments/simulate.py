@@ -25,13 +25,14 @@ from ..policies.contract import (
     Setup,
     SliceLayout,
     StepRecord,
+    TileVariant,
 )
 from ..policies.cost import CostModel
 from ..policies.data import load_variants
 from ..policies.layouts import fallback_plan
 from ..policies.loop import drive
 from ..sim.backend import SimBackend
-from ..traces.schema import PHASES, MoeSpec, RoutedStep
+from ..traces.schema import PHASES, MoeSpec, OtherWork, RoutedStep
 from .records import writing
 
 KNOWN_PLANS = 64
@@ -50,18 +51,23 @@ class World:
     control: Control = field(default_factory=Control)
     seed: int = 0
 
+    @property
+    def variants(self) -> tuple[TileVariant, ...]:
+        """Return the tile variants as compiled for the device."""
+        return load_variants(self.device.compute_capability)
+
     def truth(self, draw: int | None = None) -> CostModel:
         """Return the simulator's cost model: nominal, or under one draw of its errors."""
-        truth = CostModel(device=self.device, model=self.model, variants=load_variants(), detail="tiles")
+        truth = CostModel(device=self.device, model=self.model, variants=self.variants, detail="tiles")
         return truth if draw is None else truth.perturbed(draw)
 
     def setup(self, *, foresees: bool, truth: CostModel) -> Setup:
         """Return what a policy may know: the plain belief about the nominal device, or the truth for a bound."""
-        belief = CostModel(device=self.device, model=self.model, variants=load_variants(), detail="roofline")
+        belief = CostModel(device=self.device, model=self.model, variants=self.variants, detail="roofline")
         return Setup(
             device=self.device,
             model=self.model,
-            variants=load_variants(),
+            variants=self.variants,
             mechanisms=self.mechanisms,
             belief=truth if foresees else belief,
             control=self.control,
@@ -106,7 +112,6 @@ class Outcome:
     layer_ns_L: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     layouts: dict[SliceLayout, LayoutUse] = field(default_factory=dict[SliceLayout, LayoutUse])
     energy: tuple[EnergyWindow, ...] = ()
-    energy_tokens: int = 0
 
     def times(self) -> NDArray[np.float64]:
         """Return the step times, ns."""
@@ -238,6 +243,10 @@ def simulate(
 def _with_other_work(steps: Iterable[RoutedStep], model: MoeSpec) -> Iterator[RoutedStep]:
     """Number steps from 0, add the work beside the experts that the model declares, and leave ids behind."""
     for index, step in enumerate(steps):
-        other = model.other_work(step.num_tokens)
-        other_L = step.other_L or ((other,) * model.num_layers if other else ())
-        yield replace(step, step=index, other_L=other_L, expert_ids_TLK=None)
+        yield replace(step, step=index, other_L=other_work_of(step, model), expert_ids_TLK=None)
+
+
+def other_work_of(step: RoutedStep, model: MoeSpec) -> tuple[tuple[OtherWork, ...], ...]:
+    """Return the work beside the experts of each layer: the step's own, else what the model declares."""
+    other = model.other_work(step.num_tokens)
+    return step.other_L or ((other,) * len(step.counts_LE) if other else ())

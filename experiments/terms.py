@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..policies.contract import Plan
 from ..policies.cost import CostModel, floor_ns
 from ..traces.schema import RoutedStep
+from .simulate import other_work_of
 
 MOSTLY = 0.85
 
@@ -89,8 +90,7 @@ def _ratio(total: float, count: float) -> float:
 
 
 def _step_terms(truth: CostModel, plan: Plan, step: RoutedStep) -> dict[str, NDArray[np.float64]]:
-    other = truth.model.other_work(step.num_tokens)
-    other_L = step.other_L or ((other,) * len(step.counts_LE) if other else ())
+    other_L = other_work_of(step, truth.model)
     work, bare = truth.work(plan, step.counts_LE, other_L), truth.work(plan, step.counts_LE)
     layers = range(len(step.counts_LE))
     ns_L = np.array([work.layer_times(layer).ns for layer in layers], dtype=float)
