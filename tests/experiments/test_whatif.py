@@ -14,7 +14,10 @@ import pytest
 
 from expertslice.experiments import records
 from expertslice.experiments.records import read_records
+from expertslice.experiments.simulate import World
 from expertslice.experiments.table import COLUMNS, cells, columns_that_fit, print_summary
+from expertslice.policies.data import device_names, load_device, load_variants
+from expertslice.traces.schema import MoeSpec
 
 QUICK = ("--policy", "static", "--policy", "hot_cold", "--jobs", "1", "--no-report")
 
@@ -195,6 +198,59 @@ def test_ctrl_c_keeps_finished_policies(start, tmp_path, config_path, write_batc
     for name in manifest["finished_files"]:
         assert pq.read_table(folder / name).num_rows == 600
     assert not list(folder.glob("*.part"))
+
+
+FAULTY = """
+from dataclasses import dataclass
+from typing import ClassVar
+from expertslice.policies.unsliced import Unsliced
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faulty(Unsliced):
+    where: str
+
+    def init(self, setup):
+        return Unsliced.init(self, setup) if self.where != "init" else [][0]
+
+    def layouts(self, setup):
+        return Unsliced.layouts(self, setup) if self.where != "layouts" else 1 / 0
+
+    def plan(self, obs, state):
+        return (None, state) if self.where == "plan" else Unsliced.plan(self, obs, state)
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize(
+    ("where", "says"), [("init", "list index"), ("layouts", "division"), ("plan", "returned NoneType first")]
+)
+def test_a_faulty_policy_ends_the_run_with_one_sentence(
+    start, tmp_path, trace_path, config_path, monkeypatch, where, says, jobs
+):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    name = "faulty:Faulty"
+    chosen = ("--policy", name, "--set", f"{name}.where={where}", "--no-report", "--jobs", jobs)
+    process = start("whatif", trace_path, "--model", config_path, *chosen)
+    # With two workers a failure once waited for a thread that waited for it.
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("expertslice: Faulty")
+    assert says in last
+    assert "Traceback" not in err
+
+
+def test_tiles_are_those_compiled_for_the_device():
+    model = MoeSpec(name="m", num_layers=1, num_experts=8, top_k=2, d_model=64, d_ff=(64,))
+    for name in device_names():
+        device = load_device(name)
+        world = World(device=device, model=model)
+        wanted = load_variants(device.compute_capability)
+        assert world.truth().variants == wanted
+        assert world.setup(foresees=False, truth=world.truth()).variants == wanted
+    assert load_variants(80) != load_variants(90)
 
 
 MEASURE = """

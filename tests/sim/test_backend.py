@@ -18,6 +18,7 @@ from expertslice.policies.contract import ByTokens, Control, Plan, Setup, SliceL
 from expertslice.policies.cost import CostModel, floor_ns
 from expertslice.policies.layouts import co_resident_layout, one_slice_plan, unsliced_layout
 from expertslice.policies.loop import PolicyError, drive
+from expertslice.policies.oracle import Oracle, candidate_plans
 from expertslice.sim.backend import SimBackend
 from expertslice.sim.power import Power
 from expertslice.traces.schema import MoeSpec, OtherWork, RoutedStep
@@ -204,6 +205,29 @@ def test_plans_that_the_device_cannot_hold_are_refused(
     bad = replace(plans["sm_budget"], placement=ByTokens(bounds=(), slice_ids=(5,)))
     with pytest.raises(PolicyError, match="slice 5"):
         drive(fixed(bad), SimBackend(truth), steps(setup.model, 2, 500), setup, on_record=lambda _: None)
+
+
+def test_the_oracle_bounds_every_plan_of_its_set(truth: CostModel, setup: Setup, run: Runner, steps: Steps, fixed: Any):
+    def step_ns(policy: Any, seen: Setup) -> list[int]:
+        return [r.end_ns - r.start_ns for r in run(policy, truth, seen, steps(setup.model, 6, 700))]
+
+    bound = step_ns(Oracle(), replace(setup, belief=truth))
+    for plan in candidate_plans(setup):
+        assert all(a <= b for a, b in zip(bound, step_ns(fixed(plan), setup), strict=True))
+
+
+def test_a_fault_of_the_backend_is_not_blamed_on_the_policy(
+    plans: dict[str, Plan], truth: CostModel, setup: Setup, steps: Steps, fixed: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(self: SimBackend, plan: Plan) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(SimBackend, "apply", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        drive(
+            fixed(plans["unsliced"]), SimBackend(truth), steps(setup.model, 2, 500), setup,
+            on_record=lambda _: None, on_policy_error="unsliced",
+        )  # fmt: skip
 
 
 def test_a_belief_cannot_be_the_truth(truth: CostModel):
