@@ -92,7 +92,6 @@ class DeviceSpec:
     """Granularity of green contexts as the driver splits by default."""
     smem_per_sm_bytes: int
     """Shared memory that CTAs on one SM may hold together."""
-    smem_per_cta_max_bytes: int
     regs_per_sm: int
     threads_per_sm: int
     l2_bytes: int
@@ -107,7 +106,6 @@ class DeviceSpec:
     """Per SM, bf16, dense."""
     matrix_flops_per_s: float
     """bf16 matrix product, whole device, in a burst."""
-    tf32_flops_per_s: float
     fp32_flops_per_s: float
     sustained_flops_per_s: float
     """bf16 matrix product held over seconds at the power limit."""

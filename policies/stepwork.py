@@ -14,6 +14,7 @@ from .contract import Pinned, Plan
 from .fluid import Fluid, Theft
 from .rates import Segment, gap
 from .shares import Shares
+from .tiles import peak_flops_per_clk
 from .work import Tables, merged, segment_sums, segments_of
 
 Chains = list[list[Segment]]
@@ -151,7 +152,7 @@ class StepWork:
 
     def _beside(self, work: OtherWork, s: int, kernel: int, clock: float) -> Segment:
         share, device = self.shares.slices[s], self.shares.device
-        peak = device.mma_flops_per_clk * device.clock_mhz / 1e3 * clock * 2 / DTYPE_BYTES[self._spec.dtype]
+        peak = peak_flops_per_clk(device, self._spec.dtype) * device.clock_mhz / 1e3 * clock
         device_ns = work.flops / (self.shares.flops_per_ns * clock)
         dram_ns = work.hbm_bytes / float(self.shares.read_per_ns_SC[s, share.ctas])
         solo = max(work.flops / peak / share.sms, device_ns, dram_ns, 1.0)

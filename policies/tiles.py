@@ -55,8 +55,15 @@ class TileCost(NamedTuple):
 
 
 def matrix_rate_per_s(device: DeviceSpec, dtype: str) -> float:
-    """Return the matrix rate of the whole device in a burst; fp32 products run as tf32."""
-    return device.tf32_flops_per_s if dtype == "fp32" else device.matrix_flops_per_s
+    """Return the matrix rate of the whole device in a burst; fp32 products are IEEE, off the tensor cores."""
+    return device.fp32_flops_per_s if dtype == "fp32" else device.matrix_flops_per_s
+
+
+def peak_flops_per_clk(device: DeviceSpec, dtype: str) -> float:
+    """Return the most FLOP that one SM does in a clock."""
+    if dtype == "fp32":
+        return device.fp32_flops_per_s / device.sm_count / (device.clock_mhz * 1e6)
+    return device.mma_flops_per_clk
 
 
 def _warp_reads_bytes(variant: TileVariant, a_bytes: int, b_bytes: int) -> int:
@@ -68,7 +75,7 @@ def _warp_reads_bytes(variant: TileVariant, a_bytes: int, b_bytes: int) -> int:
 def _clocks_per_step(variant: TileVariant, device: DeviceSpec, constants: TileConstants, dtype: str) -> float:
     """Return the SM clocks of one step along K."""
     size = DTYPE_BYTES[dtype]
-    peak = device.mma_flops_per_clk * 2 / size
+    peak = peak_flops_per_clk(device, dtype)
     a_bytes, b_bytes = variant.block_m * variant.block_k * size, variant.block_n * variant.block_k * size
     if device.compute_capability >= WGMMA_CAPABILITY and variant.block_m >= WGMMA_ROWS:
         rows = variant.block_m // WGMMA_ROWS
@@ -76,7 +83,7 @@ def _clocks_per_step(variant: TileVariant, device: DeviceSpec, constants: TileCo
         read_bytes = a_bytes * max(1, variant.num_warps // 4 // rows) + b_bytes * rows
     else:
         read_bytes = _warp_reads_bytes(variant, a_bytes, b_bytes)
-        peak = min(peak, constants.warp_mma_flops_per_clk * 2 / size)
+        peak = min(peak, constants.warp_mma_flops_per_clk)
     mma = 2 * variant.block_m * variant.block_n * variant.block_k / peak
     smem = (read_bytes + a_bytes + b_bytes) / device.smem_bytes_per_clk
     port = (a_bytes + b_bytes) / constants.l2_port_bytes_per_clk
