@@ -29,13 +29,15 @@ class Opened:
     sha256: str
     segment: str | None = None
     notes: tuple[str, ...] = field(default=())
+    bundled: bool = False
 
     def plain(self) -> dict[str, Any]:
         """Return it for a manifest."""
         origin = self.source.provenance
         return {
             "name": self.name,
-            "path": str(self.path) if self.path else None,
+            # The bundled trace is named by its checksum; where it is installed says nothing to others.
+            "path": str(self.path) if self.path and not self.bundled else None,
             "sha256": self.sha256,
             "segment": self.segment,
             "num_steps": self.source.num_steps,
@@ -80,7 +82,7 @@ def open_source(given: str) -> Opened:
         notes = (f"imported from {result.format}", *result.notes)
         return Opened(source=result.trace, name=name, path=path, sha256=_checksum(path), notes=notes)
     source = open_trace(path)
-    return Opened(source=source, name=name, path=path, sha256=_checksum(path))
+    return Opened(source=source, name=name, path=path, sha256=_checksum(path), bundled=given == BUNDLED)
 
 
 def _is_ours(path: Path) -> bool:

@@ -18,7 +18,6 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .fused import fused_kernel
 from .grouped import grouped_kernel
 from .spec import LaunchSpec
 
@@ -87,31 +86,6 @@ def grouped_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> ASTS
     if constants["B_DESC"]:
         types["b"] = _weight_type(dtype, constants["EPILOGUE"], spec.block_n, spec.block_k)
     return kernel_source(grouped_kernel, constants, types)
-
-
-def fused_source(spec: LaunchSpec, epilogue: str, dtype: str = "bf16") -> ASTSource:
-    """Return the fused launch's source for a tile that serves all products."""
-    constants = {
-        "THREE": epilogue == "relu",
-        "DEPENDENT": True,
-        "EPILOGUE": epilogue,
-        "HAS_BIAS": False,
-        "EVEN_D": True,
-        "EVEN_F": True,
-        "B_DESC": spec.descriptors,
-        "PRECISION": "ieee",
-        "BLOCK_M": spec.block_m,
-        "UP_N": spec.block_n,
-        "DOWN_N": spec.block_n,
-        "BLOCK_K": spec.block_k,
-    }
-    pointers = [name for name in fused_kernel.arg_names if name.startswith(("x_", "b", "hidden", "rows_"))]
-    types = dict.fromkeys([n for n in pointers if n != "begins_ptr" and not n.endswith("_pitch")], f"*{dtype}")
-    if spec.descriptors:
-        ups = ("b0",) if epilogue == "swiglu" else ("b0", "b1")
-        types |= dict.fromkeys(("b1", "b2"), _weight_type(dtype, "none", spec.block_n, spec.block_k))
-        types |= dict.fromkeys(ups, _weight_type(dtype, epilogue, spec.block_n, spec.block_k))
-    return kernel_source(fused_kernel, constants, types)
 
 
 def _weight_type(dtype: str, epilogue: str, block_n: int, block_k: int) -> str:

@@ -1,8 +1,8 @@
 """A bound, not deployable: the cheapest of an enumerated set of plans for the true counts of the coming step.
 
 It sees what no policy can and decides free of charge, under the simulator's own costs. It bounds the plans in its set,
-not what slicing could do at best. Where switching layouts is charged it looks one step ahead, and leaves one only if
-step gains more than the switch costs; `drive` gives it free switches.
+not what slicing could do at best. Where switching layouts is charged it looks one step ahead and leaves one only for
+more than the switch costs; `drive` gives it free switches.
 """
 
 from dataclasses import dataclass, replace

@@ -316,8 +316,7 @@ The tables leave two things open.
 - **Regime**: clocks of a *burst*, or the *sustained* ones at which the power limit leaves repeated work.
 
 Tests hold the first reading under each table: a pick costs at most 10 % more than its row's best cell. The others are
-printed good or bad. The measured times are rounded to a microsecond; their raw records, with more digits and the tile
-pairs of each row, lie in `../shared/reference` where the project is developed and are not part of this repository.
+printed good or bad. The measured times are rounded to a microsecond; their raw records are not part of this repository.
 """
 
 
