@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..policies.candidates import unsliced_plans
 from ..policies.contract import Plan, Policy
 from ..policies.layouts import one_slice_plan
 from ..traces.schema import StepSource
@@ -146,7 +147,9 @@ def _simulate(case: Case, folder: RunFolder) -> Result:
     foresees = {name: policy.foresees for name, policy in case.policies.items()}
     ranking = rank(evidence, foresees, seed=case.options.seed)
     steps = list(case.survey.windows.steps())
-    why = explain(ranking, evidence, case.world.truth(), _usual_plan(evidence.main[REFERENCE]), steps)
+    truth = case.world.truth()
+    controls = unsliced_plans(case.world.setup(foresees=False, truth=truth))
+    why = explain(ranking, evidence, truth, _usual_plan(evidence.main[REFERENCE]), steps, controls)
     records = {name: folder.path / records_name(name) for name in case.policies}
     return Result(case=case, evidence=evidence, ranking=ranking, why=why, records=records)
 

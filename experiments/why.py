@@ -3,7 +3,7 @@
 Shape letters: L MoE layers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..policies.contract import Plan
 from ..policies.cost import CostModel
 from ..traces.schema import RoutedStep
 from .ranking import REFERENCE, Evidence, Ranking
+from .simulate import other_work_of
 from .table import interval_words, share_words
 from .terms import LayerTerms, layer_terms, mean, weighted
 
@@ -18,6 +19,9 @@ BESIDE = 0.1
 """Hot and cold stand side by side in a layer when each takes at least this part of its experts' time."""
 GAIN_WORTH = 0.5
 """Percent by which a layer must be faster to count as one where something was gained."""
+
+CONTROL_WORTH = 0.005
+"""Part of a step that a better tile of the control must save to be told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,19 +44,52 @@ class Why:
         return {"best": self.best, "sentences": list(self.sentences), "layers": layers}
 
 
-def explain(ranking: Ranking, evidence: Evidence, truth: CostModel, plan: Plan, steps: Iterable[RoutedStep]) -> Why:
-    """Return why the ranking is as it is."""
+def explain(
+    ranking: Ranking,
+    evidence: Evidence,
+    truth: CostModel,
+    plan: Plan,
+    steps: Sequence[RoutedStep],
+    controls: Sequence[Plan],
+) -> Why:
+    """Return why the ranking is as it is.
+
+    Args:
+        ranking: the ranking.
+        evidence: the runs behind it.
+        truth: the simulator's cost model.
+        plan: what the unsliced policy ran most.
+        steps: a sample.
+        controls: every unsliced plan that it could have run.
+    """
     terms = layer_terms(truth, plan, steps)
     best = _best(ranking)
     ours, theirs = evidence.main[best or REFERENCE].layer_ns_L, evidence.main[REFERENCE].layer_ns_L
     gain_L = [float(100 * (1 - a / b)) if b else 0.0 for a, b in zip(ours, theirs, strict=True)]
     sentences = [_where_time_goes(terms), _room(terms), *_outcome(ranking, evidence, best, terms, gain_L)]
-    sentences += _losers(ranking, evidence)
+    sentences += [*_losers(ranking, evidence), _control(truth, plan, steps, controls)]
     return Why(
         terms=tuple(terms),
         best=best,
         layer_gain_percent=tuple(gain_L),
         sentences=tuple(s for s in sentences if s),
+    )
+
+
+def _control(truth: CostModel, plan: Plan, steps: Sequence[RoutedStep], controls: Sequence[Plan]) -> str:
+    """Say how far the unsliced policy's tile is from the best it could have run: that is no merit of slicing."""
+
+    def ns(one: Plan) -> int:
+        return sum(truth.step_ns(one, step.counts_LE, other_work_of(step, truth.model)) for step in steps)
+
+    ran_ns, best_ns, best = ns(plan), *min(((ns(one), one) for one in controls), key=lambda found: found[0])
+    lost = 1 - best_ns / ran_ns
+    if lost < CONTROL_WORTH:
+        return ""
+    ran, could = (f"{one.layout.slices[0].up}, {one.layout.slices[0].ctas_per_sm} an SM" for one in (plan, best))
+    return (
+        f"Unsliced mostly runs tile {ran}; on the sampled steps {could}, would save {share_words(lost, 1)}: so much of "
+        "any gain is the control's choice of tile, not slicing."
     )
 
 
