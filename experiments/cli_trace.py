@@ -53,7 +53,7 @@ def info(
         return
     _print_facts(opened, facts)
     columns = ("median", "least", "most")
-    print_table("statistics, over layers", ("", *columns), [row.cells() for row in rows_of(stats)], right=columns)
+    print_table("statistics, over layers", ("", *columns), rows_of(stats), right=columns)
     for path in drawn:
         typer.echo(path)
 

@@ -3,7 +3,6 @@
 Shape letters: P policies, L MoE layers, E experts, S slices.
 """
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..policies.contract import StepRecord
-from .plotting import GRID, INK, PALETTE, Drawn, axes, colours, finish, styled
+from .plotting import GRID, INK, PALETTE, Drawn, Sketch, axes, finish, styled
 from .ranking import REFERENCE
 from .records import read_records
-from .simulate import Outcome
 from .summary import Result
 from .table import effect_words, rank_words, share_words, signed
 
@@ -25,6 +23,7 @@ TERMS = (
     ("launch_share", "routing, launches, combining", PALETTE[7]),
     ("other_share", "attention and other dense work", PALETTE[2]),
 )
+GREY = "#7a7f87"
 ECDF_POINTS = 400
 SHOWN_LAYERS = 10
 """Layers of a timeline: more of them leave no room for their numbers."""
@@ -38,53 +37,46 @@ def unit_of(ns: float) -> tuple[float, str]:
 def draw_all(result: Result, summary: dict[str, Any], folder: Path) -> list[Drawn]:
     """Draw every figure of a run and save it in the run's folder."""
     with styled():
-        drawn = [
-            ranking_figure(result, summary, folder),
-            layers_figure(result, folder),
-            load_figure(result, folder),
-            timeline_figure(result, folder),
-            times_figure(result, folder),
-        ]
-    return [one for one in drawn if one is not None]
+        made = [_ranking(result, summary["ranking"]), _layers(result), _load(result), _timeline(result), _times(result)]
+        return [finish(*one, folder) for one in made if one is not None]
 
 
-def _tag(result: Result) -> str:
-    return " (provisional device model)" if result.provisional else ""
+def _tagged(title: str, result: Result) -> str:
+    return title + (" (provisional device model)" if result.provisional else "")
 
 
-def ranking_figure(result: Result, summary: dict[str, Any], folder: Path | None) -> Drawn:
+def _ranking(result: Result, rows: Sequence[dict[str, Any]]) -> Sketch:
     """Draw each policy's effect with its two intervals apart."""
-    ranking, rows = result.ranking, summary["ranking"]
+    ranking = result.ranking
     figure, ax = axes(0.9 + 0.42 * len(rows))
     for y, row in enumerate(rows):
-        effect, p = row["effect_percent"], ranking.names.index(row["policy"])
         if row["policy"] != REFERENCE:
-            for kind, lift, colour in (("workload", -0.12, 0), ("model", 0.12, 1)):
-                ax.plot(
-                    row[f"{kind}_interval_percent"], [y + lift] * 2, color=PALETTE[colour], lw=3, solid_capstyle="butt"
-                )
-            ax.plot(ranking.composition_CP[:, p], [y - 0.3] * len(ranking.composition_CP), "|", color=PALETTE[0], ms=5)
-        ax.plot([effect], [y], "o" if row["deployable"] else "D", color=INK, ms=4.5, zorder=3)
+            for kind, lift, colour in (("workload", -0.12, PALETTE[0]), ("model", 0.12, PALETTE[1])):
+                ends = row[f"{kind}_interval_percent"]
+                ax.plot(ends, [y + lift] * 2, color=colour, lw=3, solid_capstyle="butt")
+            others_C = ranking.composition_CP[:, ranking.names.index(row["policy"])]
+            ax.plot(others_C, [y - 0.3] * len(others_C), "|", color=PALETTE[0], ms=5)
+        ax.plot([row["effect_percent"]], [y], "o" if row["deployable"] else "D", color=INK, ms=4.5, zorder=3)
         text = f"{effect_words(row)}   {'rank ' if row['deployable'] else ''}{rank_words(row)}"
         ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     ax.axvline(0, color=INK, lw=0.8)
     ax.set(yticks=range(len(rows)), yticklabels=[row["policy"] for row in rows], ylim=(len(rows) - 0.5, -0.6))
     ax.set_xlabel("mean step time against unsliced, % (left is faster)")
     ax.grid(axis="x")
-    for colour, label in ((0, "workload, 95 %"), (1, "model error, 95 %")):
-        ax.plot([], [], color=PALETTE[colour], lw=3, label=label)
+    ax.plot([], [], color=PALETTE[0], lw=3, label="workload, 95 %")
+    ax.plot([], [], color=PALETTE[1], lw=3, label="model error, 95 %")
     ax.plot([], [], "|", color=PALETTE[0], label="other batches")
     ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1.6)
     caption = (
         "Policies whose bars lie left of the line are faster than the unsliced launch; where a bar reaches over the "
         "line, the workload or the device model's error could reverse the verdict."
     )
-    return finish(figure, name="ranking", title="Who wins, and how sure" + _tag(result), caption=caption, folder=folder)
+    return figure, "ranking", _tagged("Who wins, and how sure", result), caption
 
 
-def layers_figure(result: Result, folder: Path | None) -> Drawn:
+def _layers(result: Result) -> Sketch:
     """Draw where each layer's time goes under an unsliced launch."""
-    terms = result.why.terms
+    terms, best = result.why.terms, result.why.best
     scale, unit = unit_of(10 * max(t.ns for t in terms))
     figure, ax = axes(1.0 + (0.24 if len(terms) <= 16 else 0.15) * len(terms))
     y, left = np.arange(len(terms)), np.zeros(len(terms))
@@ -94,57 +86,51 @@ def layers_figure(result: Result, folder: Path | None) -> Drawn:
             ax.barh(y, width, left=left, color=colour, height=0.72, lw=0, label=label)
             left += width
     for t, total, gain in zip(terms, left, result.why.layer_gain_percent, strict=True):
-        said = f"{signed(gain)} %" if result.why.best else ""
+        said = f"{signed(gain)} %" if best else ""
         ax.annotate(said, (total, t.layer), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
-    ax.set(
-        yticks=y[:: 1 + len(terms) // 20],
-        ylim=(len(terms) - 0.4, -0.6),
-        xlabel=f"time of the layer, unsliced, {unit}",
-        ylabel="MoE layer",
-    )
-    ax.set_xlim(0, left.max() * 1.12)
+    ax.set(yticks=y[:: 1 + len(terms) // 20], ylim=(len(terms) - 0.4, -0.6), xlim=(0, left.max() * 1.12))
+    ax.set(xlabel=f"time of the layer, unsliced, {unit}", ylabel="MoE layer")
     ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
-    best = result.why.best
     caption = (
         "Slices can overlap memory-bound with arithmetic-bound experts of a layer, and fill waves better; no slice "
         "shortens the rest" + (f". Behind each bar: how much faster {best} is there." if best else ".")
     )
-    return finish(figure, name="layers", title="Where the time goes" + _tag(result), caption=caption, folder=folder)
+    return figure, "layers", _tagged("Where the time goes", result), caption
 
 
-def load_figure(result: Result, folder: Path | None) -> Drawn:
+def _load(result: Result) -> Sketch:
     """Draw the load of every expert of every layer, against an even load."""
     mean_LE = result.case.survey.mean_LE
     even_LE = mean_LE / np.maximum(mean_LE.mean(axis=1, keepdims=True), 1e-12)
     num_layers, num_experts = even_LE.shape
     figure, ax = axes(min(6.0, 1.1 + 0.2 * num_layers))
     image = ax.imshow(even_LE, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
-    step = max(1, num_experts // 16)
-    ax.set(xticks=range(0, num_experts, step), xlabel="expert", ylabel="MoE layer")
+    ax.set(xticks=range(0, num_experts, max(1, num_experts // 16)), xlabel="expert", ylabel="MoE layer")
     ax.set_yticks(range(0, num_layers, max(1, num_layers // 12)))
     bar = figure.colorbar(image, ax=ax, pad=0.02)
     bar.set_label("tokens, × even share")
     bar.outline.set_edgecolor(INK)
-    hottest = np.unravel_index(even_LE.argmax(), even_LE.shape)
+    layer, expert = np.unravel_index(even_LE.argmax(), even_LE.shape)
     caption = (
-        f"Bright cells are hot experts: expert {hottest[1]} of layer {hottest[0]} gets {even_LE.max():.1f} times an "
+        f"Bright cells are hot experts: expert {expert} of layer {layer} gets {even_LE.max():.1f} times an "
         f"even share; {share_words(np.mean(even_LE < 0.5))} of the experts get less than half of one."
     )
-    return finish(figure, name="load", title="Load of every expert", caption=caption, folder=folder)
+    return figure, "load", "Load of every expert", caption
 
 
-def times_figure(result: Result, folder: Path | None) -> Drawn:
+def _times(result: Result) -> Sketch:
     """Draw the distribution of step times of every policy."""
     main = result.evidence.main
     figure, ax = axes(2.9)
-    # Curves may lie on each other: dashes of different lengths let both be seen.
-    share, dashes = np.linspace(0, 1, ECDF_POINTS), itertools.cycle(("-", "--", "-.", ":"))
+    share = np.linspace(0, 1, ECDF_POINTS)
     top = max(float(np.quantile(o.times(), 0.985)) for o in main.values())
     scale, unit = unit_of(top)
-    for name, colour in colours(list(result.ranking.names)).items():
-        ax.plot(
-            np.quantile(main[name].times(), share) / 1e3, 100 * share, next(dashes), color=colour, label=name, lw=1.5
-        )
+    for i, name in enumerate(result.ranking.names):
+        colour = PALETTE[(i - 1) % len(PALETTE)] if name != REFERENCE else GREY
+        # Curves may lie on each other: dashes of different lengths let both be seen.
+        dashes = ("-", "--", "-.", ":")[i % 4]
+        quantiles = np.quantile(main[name].times(), share) / scale
+        ax.plot(quantiles, 100 * share, dashes, color=colour, label=name, lw=1.5)
     ax.set(xlabel=f"step time, {unit}", ylabel="steps at most that long, %", ylim=(0, 100))
     ax.set_xlim(None, top / scale * 1.02)
     ax.grid()
@@ -152,33 +138,33 @@ def times_figure(result: Result, folder: Path | None) -> Drawn:
     caption = (
         "A curve further left is faster at that quantile; curves that cross trade a better median for a worse tail."
     )
-    title = "Step times, each policy" + _tag(result)
-    return finish(figure, name="times", title=title, caption=caption, folder=folder)
+    return figure, "times", _tagged("Step times, each policy", result), caption
 
 
-def timeline_figure(result: Result, folder: Path | None) -> Drawn | None:
+def _timeline(result: Result) -> Sketch | None:
     """Draw one step of the best policy that slices, beside the same step unsliced; None when none slices."""
     found = sliced_step(result)
     if found is None:
         return None
     name, ours, theirs = found
-    pair = [(REFERENCE, theirs), (name, ours)]
+    pair = ((REFERENCE, theirs), (name, ours))
     heights = [record.busy_ns_LS.shape[1] + 0.6 for _, record in pair]
-    figure, panels = axes(1.0 + 0.34 * sum(heights), rows=2, sharex=True, gridspec_kw={"height_ratios": heights})
-    scale, unit = unit_of(max(record.end_ns - record.start_ns for _, record in pair))
+    ratios = {"height_ratios": heights}
+    figure, panels = axes(1.0 + 0.34 * sum(heights), nrows=2, sharex=True, gridspec_kw=ratios)
+    our_ns, their_ns = (record.end_ns - record.start_ns for record in (ours, theirs))
+    scale, unit = unit_of(max(our_ns, their_ns))
     for ax, (policy, record) in zip(panels, pair, strict=True):
         _draw_slices(ax, record, scale)
         ax.set_title(f"{policy}: whole step {(record.end_ns - record.start_ns) / scale:,.1f} {unit}")
     few = theirs.busy_ns_LS.shape[0] > SHOWN_LAYERS
     panels[1].set_xlabel(f"time since the step started, {unit}" + (f", first {SHOWN_LAYERS} layers" if few else ""))
-    gain = 1 - (ours.end_ns - ours.start_ns) / (theirs.end_ns - theirs.start_ns)
+    gain = 1 - our_ns / their_ns
     when = f"{share_words(abs(gain), 1)} {'earlier' if gain > 0 else 'later'}"
     caption = (
         f"Step {ours.step}, typical of {name}: each bar is a slice busy in one layer, numbered; the step ends {when} "
         "than unsliced, and gaps between bars are idle SMs."
     )
-    title = "One step, unsliced and sliced" + _tag(result)
-    return finish(figure, name="timeline", title=title, caption=caption, folder=folder)
+    return figure, "timeline", _tagged("One step, unsliced and sliced", result), caption
 
 
 def _draw_slices(ax: Any, record: StepRecord, scale: float) -> None:
@@ -201,27 +187,17 @@ def _draw_slices(ax: Any, record: StepRecord, scale: float) -> None:
 
 
 def sliced_step(result: Result) -> tuple[str, StepRecord, StepRecord] | None:
-    """Return the best policy that slices and one of its typical sliced steps, with the same step unsliced."""
-    ranking = result.ranking
-    # A bound is shown only when nothing that can be deployed slices.
-    for p in sorted(range(len(ranking.names)), key=lambda p: (ranking.ranks[p] is None, ranking.effect_P[p])):
-        name = ranking.names[p]
-        outcome = result.evidence.main[name]
-        if name == REFERENCE or outcome.unsliced_steps == len(outcome.step_ns):
+    """Return the best policy that slices and one of its typical sliced steps, with the same step unsliced.
+
+    Typical is the sliced step whose gain is the median of all. A bound is shown only when nothing deployable slices.
+    """
+    main, ranking = result.evidence.main, result.ranking
+    for name in ranking.best_first():
+        sliced_N = np.flatnonzero(main[name].sliced())
+        if name == REFERENCE or not len(sliced_N):
             continue
-        step = _typical(result, name)
-        if step is not None:
-            ours, theirs = (next(read_records(result.records[n], step, step)) for n in (name, REFERENCE))
-            return name, ours, theirs
+        ratio_N = main[name].times()[sliced_N] / main[REFERENCE].times()[sliced_N]
+        step = int(sliced_N[np.argsort(ratio_N, kind="stable")[len(sliced_N) // 2]])
+        ours, theirs = (next(read_records(result.records[n], step, step)) for n in (name, REFERENCE))
+        return name, ours, theirs
     return None
-
-
-def _typical(result: Result, name: str) -> int | None:
-    """Return the sliced step whose gain is the median of all sliced steps' gains."""
-    outcome: Outcome = result.evidence.main[name]
-    ratio_N = outcome.times() / result.evidence.main[REFERENCE].times()
-    sliced: Sequence[int] = np.flatnonzero(outcome.sliced()).tolist()
-    if not sliced:
-        return None
-    ordered = sorted(sliced, key=lambda n: (ratio_N[n], n))
-    return ordered[len(ordered) // 2]

@@ -3,7 +3,6 @@
 Shape letters: L MoE layers, E experts, G lags, Z batch sizes.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.statistics import TraceStatistics
-from .plotting import INK, PALETTE, Drawn, axes, finish, styled
+from .plotting import INK, PALETTE, Drawn, Sketch, axes, finish, styled
 
 Floats = NDArray[np.float64]
 
 
 def draw_trace(stats: TraceStatistics, mean_LE: Floats, folder: Path) -> list[Drawn]:
     """Draw every figure that the statistics allow and save it."""
-    makers: tuple[Callable[..., Drawn | None], ...] = (_load, _overlap, _lru, _cross_layer, _distinct)
     folder.mkdir(parents=True, exist_ok=True)
     with styled():
-        drawn = [make(stats, mean_LE, folder) for make in makers]
-    return [one for one in drawn if one is not None]
+        made = [
+            _load(stats, mean_LE),
+            _overlap(stats),
+            _lru(stats),
+            _cross_layer(stats),
+            _distinct(stats, mean_LE.shape[1]),
+        ]
+        return [finish(*one, folder) for one in made if one is not None]
 
 
-def _layers(ax: Any, x: Floats, values_LX: Floats, label: str) -> None:
+def _layers(ax: Any, x: Floats, values_LX: Floats) -> None:
     """Draw the median layer as a line over the range of all layers; points that no layer knows are left out."""
     known = ~np.isnan(values_LX).all(axis=0)
     x, values_LX = x[known], values_LX[:, known]
     low, middle, high = np.nanmin(values_LX, axis=0), np.nanmedian(values_LX, axis=0), np.nanmax(values_LX, axis=0)
     ax.fill_between(x, low, high, color=PALETTE[0], alpha=0.22, lw=0, label="all layers")
-    ax.plot(x, middle, color=PALETTE[0], marker="o", ms=3.5, label=label)
+    ax.plot(x, middle, color=PALETTE[0], marker="o", ms=3.5, label="median layer")
 
 
-def _load(stats: TraceStatistics, mean_LE: Floats, folder: Path) -> Drawn:
+def _load(stats: TraceStatistics, mean_LE: Floats) -> Sketch:
     share_LE = np.sort(mean_LE / np.maximum(mean_LE.mean(axis=1, keepdims=True), 1e-12), axis=1)[:, ::-1]
     rank = np.arange(1, share_LE.shape[1] + 1)
     figure, ax = axes(2.8)
-    _layers(ax, rank, share_LE, "median layer")
+    _layers(ax, rank, share_LE)
     ax.axhline(1, color=INK, lw=0.8, ls=":", label="even load")
     ax.set(xlabel="expert, by falling load", ylabel="tokens, × even share", ylim=(0, None), xlim=(1, rank[-1]))
     ax.legend()
@@ -47,15 +51,14 @@ def _load(stats: TraceStatistics, mean_LE: Floats, folder: Path) -> Drawn:
         f"The steeper the curve, the more a few experts carry: the fullest expert of the median layer gets {most:.1f} "
         f"times an even share (Gini {gini:.2f})."
     )
-    return finish(figure, name="trace-load", title="Load of the experts", caption=caption, folder=folder)
+    return figure, "trace-load", "Load of the experts", caption
 
 
-def _overlap(stats: TraceStatistics, mean_LE: Floats, folder: Path) -> Drawn | None:
-    del mean_LE
+def _overlap(stats: TraceStatistics) -> Sketch | None:
     if stats.overlap_LG is None or np.isnan(stats.overlap_LG).all():
         return None
     figure, ax = axes(2.8)
-    _layers(ax, np.array(stats.lags_G, float), 100 * stats.overlap_LG, "median layer")
+    _layers(ax, np.array(stats.lags_G, float), 100 * stats.overlap_LG)
     independent = 100 * float(np.nanmedian(stats.overlap_independent_L))
     ax.axhline(independent, color=INK, lw=0.8, ls=":", label="independent tokens")
     ax.set_xscale("log", base=2)
@@ -67,17 +70,15 @@ def _overlap(stats: TraceStatistics, mean_LE: Floats, folder: Path) -> Drawn | N
         f"What lies above the dotted line can be predicted from the past: neighbouring tokens share {first:.0f} % of "
         f"their experts, independent ones would share {independent:.0f} %."
     )
-    title = "Experts that tokens have in common"
-    return finish(figure, name="trace-overlap", title=title, caption=caption, folder=folder)
+    return figure, "trace-overlap", "Experts that tokens have in common", caption
 
 
-def _lru(stats: TraceStatistics, mean_LE: Floats, folder: Path) -> Drawn | None:
-    del mean_LE
+def _lru(stats: TraceStatistics) -> Sketch | None:
     if stats.lru_hit_LE is None:
         return None
     slots = np.arange(stats.lru_hit_LE.shape[1])
     figure, ax = axes(2.8)
-    _layers(ax, slots.astype(float), 100 * stats.lru_hit_LE, "median layer")
+    _layers(ax, slots.astype(float), 100 * stats.lru_hit_LE)
     ax.plot(slots, 100 * slots / slots[-1], color=INK, lw=0.8, ls=":", label="no locality, even load")
     ax.set(xlabel="experts that the cache holds", ylabel="hits, %", ylim=(0, 100), xlim=(0, slots[-1]))
     ax.legend(loc="lower right")
@@ -86,48 +87,45 @@ def _lru(stats: TraceStatistics, mean_LE: Floats, folder: Path) -> Drawn | None:
         f"A least-recently-used cache of half the experts of a layer would hit {half:.0f} % of the time; the further "
         "above the dotted line, the more skew and locality there is to use."
     )
-    return finish(figure, name="trace-lru", title="Hits of a cache of experts", caption=caption, folder=folder)
+    return figure, "trace-lru", "Hits of a cache of experts", caption
 
 
-def _cross_layer(stats: TraceStatistics, mean_LE: Floats, folder: Path) -> Drawn | None:
-    del mean_LE
+def _cross_layer(stats: TraceStatistics) -> Sketch | None:
     if stats.recall_L is None or stats.recall_popularity_L is None or not len(stats.recall_L):
         return None
     layer = np.arange(1, len(stats.recall_L) + 1)
     figure, ax = axes(2.8)
-    series = (("from popularity alone", stats.recall_popularity_L, 7), ("from the layer below", stats.recall_set_L, 0))
-    for label, values, colour in series:
-        if values is not None:
-            ax.plot(layer, 100 * values, "o-", color=PALETTE[colour], ms=4, label=label)
+    ax.plot(layer, 100 * stats.recall_popularity_L, "o-", color=PALETTE[7], ms=4, label="from popularity alone")
+    if stats.recall_set_L is not None:
+        ax.plot(layer, 100 * stats.recall_set_L, "o-", color=PALETTE[0], ms=4, label="from the layer below")
     ax.set(xlabel="MoE layer", ylabel="experts foretold, %", ylim=(0, 100))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
-    bits = "" if stats.mutual_information_bits_L is None else (
-        f"; the first choices of neighbouring layers share {np.nanmedian(stats.mutual_information_bits_L):.2f} bit"
-    )  # fmt: skip
+    bits = ""
+    if stats.mutual_information_bits_L is not None:
+        shared = np.nanmedian(stats.mutual_information_bits_L)
+        bits = f"; the first choices of neighbouring layers share {shared:.2f} bit"
     caption = f"The gap between the curves is what a predictor can learn from the layer below{bits}."
-    title = "What one layer says about the next"
-    return finish(figure, name="trace-layers", title=title, caption=caption, folder=folder)
+    return figure, "trace-layers", "What one layer says about the next", caption
 
 
-def _distinct(stats: TraceStatistics, mean_LE: Floats, folder: Path) -> Drawn | None:
+def _distinct(stats: TraceStatistics, num_experts: int) -> Sketch | None:
     if stats.distinct_LZ is None or stats.distinct_independent_LZ is None or np.isnan(stats.distinct_LZ).all():
         return None
     known = ~np.isnan(stats.distinct_LZ).all(axis=0)
     sizes = np.array(stats.batch_sizes_Z, float)[known]
     figure, ax = axes(2.8)
-    _layers(ax, sizes, stats.distinct_LZ[:, known], "median layer")
+    _layers(ax, sizes, stats.distinct_LZ[:, known])
     independent = np.nanmedian(stats.distinct_independent_LZ, axis=0)[known]
     ax.plot(sizes, independent, color=INK, lw=0.8, ls=":", label="independent tokens")
-    ax.axhline(mean_LE.shape[1], color=INK, lw=0.6)
+    ax.axhline(num_experts, color=INK, lw=0.6)
     ax.set_xscale("log", base=2)
-    ax.set(xticks=sizes, xticklabels=[f"{size:.0f}" for size in sizes], ylim=(0, mean_LE.shape[1] * 1.05))
+    ax.set(xticks=sizes, xticklabels=[f"{size:.0f}" for size in sizes], ylim=(0, num_experts * 1.05))
     ax.set(xlabel="requests in the batch, one token each", ylabel="experts in use")
     ax.legend(loc="lower right")
     last = float(np.nanmedian(stats.distinct_LZ[:, known][:, -1]))
     caption = (
         f"Each expert in use must be read from memory once a step: batches of {sizes[-1]:.0f} touch {last:.0f} of "
-        f"{mean_LE.shape[1]} experts in the median layer."
+        f"{num_experts} experts in the median layer."
     )
-    title = "Experts that a batch touches"
-    return finish(figure, name="trace-distinct", title=title, caption=caption, folder=folder)
+    return figure, "trace-distinct", "Experts that a batch touches", caption

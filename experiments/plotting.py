@@ -22,34 +22,19 @@ PALETTE = sns.color_palette("colorblind", 10).as_hex()
 WIDTH_IN = 7.6
 PNG_DPI = 130
 STYLE: dict[str, Any] = {
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "savefig.facecolor": "none",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "expertslice",
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-}
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "legend.labelcolor"), INK),
+    **dict.fromkeys(("text.color", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math"), False),
+    **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8.5),
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.labelsize": 9, "axes.titlesize": 10,
+    "axes.titlelocation": "left", "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7,
+    "svg.fonttype": "none", "svg.hashsalt": "expertslice",
+}  # fmt: skip
+
+
+Sketch = tuple[Any, str, str, str]
+"""A figure before it is finished: matplotlib's figure, its name, its title and its caption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,42 +55,31 @@ def styled() -> Iterator[None]:
         yield
 
 
-def axes(height_in: float, *, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+def axes(height_in: float, **options: Any) -> tuple[Any, Any]:
     """Return a figure at the report's width and its axes."""
-    return plt.subplots(rows, columns, figsize=(WIDTH_IN, height_in), layout="constrained", **options)
+    return plt.subplots(figsize=(WIDTH_IN, height_in), layout="constrained", **options)
 
 
-def colours(names: list[str]) -> dict[str, str]:
-    """Return a colour for each policy; the reference is grey."""
-    others = [name for name in names if name != "unsliced"]
-    return {"unsliced": "#7a7f87"} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(others)}
-
-
-def finish(figure: Any, *, name: str, title: str, caption: str, folder: Path | None) -> Drawn:
-    """Return the figure as SVG, and save it as SVG and PNG when there is a folder."""
+def finish(figure: Any, name: str, title: str, caption: str, folder: Path) -> Drawn:
+    """Save the figure as SVG and PNG, and return it as SVG for the page."""
     # Laying out is the slow part; once is enough.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    if folder is not None:
-        (folder / f"{name}.svg").write_text(_on_white(buffer.getvalue()), encoding="utf-8")
-        figure.savefig(folder / f"{name}.png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+    svg = buffer.getvalue()
+    on_white = re.sub(r"(<svg\b[^>]*>)", r'\1<rect width="100%" height="100%" fill="#ffffff"/>', svg, count=1)
+    (folder / f"{name}.svg").write_text(on_white, encoding="utf-8")
+    figure.savefig(folder / f"{name}.png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
     plt.close(figure)
-    return Drawn(name=name, title=title, caption=caption, svg=inline_svg(buffer.getvalue(), name, title, caption))
-
-
-def _on_white(svg: str) -> str:
-    return re.sub(r"(<svg\b[^>]*>)", r'\1<rect width="100%" height="100%" fill="#ffffff"/>', svg, count=1)
+    return Drawn(name=name, title=title, caption=caption, svg=inline_svg(svg, name, title, caption))
 
 
 def inline_svg(svg: str, name: str, title: str, caption: str) -> str:
     """Return SVG fit to stand in HTML: no prologue, ids of its own, the page's colours, and a description."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', body)
-    body = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", body)
-    body = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', body)
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", body)
     body = body.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     words = f"<title>{escape(title)}</title><desc>{escape(caption)}</desc>"
     head, rest = body.split(">", 1)

@@ -58,6 +58,11 @@ class Ranking:
         """Return whether each deployable policy is faster than the reference by more than noise."""
         return self.told_P & (self.effect_P < 0)
 
+    def best_first(self) -> list[str]:
+        """Return the policies by effect, bounds behind what can be deployed."""
+        order = sorted(range(len(self.names)), key=lambda p: (self.ranks[p] is None, self.effect_P[p]))
+        return [self.names[p] for p in order]
+
 
 def _effects(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> NDArray[np.float64]:
     there = [p for p, name in enumerate(names) if name in outcomes]

@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -60,15 +59,15 @@ def verdict(summary: dict[str, Any]) -> str:
     return f"{answer}: {effect_words(sure[0])} against unsliced (mean step time, 95 % interval).{also}"
 
 
-def _width(ends: Sequence[float]) -> float:
-    return ends[1] - ends[0]
-
-
 def trust(summary: dict[str, Any]) -> list[str]:
     """Return what the intervals cover and what they do not."""
+
+    def width(row: dict[str, Any], kind: str) -> float:
+        low, high = row[f"{kind}_interval_percent"]
+        return high - low
+
     s = summary["statistics"]
-    widest = max(summary["ranking"], key=lambda row: _width(row["effect_interval_percent"]))
-    by_work, by_model = (_width(widest[f"{kind}_interval_percent"]) for kind in ("workload", "model"))
+    widest = max(summary["ranking"], key=lambda row: width(row, "effect"))
     batches = (
         f"{s['compositions']} independent batchings of the same requests" if s["compositions"] else
         "no other batches: the trace holds too few requests or counts alone"
@@ -79,41 +78,30 @@ def trust(summary: dict[str, Any]) -> list[str]:
         f"Model error: {s['model_draws']} draws of every figure with a declared error, the same for every policy, on "
         f"{s['sampled_steps']} sampled steps; what all policies share cancels in their differences. Bounds see the "
         "first few draws alone.",
-        f"Widest interval: {widest['policy']}, {by_work:.1f} points from the workload and {by_model:.1f} from the "
-        "model; an interval that lies to one side says that a policy can only lose where the model is wrong.",
+        f"Widest interval: {widest['policy']}, {width(widest, 'workload'):.1f} points from the workload and "
+        f"{width(widest, 'model'):.1f} from the model; an interval that lies to one side says that a policy can only "
+        "lose where the model is wrong.",
         "Policies decide with a belief that is simpler than the simulator's truth; only bounds, which are not "
         "deployable, see the truth.",
         *summary["notes"],
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A suggestion and its command."""
-
-    words: str
-    command: str
-
-
-def next_steps(options: Options, summary: dict[str, Any]) -> list[Step]:
+def next_steps(options: Options, summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what to do next, each with its exact command."""
     best = next((r["policy"] for r in summary["ranking"] if r["deployable"] and r["policy"] != "unsliced"), "unsliced")
-    routing = ["--fit-routing", options.fit_routing] if options.fit_routing else []
     trace = [options.trace] if options.trace else []
+    routing = ["--fit-routing", options.fit_routing] if options.fit_routing else []
     model = ["--model", options.model] if options.model else []
     common = [*trace, *routing, *model, "--device", options.device]
     measured = options.trace or options.fit_routing or "bundled"
-    return [
-        Step("See whether the verdict survives other batches and other draws of the model's error:",
-             _command("whatif", *common, "--policy", best, "--seed", str(options.seed + 1))),
-        Step("Look at the routing itself, with figures:", _command("trace", "info", measured, "--figures", "figures")),
-        Step("Ask the same for a model of your own, its routing fitted to this trace:",
-             _command("whatif", "--model", "path/to/config.json", "--fit-routing", measured,
-                      "--device", options.device)),
-        Step("When the runtime is there: the same policies on a GPU, beside the simulator.",
-             _command("pair", measured, "--policy", "unsliced", "--policy", best)),
-    ]  # fmt: skip
-
-
-def _command(*words: str) -> str:
-    return shlex.join(["expertslice", *words])
+    fitted = ["--model", "path/to/config.json", "--fit-routing", measured, "--device", options.device]
+    steps = {
+        "See whether the verdict survives other batches and other draws of the model's error:":
+            ["whatif", *common, "--policy", best, "--seed", str(options.seed + 1)],
+        "Look at the routing itself, with figures:": ["trace", "info", measured, "--figures", "figures"],
+        "Ask the same for a model of your own, its routing fitted to this trace:": ["whatif", *fitted],
+        "When the runtime is there: the same policies on a GPU, beside the simulator.":
+            ["pair", measured, "--policy", "unsliced", "--policy", best],
+    }  # fmt: skip
+    return [(words, shlex.join(["expertslice", *command])) for words, command in steps.items()]

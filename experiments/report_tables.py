@@ -1,8 +1,7 @@
 """The report's tables: what each cell shows and what it sorts by. No HTML here."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ..policies.contract import DeviceSpec
 from .table import COLUMNS, cells, share_words
@@ -11,47 +10,35 @@ SHOWN_LAYOUT = 0.02
 """Share of the steps from which a layout is listed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(NamedTuple):
     """What a cell shows, and what it sorts by; an empty value sorts last."""
 
     text: str
     value: float | str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column's head; `words` wrap and stand left."""
-
-    name: str
-    words: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of cells; a bound is set apart."""
-
-    cells: Sequence[Cell]
-    bound: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A sortable table."""
+class Table(NamedTuple):
+    """A sortable table; columns of `words` wrap and stand left, rows whose number is in `bounds` are set apart."""
 
     caption: str
-    columns: Sequence[Column]
-    rows: Sequence[Row]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    words: Collection[str] = ()
+    bounds: Collection[int] = ()
 
 
-def table(caption: str, names: Sequence[str], rows: Sequence[Sequence[Cell]], *, words: Sequence[str] = ()) -> Table:
-    """Return a table of plain rows."""
-    return Table(caption, [Column(name, name in words) for name in names], [Row(row) for row in rows])
+def table(caption: str, forms: Mapping[str, str], rows: Sequence[Sequence[Any]], words: Collection[str] = ()) -> Table:
+    """Return a table of values, each shown in the format of its column; None is a dash."""
+    return Table(caption, list(forms), [[*map(_cell, row, forms.values())] for row in rows], words)
 
 
-def number(value: float | None, form: str, unit: str = "") -> Cell:
-    """Return a cell that sorts by its number; a dash where nothing is known."""
-    return Cell("–") if value is None else Cell(f"{value:{form}}{unit}".replace("-", "−"), value)
+def _cell(value: Any, form: str) -> Cell:
+    if isinstance(value, Cell):
+        return value
+    if value is None:
+        return Cell("–")
+    text = form.format(value)
+    return Cell(text if isinstance(value, str) else text.replace("-", "−"), value)
 
 
 def tables(summary: dict[str, Any], device: DeviceSpec) -> dict[str, Table]:
@@ -70,137 +57,118 @@ def tables(summary: dict[str, Any], device: DeviceSpec) -> dict[str, Table]:
 
 def _ranking(summary: dict[str, Any]) -> Table:
     keys = ("step_p50_ns", "step_p95_ns", "step_p99_ns", "tokens_per_s", "energy_j_per_1k_tokens")
-    rows: list[Row] = []
+    rows: list[list[Cell]] = []
     for row in summary["ranking"]:
-        texts = cells(row)
-        busy = row["layouts"][0]["slices"][0]["busy_share"] if row["layouts"] else ""
-        values = [row["policy"], *(_blank(row[key]) for key in keys), busy, row["reconfigurations"],
-                  row["effect_percent"], row["rank"] or ""]  # fmt: skip
-        rows.append(Row([Cell(t, v) for t, v in zip(texts, values, strict=True)], bound=not row["deployable"]))
-    level = f"{share_words(summary['statistics']['level'])}"
+        busy = row["layouts"][0]["slices"][0]["busy_share"] if row["layouts"] else None
+        values = [row["policy"], *(row[key] for key in keys), busy, row["reconfigurations"], row["effect_percent"],
+                  row["rank"]]  # fmt: skip
+        rows.append([Cell(text, "" if v is None else v) for text, v in zip(cells(row), values, strict=True)])
     caption = (
-        f"Simulated; in brackets the {level} interval of workload and model error together; ties cannot be told apart. "
-        "Slices busy: share of the step, most used layout."
+        f"Simulated; in brackets the {share_words(summary['statistics']['level'])} interval of workload and model "
+        "error together; ties cannot be told apart. Slices busy: share of the step, most used layout."
     )
-    return Table(caption, [Column(name) for name in COLUMNS], rows)
+    bounds = [place for place, row in enumerate(summary["ranking"]) if not row["deployable"]]
+    return Table(caption, COLUMNS, rows, bounds=bounds)
 
 
-def _blank(value: float | None) -> float | str:
-    return "" if value is None else value
+def _others(summary: dict[str, Any]) -> list[str]:
+    return [row["policy"] for row in summary["ranking"] if row["policy"] != "unsliced"]
 
 
 def _phases(summary: dict[str, Any]) -> Table:
-    names = [row["policy"] for row in summary["ranking"] if row["policy"] != "unsliced"]
-    rows: list[list[Cell]] = []
+    rows: list[list[Any]] = []
     for phase in summary["phases"]:
-        of = {e["policy"]: e for e in phase["effects"]}
-        effects = [
-            Cell(f"{of[n]['effect_percent']:+.1f} % ± {of[n]['workload_half_percent']:.1f}".replace("-", "−"),
-                 of[n]["effect_percent"]) for n in names
-        ]  # fmt: skip
-        rows.append(
-            [
-                Cell(phase["phase"], phase["phase"]),
-                number(phase["steps"], "d"),
-                number(100 * phase["time_share"], ".0f", " %"),
-                *effects,
-            ]
-        )
-    return table(
-        "Effect against unsliced by phase; ± covers the workload alone.", ("phase", "steps", "time", *names), rows
-    )
-
-
-def _ends(ends: Sequence[float]) -> Cell:
-    return Cell(f"{ends[0]:+.2f} … {ends[1]:+.2f}".replace("-", "−"), ends[0])
+        of = {e["policy"]: (e["effect_percent"], e["workload_half_percent"]) for e in phase["effects"]}
+        effects = [_cell(of[n][0], f"{{:+.1f}} % ± {of[n][1]:.1f}") for n in _others(summary)]
+        rows.append([phase["phase"], phase["steps"], 100 * phase["time_share"], *effects])
+    forms = {"phase": "{}", "steps": "{:d}", "time": "{:.0f} %"} | dict.fromkeys(_others(summary), "{}")
+    return table("Effect against unsliced by phase; ± covers the workload alone.", forms, rows)
 
 
 def _pairs(summary: dict[str, Any]) -> Table:
-    rows = [
-        [Cell(pair["a"], pair["a"]), Cell(pair["b"], pair["b"]), number(pair["difference_percent"], "+.2f", " points"),
-         _ends(pair["interval_percent"]), Cell("yes" if pair["differ"] else "no", int(pair["differ"]))]
-        for pair in summary["pairs"]
-    ]  # fmt: skip
+    rows = []
+    for pair in summary["pairs"]:
+        low, high = pair["interval_percent"]
+        told = Cell("yes" if pair["differ"] else "no", int(pair["differ"]))
+        between = _cell(low, f"{{:+.2f}} … {high:+.2f}")
+        rows.append([pair["a"], pair["b"], pair["difference_percent"], between, told])
+    forms = {"first": "{}", "second": "{}", "first − second": "{:+.2f} points", "interval": "{}",
+             "can be told apart": "{}"}  # fmt: skip
     caption = (
         "Difference of the two effects; intervals hold for all pairs at once (max-T), so a tie is a tie among all."
     )
-    return table(caption, ("first", "second", "first − second", "interval", "can be told apart"), rows)
+    return table(caption, forms, rows)
 
 
 def _layers(summary: dict[str, Any]) -> Table:
     best = summary["why"]["best"]
     rows = [
-        [number(t["layer"], "d"), Cell(t["bound"], t["bound"]), number(t["ns"] / 1e3, ".1f", " µs"),
-         number(t["cold_experts"], ".1f"), number(t["cold_tokens"], ".1f"), number(t["hot_experts"], ".1f"),
-         number(t["hot_tokens"], ".0f"), number(t["max_over_mean"], ".1f", " ×"),
-         number(100 * t["waste_share"], ".0f", " %"),
-         number(100 * t["launch_share"], ".0f", " %"), number(100 * t["floor_share"], ".0f", " %"),
-         number(100 * t["overlap_share"], ".1f", " %"), number(t["gain_percent"], "+.1f", " %")]
+        [t["layer"], t["bound"], t["ns"] / 1e3, t["cold_experts"], t["cold_tokens"], t["hot_experts"], t["hot_tokens"],
+         t["max_over_mean"], 100 * t["waste_share"], 100 * t["launch_share"], 100 * t["floor_share"],
+         100 * t["overlap_share"], t["gain_percent"]]
         for t in summary["why"]["layers"]
     ]  # fmt: skip
-    names = ("layer", "bound by", "time", "cold experts", "tokens each", "hot experts", "tokens each ",
-             "max / mean load", "waves, padding", "launches", "of floor", "overlap could save",
-             f"gain of {best}" if best else "gain")  # fmt: skip
+    forms = {"layer": "{:d}", "bound by": "{}", "time": "{:.1f} µs", "cold experts": "{:.1f}", "tokens each": "{:.1f}",
+             "hot experts": "{:.1f}", "tokens each ": "{:.0f}", "max / mean load": "{:.1f} ×",
+             "waves, padding": "{:.0f} %", "launches": "{:.0f} %", "of floor": "{:.0f} %",
+             "overlap could save": "{:.1f} %", f"gain of {best}" if best else "gain": "{:+.1f} %"}  # fmt: skip
     caption = "Unsliced, mean of the sampled steps; cold experts are bound by memory, hot ones by arithmetic."
-    return table(caption, names, rows)
+    return table(caption, forms, rows)
 
 
 def _cost(summary: dict[str, Any]) -> Table:
     rows = [
-        [Cell(row["policy"], row["policy"]), number(row["reconfigurations"], "d"),
-         number(100 * row["reconfigure_share"], ".2f", " %"), number(row["captures"], "d"),
-         number(100 * row["control_stall_share"], ".2f", " %"), number(row["energy_j_per_1k_tokens"], ".2f", " J"),
-         number(row["hbm_bytes_per_step"] / 1e6, ",.0f", " MB"), number(100 * row["unsliced_share"], ".0f", " %"),
-         number(row["fallback_steps"], "d")]
+        [row["policy"], row["reconfigurations"], 100 * row["reconfigure_share"], row["captures"],
+         100 * row["control_stall_share"], row["energy_j_per_1k_tokens"], row["hbm_bytes_per_step"] / 1e6,
+         100 * row["unsliced_share"], row["fallback_steps"]]
         for row in summary["ranking"]
     ]  # fmt: skip
-    names = ("policy", "changes of layout", "time in changes", "late captures", "waiting for decisions",
-             "energy per 1k tokens", "DRAM traffic a step", "steps run unsliced", "fallback steps")  # fmt: skip
-    return table("Costs over the whole trace; shares are of the total time.", names, rows)
+    forms = {"policy": "{}", "changes of layout": "{:d}", "time in changes": "{:.2f} %", "late captures": "{:d}",
+             "waiting for decisions": "{:.2f} %", "energy per 1k tokens": "{:.2f} J",
+             "DRAM traffic a step": "{:,.0f} MB", "steps run unsliced": "{:.0f} %",
+             "fallback steps": "{:d}"}  # fmt: skip
+    return table("Costs over the whole trace; shares are of the total time.", forms, rows)
 
 
 def _slices(summary: dict[str, Any]) -> Table:
     rows = [
-        [Cell(row["policy"], row["policy"]), number(layout["steps"], "d"), number(index, "d"),
-         Cell(one["slice"], one["slice"]), number(100 * one["busy_share"], ".1f", " %")]
+        [row["policy"], layout["steps"], index, one["slice"], 100 * one["busy_share"]]
         for row in summary["ranking"]
         for place, layout in enumerate(row["layouts"])
         if place == 0 or layout["steps"] >= SHOWN_LAYOUT * row["steps"]
         for index, one in enumerate(layout["slices"])
-    ]  # fmt: skip
+    ]
+    forms = {"policy": "{}", "steps": "{:d}", "slice": "{:d}", "what it is": "{}", "busy": "{:.1f} %"}
     caption = "Busy share of every slice in each policy's most used layouts: its kernels' time over the step's."
-    return table(caption, ("policy", "steps", "slice", "what it is", "busy"), rows, words=("what it is",))
+    return table(caption, forms, rows, words=("what it is",))
 
 
 def _draws(summary: dict[str, Any]) -> Table:
-    names = [row["policy"] for row in summary["ranking"] if row["policy"] != "unsliced"]
-    rows = [[Cell("the trace", "the trace"), *(number(_effect(summary, n), "+.1f", " %") for n in names)]]
+    names = _others(summary)
+    whole = {row["policy"]: row["effect_percent"] for row in summary["ranking"]}
     parts = (
+        ("the trace", [whole]),
         ("other batches", summary["compositions"]),
         ("sampled steps", [summary["sampled"]]),
         ("sampled steps, model error", summary["draws"]),
     )
-    for title, found in parts:
-        for i, one in enumerate(found):
-            label = f"{title} {i + 1}" if len(found) > 1 else title
-            rows.append([Cell(label, label), *(number(one[n], "+.1f", " %") for n in names)])
+    rows = [
+        [f"{title} {i}" if len(found) > 1 else title, *(one[n] for n in names)]
+        for title, found in parts
+        for i, one in enumerate(found, 1)
+    ]
     caption = (
         "Effect against unsliced, again: on re-batched requests, and on sampled steps with the model's figures as they "
         "are and drawn from their errors."
     )
-    return table(caption, ("what changed", *names), rows)
-
-
-def _effect(summary: dict[str, Any], name: str) -> float:
-    return next(row["effect_percent"] for row in summary["ranking"] if row["policy"] == name)
+    return table(caption, {"what changed": "{}"} | dict.fromkeys(names, "{:+.1f} %"), rows)
 
 
 def _device(device: DeviceSpec) -> Table:
     errors = dict(device.rel_errors)
-    rows: list[list[Cell]] = []
-    for name, source in sorted(device.sources):
-        error = 100 * errors.get(name, 0.0)
-        shown = Cell(f"{getattr(device, name)}".strip("()"), name)
-        rows.append([Cell(name, name), shown, number(error, ".0f", " %"), Cell(source, source)])
-    columns = ("figure", "value", "1 standard error", "source")
-    return table(f"Figures of {device.name}.", columns, rows, words=("value", "source"))
+    rows = [
+        [name, Cell(f"{getattr(device, name)}".strip("()"), name), 100 * errors.get(name, 0.0), source]
+        for name, source in sorted(device.sources)
+    ]
+    forms = {"figure": "{}", "value": "{}", "1 standard error": "{:.0f} %", "source": "{}"}
+    return table(f"Figures of {device.name}.", forms, rows, words=("value", "source"))

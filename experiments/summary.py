@@ -38,10 +38,8 @@ class Result:
 def summarise(result: Result) -> dict[str, Any]:
     """Return the result as plain values: what `--json` prints and the report shows."""
     case, ranking = result.case, result.ranking
-    order = sorted(range(len(ranking.names)), key=lambda p: (ranking.ranks[p] is None, ranking.effect_P[p]))
     rows = [
-        row_of(name, ranking, result.evidence.main[name], case.policies[name].foresees)
-        for name in (ranking.names[p] for p in order)
+        row_of(name, ranking, result.evidence.main[name], case.policies[name].foresees) for name in ranking.best_first()
     ]
     device = case.world.device
     return {

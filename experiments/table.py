@@ -1,23 +1,10 @@
-"""The ranking on a terminal: one table, the reasons below it, where the report lies."""
+"""Tables and figures in words, as a terminal shows them: the ranking, the reasons below it, where the report lies."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-COLUMNS = (
-    "policy",
-    "p50 step",
-    "p95",
-    "p99",
-    "tokens/s",
-    "J/1k tok",
-    "slices busy",
-    "changes",
-    "vs unsliced",
-    "rank",
-)
-
-
+COLUMNS = ("policy", "p50 step", "p95", "p99", "tokens/s", "J/1k tok", "slices busy", "changes", "vs unsliced", "rank")
 MISSED_LEAST = ("changes", "slices busy", "p95", "J/1k tok", "tokens/s")
 BOUND = "bound, not deployable"
 WIDE = 126
@@ -75,18 +62,16 @@ def busy_words(row: Mapping[str, Any]) -> str:
 def cells(row: Mapping[str, Any]) -> list[str]:
     """Return one policy's row."""
     energy = row["energy_j_per_1k_tokens"]
+    times = [time_words(row[f"step_{quantile}_ns"]) for quantile in ("p50", "p95", "p99")]
     return [
-        row["policy"],
-        time_words(row["step_p50_ns"]),
-        time_words(row["step_p95_ns"]),
-        time_words(row["step_p99_ns"]),
-        rate_words(row["tokens_per_s"]),
-        "–" if energy is None else f"{energy:.2f}",
-        busy_words(row),
-        str(row["reconfigurations"]),
-        effect_words(row),
-        rank_words(row),
-    ]
+        row["policy"], *times, rate_words(row["tokens_per_s"]), "–" if energy is None else f"{energy:.2f}",
+        busy_words(row), str(row["reconfigurations"]), effect_words(row), rank_words(row),
+    ]  # fmt: skip
+
+
+def shape_words(shape: Mapping[str, Any]) -> str:
+    """Return the shape of a model or a trace."""
+    return f"{shape['num_layers']} MoE layers × {shape['num_experts']} experts, top-{shape['top_k']}"
 
 
 def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -95,13 +80,9 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     phases = ", ".join(f"{n} {phase}" for phase, n in work["steps_of_phase"].items() if n)
     mean_tokens = work["num_tokens"] / work["num_steps"]
     status = "PROVISIONAL: not calibrated on hardware" if summary["provisional"] else "calibrated"
-    shape = f"{model['num_layers']} MoE layers × {model['num_experts']} experts, top-{model['top_k']}"
     return [
         ("trace", f"{trace['name']}, {work['num_steps']} steps ({phases}), {mean_tokens:.0f} tokens a step"),
-        (
-            "model",
-            f"{model['name']}, {shape}",
-        ),
+        ("model", f"{model['name']}, {shape_words(model)}"),
         ("device", f"{device['name']}, simulated, {status}"),
         *(("note", note) for note in summary["notes"]),
     ]
@@ -117,7 +98,7 @@ def print_summary(summary: Mapping[str, Any], folder: Path, *, report: bool) -> 
         console = Console(highlight=False, width=WIDE)
     _print_pairs(console, headline(summary))
     console.print()
-    console.print(_rich_table(summary, console.width))
+    console.print(_ranking(summary, console.width))
     console.print()
     level = share_words(summary["statistics"]["level"])
     console.print(Text(f"in brackets: {level} interval of the workload and the model's error together", style="dim"))
@@ -125,15 +106,20 @@ def print_summary(summary: Mapping[str, Any], folder: Path, *, report: bool) -> 
     _print_pairs(console, [("report", str(folder / "report.html"))] if report else [("records", str(folder))])
 
 
-def _rich_table(summary: Mapping[str, Any], width: int) -> Any:
-    """Return the ranking; on a narrow terminal without the columns that can best be missed."""
+def plain_table(title: str) -> Any:
+    """Return a table of rich without lines."""
     from rich.table import Table
+
+    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def _ranking(summary: Mapping[str, Any], width: int) -> Any:
+    """Return the ranking; on a narrow terminal without the columns that can best be missed."""
     from rich.text import Text
 
     rows = [(row["deployable"], cells(row)) for row in summary["ranking"]]
     shown = columns_that_fit([texts for _, texts in rows], width)
-    title = "slicing policies" + (" (provisional device model)" if summary["provisional"] else "")
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = plain_table("slicing policies" + (" (provisional device model)" if summary["provisional"] else ""))
     for index in shown:
         table.add_column(COLUMNS[index], justify="left" if index == 0 else "right", no_wrap=True)
     for deployable, texts in rows:

@@ -17,7 +17,7 @@ from ..statistics_table import rows_of
 
 def column_of(source: StoredTrace) -> dict[str, str]:
     """Return each statistic as 'median [least–most]' over layers."""
-    rows = (row.cells() for row in rows_of(summarise(source.read())))
+    rows = rows_of(summarise(source.read()))
     return {name: f"{median} [{least}–{most}]" for name, median, least, most in rows}
 
 

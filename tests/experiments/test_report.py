@@ -109,9 +109,9 @@ def test_suggested_commands_exist(finished):
     from expertslice.experiments import cli
 
     result, summary, _ = finished
-    for step in report.next_steps(result.case.options, summary):
-        words = shlex.split(step.command)[1:]
-        if "runtime" not in step.words:
+    for said, command in report.next_steps(result.case.options, summary):
+        words = shlex.split(command)[1:]
+        if "runtime" not in said:
             path = words[:2] if words[0] == "trace" else words[:1]
             assert cli.run([*path, "--help"]) == 0
 
