@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..traces.names import nearest
+from ..traces.schema import nearest
 from .contract import DeviceSpec, MigProfile, TileVariant
 
 DEVICES = Path(__file__).with_name("devices")

@@ -110,26 +110,25 @@ class Fluid:
 
     def _steal(self, i: int, kernel: int, offers: list[list[Theft | None]]) -> None:
         """Take a part of the longest queue left of the same product, so that both slices end together."""
-        best: tuple[float, int, Theft] | None = None
+        rest, victim, theft = 0.0, i, None
         for j in self._running:
             offer = offers[j][kernel] if kernel < len(offers[j]) else None
             if offer and self._queue[j][-1].kernel == kernel:
-                rest = self._left[j] + sum(s.solo_ns for s in self._queue[j][:-1] if s.kernel == kernel)
-                if best is None or rest > best[0]:
-                    best = (rest, j, offer)
-        if best is None:
+                left = self._left[j] + sum(s.solo_ns for s in self._queue[j][:-1] if s.kernel == kernel)
+                if left > rest:
+                    rest, victim, theft = left, j, offer
+        if theft is None:
             return
-        rest, j, offer = best
-        whole = offer.segment.solo_ns * rest / offer.victim_ns
+        whole = theft.segment.solo_ns * rest / theft.victim_ns
         part = rest / (rest + whole)
-        if part * rest < offer.least_ns:
+        if part * rest < theft.least_ns:
             return
-        self._left[j] *= 1 - part
-        queue = self._queue[j]
+        self._left[victim] *= 1 - part
+        queue = self._queue[victim]
         for at, segment in enumerate(queue[:-1]):
             if segment.kernel == kernel:
                 queue[at] = segment._replace(solo_ns=segment.solo_ns * (1 - part))
-        self._queue[i].append(offer.segment._replace(solo_ns=whole * part))
+        self._queue[i].append(theft.segment._replace(solo_ns=whole * part))
 
     def _start(self, i: int, previous_kernel: int) -> None:
         if self._contested and self.shares.queues and self._queue[i][-1].kernel not in (GAP, previous_kernel):

@@ -9,7 +9,7 @@ from dataclasses import MISSING
 from importlib.metadata import entry_points
 from typing import Any
 
-from ..traces.names import nearest
+from ..traces.schema import nearest
 from .contract import Policy
 from .dynamic import Dynamic
 from .hot_cold import HotCold

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .names import nearest
-from .schema import Dtype, MoeSpec
+from .schema import Dtype, MoeSpec, nearest
 
 Config = dict[str, Any]
 

@@ -5,7 +5,8 @@ Nothing here reads a file or knows a device.
 Shape letters: L MoE layers, E routed experts, K top-k, T tokens of a step.
 """
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -18,6 +19,14 @@ Phase = Literal["prefill", "decode", "mixed"]
 
 DTYPE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "mixed")
+
+
+def nearest(kind: str, given: str, known: Iterable[str]) -> str:
+    """Return the sentence that refuses an unknown name and suggests the nearest one."""
+    names = sorted(known)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
+    return f"{kind} {given!r} is unknown; {hint}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from splits import COLD, HOT, WIDE
 
 from expertslice.policies.contract import SliceLayout
 from expertslice.policies.data import load_device
-from expertslice.policies.fluid import Fluid
+from expertslice.policies.fluid import Fluid, Theft
 from expertslice.policies.layouts import uniform_slice
 from expertslice.policies.rates import Segment, gap, rates, water_level
 from expertslice.policies.shares import Shares, shares_of
@@ -132,3 +132,12 @@ def test_rates_never_exceed_what_there_is_and_waste_nothing(running: list[Segmen
     for segment, speed in zip(running, speeds, strict=True):
         full = [f for f in range(4) if segment[f + 1] > 0 and used[f] >= caps[f] * (1 - 1e-6)]
         assert speed >= 1 - 1e-9 or full
+
+
+def test_slices_that_end_together_steal_nothing_from_each_other():
+    both = shares(COLD.name, COLD.name)
+    one = stream(10.0, 0.0)
+    offers: list[list[list[Theft | None]]] = [[[Theft(one, 10.0, 1.0)]] * 2] * 2
+    fluid = Fluid(both, offers)
+    fluid.load([[one], [one]])
+    assert ends(fluid) == [10]
