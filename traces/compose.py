@@ -15,7 +15,7 @@ import numpy as np
 
 from .requests import Request, draw_requests
 from .schema import PHASES, Phase, Provenance, RoutedStep
-from .trace import UNKNOWN, RoutingTrace, StepTable, counts_of
+from .trace import UNKNOWN, RoutingTrace, StepTable, counts_of, take_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,18 +203,13 @@ def compose(trace: RoutingTrace, composition: Composition) -> RoutingTrace:
     parts = [(step, part) for step, (segments, _) in enumerate(plan) for part in segments]
     rows_T = np.concatenate([request.rows_T[start:stop] for _, (request, start, stop) in parts])
     lengths = [stop - start for _, (_, start, stop) in parts]
-    step_T = np.repeat([step for step, _ in parts], lengths)
     arrival_S = np.array([UNKNOWN if arrival is None else arrival for _, arrival in plan], np.int64)
-    return replace(
+    return take_tokens(
         trace,
+        rows_T,
         provenance=composed_provenance(trace.provenance, composition),
         request_id_T=np.repeat([request.request_id for _, (request, _, _) in parts], lengths).astype(np.int64),
-        position_T=trace.position_T[rows_T],
-        phase_T=trace.phase_T[rows_T],
-        step_T=step_T.astype(np.int64),
-        domain_T=trace.domain_T[rows_T],
-        expert_ids_TLK=trace.expert_ids_TLK[rows_T],
-        gates_TLK=None if trace.gates_TLK is None else trace.gates_TLK[rows_T],
+        step_T=np.repeat([step for step, _ in parts], lengths).astype(np.int64),
         step_table=StepTable(
             phase_S=np.array([PHASES.index(_phase(segments)) for segments, _ in plan], np.uint8),
             segment_S=np.zeros(len(plan), np.uint8),

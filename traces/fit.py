@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .choice import F32, NUM_BINS, Ids, LayerChoice, gumbel, log_weight, top_k
-from .drift import LEAST_WINDOWS, MAX_WINDOWS, drift_of, window_counts
 from .likelihood import Blocks, Sample, most_likely
 from .matching import match, noise_tape, with_trusted_profile
 from .moments import Moments, moments
@@ -20,8 +19,17 @@ from .panel import MAX_REQUESTS, Panel, evenly, layer_sample, panel_of
 from .requests import group_requests, prompt_lengths
 from .schema import StepSource
 from .spec import SynthSpec, logits_of_load, plain_layer
-from .tilt import Tilt, split_tilt, tilt_variance, typical_tilt
 from .trace import RoutingTrace
+from .variation import (
+    LEAST_WINDOWS,
+    MAX_WINDOWS,
+    Tilt,
+    drift_of,
+    split_tilt,
+    tilt_variance,
+    typical_tilt,
+    window_counts,
+)
 
 DRAWN_ENTRIES = 2_400_000
 """Marks per layer of the tokens drawn at each correction."""

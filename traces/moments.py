@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .choice import F32, NUM_BINS, Ids, Shape, multi_hot
-from .dependence import conditional_recall, joint_counts, jsd_bits, mutual_information_bits
+from .dependence import conditional_recall, jsd_bits, mutual_information_bits
+from .trace import counts_by
 
 LAGS_G = (1, 4, 8, 16)
 NEAR_POSITIONS = 200
@@ -85,7 +86,7 @@ def _across(ids_PRK: Ids, hot_NE: F32, shape: Shape, below_PRK: Ids, num_across:
     recall = [
         conditional_recall(multi_hot(below_MK[:, :width], num_experts), hot_NE[some_M], fold_M, k) for width in (1, k)
     ]
-    firsts_EE = joint_counts(below_MK[:, 0], first_M, num_experts)
+    firsts_EE = counts_by(below_MK[:, 0], first_M, num_experts, num_experts)
     return {
         "firsts_EE": firsts_EE,
         "information_bits": mutual_information_bits(firsts_EE),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .schema import PHASES
-from .trace import UNKNOWN, RoutingTrace, StepTable
+from .trace import UNKNOWN, RoutingTrace, pick_rows, take_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,24 +67,10 @@ def select_rows(trace: RoutingTrace, rows_N: NDArray[np.int64]) -> RoutingTrace:
     Measured times are dropped: they belong to the whole step.
     """
     kept_S, step_N = np.unique(trace.step_T[rows_N], return_inverse=True)
-    table = trace.step_table
-    arrival_ns_S = None if table.arrival_ns_S is None else table.arrival_ns_S[kept_S]
-    return replace(
-        trace,
-        request_id_T=trace.request_id_T[rows_N],
-        position_T=trace.position_T[rows_N],
-        phase_T=trace.phase_T[rows_N],
-        step_T=step_N.astype(np.int64),
-        domain_T=trace.domain_T[rows_N],
-        expert_ids_TLK=trace.expert_ids_TLK[rows_N],
-        gates_TLK=None if trace.gates_TLK is None else trace.gates_TLK[rows_N],
-        step_table=StepTable(
-            phase_S=phases_of(trace.phase_T[rows_N], step_N, len(kept_S)),
-            segment_S=table.segment_S[kept_S],
-            segments=table.segments,
-            arrival_ns_S=arrival_ns_S,
-        ),
-    )
+    phase_S = phases_of(trace.phase_T[rows_N], step_N, len(kept_S))
+    unknown = {"start_ns_S": None, "moe_ns_SL": None, "other_ns_SL": None}
+    table = replace(pick_rows(trace.step_table, kept_S), phase_S=phase_S, **unknown)
+    return take_tokens(trace, rows_N, step_T=step_N.astype(np.int64), step_table=table)
 
 
 def phases_of(phase_T: NDArray[np.uint8], step_T: NDArray[np.int64], num_steps: int) -> NDArray[np.uint8]:

@@ -14,17 +14,14 @@ from numpy.typing import NDArray
 
 from .choice import multi_hot
 from .dependence import (
+    aligned_batches,
     conditional_recall,
+    distinct_independent,
     entropy_bits,
     information_bias_bits,
-    joint_counts,
     jsd_bits,
-    mutual_information_bits,
-)
-from .locality import (
-    aligned_batches,
-    distinct_independent,
     lru_hit_rate,
+    mutual_information_bits,
     overlap_by_lag,
     overlap_independent,
     overlap_within_requests,
@@ -32,7 +29,7 @@ from .locality import (
 )
 from .requests import Grouping, group_requests
 from .schema import StepSource
-from .trace import RoutingTrace, counts_of
+from .trace import RoutingTrace, counts_by
 
 F64 = NDArray[np.float64]
 LAGS = (1, 2, 4, 8, 16, 32, 64)
@@ -121,26 +118,29 @@ def summarise(
     """Return the statistics of a `RoutingTrace`, or of the counts of any other source."""
     if not isinstance(source, RoutingTrace):
         return _summarise_counts(source)
-    groups = group_requests(source)
+    groups, num_experts = group_requests(source), source.num_experts
     ids_TLK = source.expert_ids_TLK[groups.order_T]
     batches = {size: aligned_batches(groups, size, BATCH_STEPS, seed) for size in batch_sizes}
-    columns: dict[str, list[Column]] = {}
+    layers: list[dict[str, Column]] = []
     for level in range(source.num_layers):
-        ids_TK, below_TK = ids_TLK[:, level], ids_TLK[:, level - 1] if level else None
-        layer = _load(counts_of(ids_TK[:, None], source.num_experts)[0], source.num_tokens, source.top_k)
-        layer |= _locality(ids_TK, groups, source.num_experts, lags)
-        layer |= _batches(ids_TK, batches, source.num_experts)
-        layer |= {} if below_TK is None else _dependence(below_TK, ids_TK, groups, source.num_experts)
-        for name, value in layer.items():
-            columns.setdefault(name, []).append(value)
-    arrays: dict[str, Any] = {name: np.array(values, np.float64) for name, values in columns.items()}
+        ids_TK = ids_TLK[:, level]
+        layer = _load(np.bincount(ids_TK.ravel(), minlength=num_experts), source.num_tokens, source.top_k)
+        layer |= _locality(ids_TK, groups, num_experts, lags)
+        layer |= _batches(ids_TK, batches, num_experts)
+        layer |= _dependence(ids_TLK[:, level - 1], ids_TK, groups, num_experts) if level else {}
+        layers.append(layer)
     return TraceStatistics(
         num_tokens=source.num_tokens,
         num_requests=groups.num_requests,
         lags_G=lags,
         batch_sizes_Z=batch_sizes,
-        **arrays,
+        **_columns(layers),
     )
+
+
+def _columns(layers: list[dict[str, Column]]) -> dict[str, Any]:
+    """Return each statistic over the layers that have it."""
+    return {name: np.array([layer[name] for layer in layers if name in layer], np.float64) for name in layers[-1]}
 
 
 def _summarise_counts(source: StepSource) -> TraceStatistics:
@@ -152,12 +152,7 @@ def _summarise_counts(source: StepSource) -> TraceStatistics:
     if not num_tokens:
         raise ValueError("the source has no tokens; record or import at least one step with tokens first")
     layers = [_load(counts_E, num_tokens, source.top_k) for counts_E in counts_LE]
-    arrays: dict[str, Any] = {name: np.array([layer[name] for layer in layers], np.float64) for name in layers[0]}
-    return TraceStatistics(
-        num_tokens=num_tokens,
-        num_requests=None,
-        **arrays,
-    )
+    return TraceStatistics(num_tokens=num_tokens, num_requests=None, **_columns(layers))
 
 
 def _load(counts_E: NDArray[np.integer], num_tokens: int, top_k: int) -> dict[str, Column]:
@@ -169,20 +164,13 @@ def _load(counts_E: NDArray[np.integer], num_tokens: int, top_k: int) -> dict[st
     }
 
 
-def request_counts(ids_TK: NDArray[np.integer], groups: Grouping, num_experts: int) -> NDArray[np.int64]:
-    """Count each request's choices of each expert, int64 [R, E]."""
-    flat_TK = groups.request_of[:, None] * num_experts + ids_TK
-    return np.bincount(flat_TK.ravel(), minlength=groups.num_requests * num_experts).reshape(-1, num_experts)
-
-
 def _locality(
     ids_TK: NDArray[np.integer], groups: Grouping, num_experts: int, lags: tuple[int, ...]
 ) -> dict[str, Column]:
-    counts_RE = request_counts(ids_TK, groups, num_experts)
-    within = overlap_within_requests(counts_RE, groups.lengths, ids_TK.shape[1])
+    counts_RE = counts_by(groups.request_of[:, None], ids_TK, groups.num_requests, num_experts)
     return {
         "overlap_LG": overlap_by_lag(ids_TK, groups.request_of, num_experts, lags),
-        "overlap_request_L": np.nan if within is None else within,
+        "overlap_request_L": overlap_within_requests(counts_RE, groups.lengths, ids_TK.shape[1]),
         "jsd_bits_L": jsd_bits(counts_RE).mean(),
         "lru_hit_LE": lru_hit_rate(ids_TK, num_experts),
     }
@@ -194,7 +182,12 @@ def _batches(
     counts_E = np.bincount(ids_TK.ravel(), minlength=num_experts)
     seen_Z3 = np.full((len(batches), 3), np.nan)
     for z, rows in enumerate(batches.values()):
-        steps = [step_statistics(_step_counts(ids_TK[rows_PB], num_experts)) for rows_PB in rows]
+        steps = [
+            step_statistics(
+                counts_by(np.arange(len(rows_PB))[:, None, None], ids_TK[rows_PB], len(rows_PB), num_experts)
+            )
+            for rows_PB in rows
+        ]
         seen_Z3[z] = np.mean(steps, axis=0) if steps else np.nan
     return {
         "distinct_LZ": seen_Z3[:, 0],
@@ -204,15 +197,10 @@ def _batches(
     }
 
 
-def _step_counts(ids_PBK: NDArray[np.integer], num_experts: int) -> NDArray[np.int64]:
-    flat_PX = (ids_PBK.astype(np.int64) + np.arange(len(ids_PBK))[:, None, None] * num_experts).reshape(-1)
-    return np.bincount(flat_PX, minlength=len(ids_PBK) * num_experts).reshape(-1, num_experts)
-
-
 def _dependence(
     below_TK: NDArray[np.integer], ids_TK: NDArray[np.integer], groups: Grouping, num_experts: int
 ) -> dict[str, Column]:
-    counts_EE = joint_counts(below_TK[:, 0], ids_TK[:, 0], num_experts)
+    counts_EE = counts_by(below_TK[:, 0], ids_TK[:, 0], num_experts, num_experts)
     chosen_TE, k = multi_hot(ids_TK, num_experts), ids_TK.shape[1]
     given = {
         "recall_L": multi_hot(below_TK[:, :1], num_experts),

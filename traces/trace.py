@@ -5,6 +5,7 @@ Shape letters: T tokens, S steps, L MoE layers, E experts, K top-k.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +21,18 @@ def id_dtype(num_experts: int) -> type[np.unsignedinteger]:
     return np.uint8 if num_experts <= 256 else np.uint16 if num_experts <= 65536 else np.uint32
 
 
-def counts_of(expert_ids_TLK: NDArray[np.integer], num_experts: int) -> NDArray[np.int32]:
-    """Count the tokens of each expert in each layer.
+def counts_by(
+    group: NDArray[np.integer], expert_ids: NDArray[np.integer], num_groups: int, num_experts: int
+) -> NDArray[np.int64]:
+    """Count how often each group chose each expert, int64 [groups, E]; `group` broadcasts against the ids."""
+    flat = (group.astype(np.int64) * num_experts + expert_ids).ravel()
+    return np.bincount(flat, minlength=num_groups * num_experts).reshape(num_groups, num_experts)
 
-    Returns:
-        counts_LE, int32 [L, E]; each row sums to T * K.
-    """
+
+def counts_of(expert_ids_TLK: NDArray[np.integer], num_experts: int) -> NDArray[np.int32]:
+    """Count the tokens of each expert in each layer, int32 [L, E]; each row sums to T * K."""
     num_layers = expert_ids_TLK.shape[1]
-    offset_L1 = np.arange(num_layers, dtype=np.int64)[:, None] * num_experts
-    flat = (expert_ids_TLK.astype(np.int64) + offset_L1).ravel()
-    counts = np.bincount(flat, minlength=num_layers * num_experts)
-    return counts.reshape(num_layers, num_experts).astype(np.int32)
+    return counts_by(np.arange(num_layers)[:, None], expert_ids_TLK, num_layers, num_experts).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,25 +146,28 @@ class ExpertLoad:
 
 TOKEN_COLUMNS = ("request_id_T", "position_T", "phase_T", "domain_T", "expert_ids_TLK", "gates_TLK")
 STEP_COLUMNS = ("phase_S", "segment_S", "arrival_ns_S", "start_ns_S", "moe_ns_SL", "other_ns_SL")
-Rows = slice | NDArray[np.bool_]
+Rows = slice | NDArray[np.bool_] | NDArray[np.int64]
 
 
 def slice_steps(trace: RoutingTrace, first: int, last: int) -> RoutingTrace:
     """Return steps first..last-1 as a trace of its own, renumbered from 0; arrays are views."""
     begin, end = np.searchsorted(trace.step_T, (first, last))
     tokens = slice(int(begin), int(end))
-    return _picked(trace, tokens, slice(first, last), trace.step_T[tokens] - first)
+    table = pick_rows(trace.step_table, slice(first, last))
+    return take_tokens(trace, tokens, step_T=trace.step_T[tokens] - first, step_table=table)
 
 
 def take_steps(trace: RoutingTrace, keep_S: NDArray[np.bool_]) -> RoutingTrace:
     """Return the steps where `keep_S` is true, renumbered from 0."""
     keep_T = keep_S[trace.step_T]
-    return _picked(trace, keep_T, keep_S, (np.cumsum(keep_S) - 1)[trace.step_T[keep_T]])
+    step_T = (np.cumsum(keep_S) - 1)[trace.step_T[keep_T]]
+    return take_tokens(trace, keep_T, step_T=step_T, step_table=pick_rows(trace.step_table, keep_S))
 
 
-def _picked(trace: RoutingTrace, tokens: Rows, steps: Rows, step_T: NDArray[np.int64]) -> RoutingTrace:
+def take_tokens(trace: RoutingTrace, tokens: Rows, **changes: Any) -> RoutingTrace:
+    """Return the trace of some tokens; `changes` give their steps, the step table, and whatever else is new."""
     columns = {name: column[tokens] for name in TOKEN_COLUMNS if (column := getattr(trace, name)) is not None}
-    return replace(trace, step_T=step_T, step_table=pick_rows(trace.step_table, steps), **columns)
+    return replace(trace, **columns | changes)
 
 
 def pick_rows(table: StepTable, steps: Rows) -> StepTable:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertslice.traces.locality import lru_hit_rate, overlap_by_lag
+from expertslice.traces.dependence import lru_hit_rate, overlap_by_lag
 from expertslice.traces.schema import Provenance
 from expertslice.traces.statistics import TraceStatistics, gini, jsd_bits, max_mean, summarise, zipf_s
 from expertslice.traces.trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable

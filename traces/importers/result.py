@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..check import TraceError, check_load, check_trace
+from ..requests import phases_of
 from ..schema import Provenance
 from ..trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable, id_dtype
 
 CONSTANT_TOKENS = 4
 """A step of so many tokens that all choose the same experts in all layers is a dummy: warm-up, graph capture."""
 
-PREFILL, DECODE, MIXED = range(3)
-"""Indices into `PHASES`; the first two label tokens too."""
+PREFILL, DECODE = range(2)
+"""Phases of tokens, and indices into `PHASES`."""
 
 
 class ImportOptions(TypedDict, total=False):
@@ -96,9 +97,8 @@ def finish_tokens(
     rows = rows.keep(np.argsort(rows.step_T, kind="stable"))
     if rows.expert_ids_TLK.shape[2] < num_experts:
         rows = _without_dummies(rows, said)
-    _, step_T, tokens_S = np.unique(rows.step_T, return_inverse=True, return_counts=True)
-    decoding_S = np.bincount(step_T, weights=rows.phase_T == DECODE)
-    phase_S = np.select([decoding_S == 0, decoding_S == tokens_S], [PREFILL, DECODE], MIXED).astype(np.uint8)
+    steps, step_T = np.unique(rows.step_T, return_inverse=True)
+    phase_S = phases_of(rows.phase_T, step_T, len(steps))
     trace = RoutingTrace(
         num_experts=num_experts,
         provenance=Provenance(source=format, model=options.get("model"), notes="; ".join(said)),
