@@ -1,22 +1,21 @@
 """What is compared: options resolved to a device, a model, policies and steps, and checked before the first step."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..policies.contract import MECHANISMS, Mechanism, Policy
-from ..policies.data import load_device, nearest
+from ..policies.contract import MECHANISMS, Policy
+from ..policies.data import load_device
 from ..policies.loop import declared_layouts
 from ..traces.compose import Composition
-from ..traces.schema import StepSource
+from ..traces.schema import MoeSpec, StepSource, nearest
 from ..traces.trace import RoutingTrace
 from .inputs import BUNDLED, Opened, choose_model, choose_policies, choose_segment, in_memory, open_source
 from .ranking import REFERENCE
-from .runs import DEFAULT_ROOT
 from .simulate import World
-from .workload import Limited, Survey, composition_like, survey
+from .workload import Survey, composition_like, survey
 
+Chosen = tuple[Opened, StepSource, tuple[RoutingTrace, Composition] | None, MoeSpec, tuple[str, ...]]
 NUM_WINDOWS = 4
 WINDOW_LAYERS = 96
 """Layers of all steps of a window. Windows are what model errors are drawn on and reasons are computed from."""
@@ -41,7 +40,7 @@ class Options:
     batch_size: int = 64
     seed: int = 0
     jobs: int = 1
-    out: Path = DEFAULT_ROOT
+    out: Path = Path("runs")
     report: bool = True
 
 
@@ -68,21 +67,19 @@ def prepare(options: Options) -> Case:
     """
     device = load_device(options.device)
     policies = choose_policies(options.policies, options.settings)
-    mechanisms = _mechanisms(options.mechanisms)
-    if options.fit_routing is not None:
-        from .fitted import fitted_source
-
-        opened, source, rebatch, model, notes = fitted_source(options)
-    else:
-        opened = choose_segment(open_source(options.trace or BUNDLED), options.segment)
-        model, said = choose_model(opened.source, options.model)
-        source, notes = opened.source, (*opened.notes, *said)
-        rebatch = _rebatch(source)
-    if options.steps is not None and options.steps < source.num_steps:
-        source = Limited(source=source, limit=options.steps)
+    for name in options.mechanisms:
+        if name not in MECHANISMS:
+            raise ValueError(nearest("mechanism", name, MECHANISMS))
+    opened, source, rebatch, model, notes = _chosen(options)
+    mechanisms = frozenset(options.mechanisms or MECHANISMS)
     world = World(device=device, model=model, mechanisms=mechanisms, seed=options.seed)
-    look = survey(source, num_windows=NUM_WINDOWS, window_steps=max(LEAST_STEPS, WINDOW_LAYERS // source.num_layers))
-    policies, left_out = _runnable(policies, world, strict=bool(options.policies))
+    window_steps = max(LEAST_STEPS, WINDOW_LAYERS // source.num_layers)
+    look = survey(source, num_windows=NUM_WINDOWS, window_steps=window_steps, limit=options.steps)
+    mean_tokens = look.num_tokens / look.num_steps
+    if mean_tokens < FEW_TOKENS:
+        many = "`expertslice trace compose` makes batches of requests"
+        notes = (*notes, f"steps hold {mean_tokens:.1f} tokens on average; {many}")
+    kept, left_out = _runnable(policies, world, strict=bool(options.policies))
     return Case(
         options=options,
         world=world,
@@ -90,34 +87,28 @@ def prepare(options: Options) -> Case:
         source=source,
         survey=look,
         rebatch=rebatch,
-        policies=policies,
-        notes=(*notes, *_small_steps(look), *left_out),
+        policies=kept,
+        notes=(*notes, *left_out),
     )
 
 
-def _small_steps(look: Survey) -> tuple[str, ...]:
-    tokens = look.num_tokens / look.num_steps
-    if tokens >= FEW_TOKENS:
-        return ()
-    return (f"steps hold {tokens:.1f} tokens on average; `expertslice trace compose` makes batches of requests",)
+def _chosen(options: Options) -> Chosen:
+    """Return the trace as given, the steps to run, requests to batch anew, the model, and what to say."""
+    if options.fit_routing is not None:
+        from .fitted import fitted_source
 
-
-def _rebatch(source: StepSource) -> tuple[RoutingTrace, Composition] | None:
-    trace = in_memory(source)
-    like = None if trace is None else composition_like(trace)
-    return None if trace is None or like is None else (trace, like)
-
-
-def _mechanisms(names: Sequence[str]) -> frozenset[Mechanism]:
-    for name in names:
-        if name not in MECHANISMS:
-            raise ValueError(nearest("mechanism", name, MECHANISMS))
-    return frozenset(m for m in MECHANISMS if not names or m in names)
+        return fitted_source(options)
+    opened = choose_segment(open_source(options.trace or BUNDLED), options.segment)
+    model, said = choose_model(opened.source, options.model)
+    trace = in_memory(opened.source)
+    like = composition_like(trace) if trace else None
+    rebatch = (trace, like) if trace and like else None
+    return opened, opened.source, rebatch, model, (*opened.notes, *said)
 
 
 def _runnable(
     policies: dict[str, Policy[Any]], world: World, *, strict: bool
-) -> tuple[dict[str, Policy[Any]], tuple[str, ...]]:
+) -> tuple[dict[str, Policy[Any]], list[str]]:
     """Ask every policy for its layouts, so that one that cannot run here says so before the first step."""
     kept: dict[str, Policy[Any]] = {}
     notes: list[str] = []
@@ -130,4 +121,4 @@ def _runnable(
             if strict or name == REFERENCE:
                 raise
             notes.append(f"{name} is left out: {error}")
-    return kept, tuple(notes)
+    return kept, notes

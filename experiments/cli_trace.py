@@ -195,8 +195,9 @@ def synth(
     shape = load_model(model) if model else None
     if fit is not None:
         from .fitted import fit_like, resized
+        from .inputs import choose_segment, open_source
 
-        spec = fit_like(fit, segment)
+        spec = fit_like(choose_segment(open_source(fit), segment))
         spec = resized(spec, shape) if shape else spec
     elif shape is None:
         raise ValueError("nothing says what to synthesise; give --fit TRACE, --model NAME, or both")

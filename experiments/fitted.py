@@ -6,28 +6,32 @@ layers. What is not known: whether the other model routes alike; every output sa
 Shape letters: L MoE layers, E experts, X experts of the model that routing is made for.
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from .. import __version__
 from ..traces.choice import LayerChoice
 from ..traces.compose import Composition
+from ..traces.fit import fit
+from ..traces.models import load_model
 from ..traces.requests import group_requests, select_rows
 from ..traces.schema import MoeSpec, StepSource
 from ..traces.spec import SynthSpec, logits_of_load
+from ..traces.synth import synthesise
 from ..traces.trace import RoutingTrace
 from .inputs import Opened, choose_segment, in_memory, open_source
-from .workload import FixedSteps, rebatched
+from .workload import rebatched
 
 if TYPE_CHECKING:
-    from .case import Options
+    from .case import Chosen, Options
 
 FIT_TOKENS = 12_000
 """Tokens that the generator is fitted to: whole requests, drawn at random, each cut to FIT_LENGTH."""
@@ -39,18 +43,12 @@ ROUNDS = 2
 """Requests synthesised per place in the batch."""
 
 
-Fitted = tuple[Opened, FixedSteps, tuple[RoutingTrace, Composition], MoeSpec, tuple[str, ...]]
-
-
-def fitted_source(options: "Options") -> Fitted:
+def fitted_source(options: "Options") -> "Chosen":
     """Return the trace that was fitted, synthetic batches, what they were made of, the model, and what to say.
 
     Raises:
         ValueError: no model was named, or a trace was given as well.
     """
-    from ..traces.models import load_model
-    from ..traces.synth import synthesise
-
     if options.model is None or options.trace is not None:
         raise ValueError(
             "--fit-routing makes routing for the model that --model names and takes the place of a trace; "
@@ -58,8 +56,7 @@ def fitted_source(options: "Options") -> Fitted:
         )
     model = load_model(options.model)
     opened = choose_segment(open_source(options.fit_routing or ""), options.segment)
-    spec = resized(_fit(opened), model)
-    requests = synthesise(spec, ROUNDS * options.batch_size, options.seed)
+    requests = synthesise(resized(fit_like(opened), model), ROUNDS * options.batch_size, options.seed)
     composition = Composition(
         batch_size=options.batch_size,
         prefill_chunk_tokens=PREFILL_CHUNK,
@@ -74,30 +71,22 @@ def fitted_source(options: "Options") -> Fitted:
     return opened, batches, (requests, composition), model, (*opened.notes, *notes)
 
 
-def fit_like(given: str, segment: str | None) -> SynthSpec:
-    """Return a generator fitted to the trace of that name."""
-    return _fit(choose_segment(open_source(given), segment))
-
-
-def _fit(opened: Opened) -> SynthSpec:
-    """Fit the generator, or take the fit of the same trace from the cache."""
-    from rich.console import Console
-
+def fit_like(opened: Opened) -> SynthSpec:
+    """Fit the generator to a trace, or take the fit of the same trace from the cache."""
     path = _cache_path(opened)
     if path.is_file():
         return SynthSpec.from_json(path.read_text(encoding="utf-8"))
     trace = in_memory(opened.source)
     source: StepSource = opened.source if trace is None else some_requests(trace)
     with Console(stderr=True).status(f"fitting a generator to {opened.name}: once a trace, up to a minute"):
-        spec = _fit_of(source)
-    _remember(path, spec.to_json())
+        spec = fit(source)
+    # A cache that cannot be written costs time, nothing else.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(spec.to_json(), encoding="utf-8")
+        part.rename(path)
     return spec
-
-
-def _fit_of(source: StepSource) -> SynthSpec:
-    from ..traces.fit import fit
-
-    return fit(source)
 
 
 def _cache_path(opened: Opened) -> Path:
@@ -106,17 +95,6 @@ def _cache_path(opened: Opened) -> Path:
     form = [field.name for kind in (SynthSpec, LayerChoice) for field in fields(kind)]
     key = f"{__version__}/{form}/{opened.sha256}/{opened.segment}/{FIT_TOKENS}/{FIT_LENGTH}"
     return root / "expertslice" / f"fit-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-
-def _remember(path: Path, text: str) -> None:
-    """Keep a fit; a cache that cannot be written costs time, nothing else."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.rename(path)
-    except OSError:
-        return
 
 
 def some_requests(trace: RoutingTrace) -> RoutingTrace:
@@ -148,7 +126,7 @@ def resized(spec: SynthSpec, model: MoeSpec) -> SynthSpec:
 
     def take(values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Pick [..., L, X] out of [..., L, E]."""
-        return np.take_along_axis(values[..., source_L, :], _leading(source_LX, values.ndim), axis=-1)
+        return values[..., source_L[:, None], source_LX]
 
     return replace(
         spec,
@@ -159,10 +137,6 @@ def resized(spec: SynthSpec, model: MoeSpec) -> SynthSpec:
         domain_DLE=take(spec.domain_DLE),
         source=f"{spec.source}; resized to {shape}",
     )
-
-
-def _leading(index_LX: NDArray[np.int64], ndim: int) -> NDArray[np.int64]:
-    return index_LX.reshape((1,) * (ndim - 2) + index_LX.shape)
 
 
 def _experts(spec: SynthSpec, layer: int, num_experts: int, new_layer: int) -> NDArray[np.int64]:
@@ -176,18 +150,12 @@ def _experts(spec: SynthSpec, layer: int, num_experts: int, new_layer: int) -> N
 def _layer(
     layer: LayerChoice, experts_X: NDArray[np.int64], below_X: NDArray[np.int64], old_k: int, new_k: int
 ) -> LayerChoice:
-    pick: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda values: values[..., experts_X]  # noqa: E731
-    logit_X = pick(layer.logit_E)
+    by_expert = ("logit_E", "first_E", "profile_BE", "memory_HE", "below_first_EE", "lead_EE", "below_rest_EE")
+    picked = {name: getattr(layer, name)[..., experts_X] for name in by_expert}
+    for name in ("below_first_EE", "lead_EE", "below_rest_EE"):
+        picked[name] = picked[name][below_X]
+    picked["below_rest_EE"] *= np.float32(max(1, old_k - 1) / max(1, new_k - 1))
     if old_k != new_k or len(experts_X) != len(layer.logit_E):
-        inside_X = 1 - np.exp(-np.exp(logit_X.astype(np.float64)))
-        logit_X = logits_of_load(inside_X / inside_X.sum(), new_k)
-    return replace(
-        layer,
-        logit_E=logit_X,
-        first_E=pick(layer.first_E),
-        profile_BE=pick(layer.profile_BE),
-        memory_HE=pick(layer.memory_HE),
-        below_first_EE=pick(layer.below_first_EE)[below_X],
-        lead_EE=pick(layer.lead_EE)[below_X],
-        below_rest_EE=pick(layer.below_rest_EE)[below_X] * np.float32(max(1, old_k - 1) / max(1, new_k - 1)),
-    )
+        inside_X = 1 - np.exp(-np.exp(picked["logit_E"].astype(np.float64)))
+        picked["logit_E"] = logits_of_load(inside_X / inside_X.sum(), new_k)
+    return replace(layer, **picked)

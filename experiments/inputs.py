@@ -2,17 +2,16 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..policies.contract import Policy
-from ..policies.data import nearest
-from ..traces.schema import MoeSpec, StepSource
-from ..traces.trace import RoutingTrace
+from ..traces.schema import MoeSpec, StepSource, nearest
+from ..traces.trace import RoutingTrace, concat
+from .ranking import REFERENCE
 from .runs import sha256_of
-from .workload import match_model, shape_of
 
 BUNDLED = "bundled"
 REBATCH_TOKENS = 100_000
@@ -25,30 +24,20 @@ class Opened:
 
     source: StepSource
     name: str
-    path: Path | None
+    path: Path
     sha256: str
     segment: str | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     bundled: bool = False
 
     def plain(self) -> dict[str, Any]:
         """Return it for a manifest."""
-        origin = self.source.provenance
-        return {
-            "name": self.name,
-            # The bundled trace is named by its checksum; where it is installed says nothing to others.
-            "path": str(self.path) if self.path and not self.bundled else None,
-            "sha256": self.sha256,
-            "segment": self.segment,
-            "num_steps": self.source.num_steps,
-            "num_layers": self.source.num_layers,
-            "num_experts": self.source.num_experts,
-            "top_k": self.source.top_k,
-            "source": origin.source,
-            "model": origin.model,
-            "device": origin.device,
-            "notes": list(self.notes),
-        }
+        shape = {name: getattr(self.source, name) for name in ("num_steps", "num_layers", "num_experts", "top_k")}
+        # The bundled trace is named by its checksum; where it is installed says nothing to others.
+        path = str(self.path) if not self.bundled else None
+        facts = {"name": self.name, "path": path, "sha256": self.sha256, "segment": self.segment, **shape}
+        origin = {name: getattr(self.source.provenance, name) for name in ("source", "model", "device")}
+        return {**facts, **origin, "notes": list(self.notes)}
 
 
 def bundled_path() -> Path:
@@ -69,20 +58,24 @@ def open_source(given: str) -> Opened:
     Raises:
         ValueError: nothing is there, or it cannot be read.
     """
+    from ..traces.importers import import_trace
     from ..traces.store import open_trace
 
-    path = bundled_path() if given == BUNDLED else Path(given)
-    name = f"{path.stem} (bundled)" if given == BUNDLED else path.name
-    if not path.exists() and not path.with_name(path.name + ".parts").exists():
+    bundled = given == BUNDLED
+    path = bundled_path() if bundled else Path(given)
+    parts = path if path.is_dir() else path.with_name(path.name + ".parts")
+    if not path.exists() and not parts.exists():
         raise ValueError(f"trace {given} does not exist; give a trace file, or '{BUNDLED}' for the one that ships")
+    if path.is_file():
+        checksum = sha256_of(path)
+    else:
+        files_of = sorted(p for p in parts.rglob("*") if p.is_file())
+        checksum = hashlib.sha256("".join(map(sha256_of, files_of)).encode()).hexdigest()
+    facts = {"name": f"{path.stem} (bundled)" if bundled else path.name, "path": path, "sha256": checksum}
     if path.exists() and not _is_ours(path):
-        from ..traces.importers import import_trace
-
         result = import_trace(path)
-        notes = (f"imported from {result.format}", *result.notes)
-        return Opened(source=result.trace, name=name, path=path, sha256=_checksum(path), notes=notes)
-    source = open_trace(path)
-    return Opened(source=source, name=name, path=path, sha256=_checksum(path), bundled=given == BUNDLED)
+        return Opened(source=result.trace, notes=(f"imported from {result.format}", *result.notes), **facts)
+    return Opened(source=open_trace(path), bundled=bundled, **facts)
 
 
 def _is_ours(path: Path) -> bool:
@@ -93,25 +86,14 @@ def _is_ours(path: Path) -> bool:
         return file.read(4) == b"PAR1"
 
 
-def _checksum(path: Path) -> str:
-    if path.is_file():
-        return sha256_of(path)
-    folder = path if path.is_dir() else path.with_name(path.name + ".parts")
-    parts = sorted(p for p in folder.rglob("*") if p.is_file())
-    return hashlib.sha256("".join(sha256_of(p) for p in parts).encode()).hexdigest()
-
-
 def in_memory(source: StepSource, most_tokens: int = REBATCH_TOKENS) -> RoutingTrace | None:
     """Return a token trace, or its first tokens, in memory; None for counts alone."""
     if isinstance(source, RoutingTrace):
         return source
-    blocks = getattr(source, "blocks", None)
-    if blocks is None or not hasattr(source, "num_tokens"):
+    if not hasattr(source, "blocks") or not hasattr(source, "num_tokens"):
         return None
-    from ..traces.trace import concat
-
     kept: list[RoutingTrace] = []
-    for block in blocks():
+    for block in source.blocks():
         kept.append(block)
         if sum(b.num_tokens for b in kept) >= most_tokens:
             break
@@ -125,18 +107,15 @@ def choose_segment(opened: Opened, segment: str | None) -> Opened:
         ValueError: there is no such segment.
     """
     known: Sequence[str] = getattr(opened.source, "segments", ())
-    if segment == "all" and "all" not in known:
+    if (segment == "all" and "all" not in known) or (segment is None and len(known) < 2):
         return opened
-    if segment is None and len(known) < 2:
-        return opened
-    select = getattr(opened.source, "select", None)
-    if select is None or (segment is not None and segment not in known):
-        raise ValueError(
-            nearest("segment", segment or "", known) if known else f"{opened.name} has no segments; leave --segment out"
-        )
+    if not known:
+        raise ValueError(f"{opened.name} has no segments; leave --segment out")
     chosen = segment or known[-1]
+    if chosen not in known:
+        raise ValueError(nearest("segment", chosen, known))
     note = () if segment else (f"segment {chosen!r} of {', '.join(known)}; --segment all takes all of them",)
-    return replace(opened, source=select(segment=chosen), segment=chosen, notes=(*opened.notes, *note))
+    return replace(opened, source=opened.source.select(segment=chosen), segment=chosen, notes=(*opened.notes, *note))
 
 
 def choose_model(source: StepSource, given: str | None) -> tuple[MoeSpec, tuple[str, ...]]:
@@ -147,58 +126,54 @@ def choose_model(source: StepSource, given: str | None) -> tuple[MoeSpec, tuple[
     """
     from ..traces.models import load_model, model_names
 
-    if given is not None:
-        return _cut(source, load_model(given))
-    named = source.provenance.model
-    if named in model_names():
+    named = given or source.provenance.model
+    if given or named in model_names():
         return _cut(source, load_model(named))
     shape = (source.num_layers, source.num_experts, source.top_k)
     alike = [m for m in map(load_model, model_names()) if (m.num_layers, m.num_experts, m.top_k) == shape]
     if len(alike) == 1:
         return alike[0], (f"the trace names no known model; {alike[0].name} has its shape and is assumed",)
     raise ValueError(
-        f"the trace ({shape_of(source)}) names {'the unknown model ' + repr(named) if named else 'no model'}; "
+        f"the trace ({_shape_of(source)}) names {'the unknown model ' + repr(named) if named else 'no model'}; "
         "add --model with a name from `expertslice models` or a Hugging Face config.json"
     )
 
 
+def _shape_of(shape: StepSource | MoeSpec) -> str:
+    return f"{shape.num_layers} layers, {shape.num_experts} experts, top-{shape.top_k}"
+
+
 def _cut(source: StepSource, model: MoeSpec) -> tuple[MoeSpec, tuple[str, ...]]:
-    cut = match_model(source, model)
-    if cut.num_layers == model.num_layers:
+    """Return the model cut to the layers that the source has, and what to say about it."""
+    if (model.num_experts, model.top_k) != (source.num_experts, source.top_k) or model.num_layers < source.num_layers:
+        raise ValueError(
+            f"model {model.name} has {_shape_of(model)}, and the trace {_shape_of(source)}; leave the trace out and "
+            "add --fit-routing with it to synthesise routing for that model"
+        )
+    cut = replace(model, num_layers=source.num_layers)
+    if cut == model:
         return cut, ()
     return cut, (
         f"the trace has {cut.num_layers} of the {model.num_layers} layers of {model.name}; these are simulated",
     )
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Return the parameters of each policy from texts like "hot_cold.min_gain=0.02".
-
-    Raises:
-        ValueError: a text has another form.
-    """
-    found: dict[str, dict[str, str]] = {}
-    for text in settings:
-        left, equals, value = text.partition("=")
-        policy, dot, name = left.rpartition(".")
-        if not (equals and dot and policy and name):
-            raise ValueError(f"--set {text!r} is not policy.name=value; write for example hot_cold.min_gain=0.02")
-        found.setdefault(policy, {})[name] = value
-    return found
-
-
 def choose_policies(names: Sequence[str], settings: Sequence[str]) -> dict[str, Policy[Any]]:
-    """Return the policies to compare by name, unsliced always first.
+    """Return the policies to compare by name, unsliced always first; settings are like "hot_cold.min_gain=0.02".
 
     Raises:
-        ValueError: a name is unknown, a parameter is wrong, or set on a policy that is not compared.
+        ValueError: a name is unknown, a setting has another form or a wrong parameter, or its policy is not compared.
     """
     from ..policies.registry import POLICIES, make_policy
-    from .ranking import REFERENCE
 
     wanted = list(dict.fromkeys([REFERENCE, *(names or POLICIES)]))
-    params = parse_settings(settings)
-    for name in params:
-        if name not in wanted:
-            raise ValueError(f"{nearest('policy', name, wanted)}; --set needs a policy that is compared")
-    return {name: make_policy(name, params.get(name, {})) for name in wanted}
+    params: dict[str, dict[str, str]] = {name: {} for name in wanted}
+    for text in settings:
+        left, equals, value = text.partition("=")
+        policy, dot, parameter = left.rpartition(".")
+        if not (equals and dot and policy and parameter):
+            raise ValueError(f"--set {text!r} is not policy.name=value; write for example hot_cold.min_gain=0.02")
+        if policy not in params:
+            raise ValueError(f"{nearest('policy', policy, wanted)}; --set needs a policy that is compared")
+        params[policy][parameter] = value
+    return {name: make_policy(name, params[name]) for name in wanted}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from . import paired
 from .simulate import Outcome
 
+Floats = NDArray[np.float64]
 REFERENCE = "unsliced"
 
 
@@ -21,14 +22,10 @@ class Evidence:
 
     main: Mapping[str, Outcome]
     compositions: Sequence[Mapping[str, Outcome]]
-    nominal: Mapping[str, Outcome] | None
+    nominal: Mapping[str, Outcome]
     """The sampled steps under the nominal model: what draws are compared with."""
     draws: Sequence[Mapping[str, Outcome]]
     """Bounds, which are slow, are left out of the later draws."""
-
-    def names(self) -> list[str]:
-        """Return the policies, the reference first."""
-        return sorted(self.main, key=lambda name: name != REFERENCE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,20 +33,21 @@ class Ranking:
     """Effects in percent of the reference's mean step time, negative is faster; P in the order of `names`."""
 
     names: tuple[str, ...]
-    effect_P: NDArray[np.float64]
-    workload_2P: NDArray[np.float64]
+    """The reference first."""
+    effect_P: Floats
+    workload_2P: Floats
     """Low and high ends of the interval of the workload alone."""
-    model_2P: NDArray[np.float64]
-    both_2P: NDArray[np.float64]
+    model_2P: Floats
+    both_2P: Floats
     comparison: paired.Comparison
     ranks: tuple[paired.Rank | None, ...]
     """None for policies that foresee: a bound takes no place."""
     told_P: NDArray[np.bool_]
     """Whether a deployable policy can be told from the reference."""
-    composition_CP: NDArray[np.float64]
-    nominal_P: NDArray[np.float64]
+    composition_CP: Floats
+    nominal_P: Floats
     """Effect on the sampled steps under the nominal model."""
-    draw_MP: NDArray[np.float64]
+    draw_MP: Floats
     """The same under each draw of its errors; NaN where a policy was left out."""
     block_steps: int
 
@@ -64,33 +62,40 @@ class Ranking:
         return [self.names[p] for p in order]
 
 
-def _effects(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> NDArray[np.float64]:
+def _effects(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> Floats:
     there = [p for p, name in enumerate(names) if name in outcomes]
     effect_P = np.full(len(names), np.nan)
     effect_P[there] = paired.effect_percent(times_of(outcomes, [names[p] for p in there]), 0)
     return effect_P
 
 
-def times_of(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> NDArray[np.float64]:
+def times_of(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> Floats:
     """Return step times [P, N], ns."""
     return np.stack([outcomes[name].times() for name in names])
 
 
 def rank(evidence: Evidence, foresees: Mapping[str, bool], *, seed: int) -> Ranking:
     """Rank the policies by mean step time on the trace's own steps."""
-    names = evidence.names()
+    names = sorted(evidence.main, key=lambda name: name != REFERENCE)
     times_PN = times_of(evidence.main, names)
     effect_P = paired.effect_percent(times_PN, 0)
     block = paired.common_block_length(times_PN, 0)
     blocks_BP = paired.block_bootstrap(times_PN, 0, seed=seed, length=block)
-    composition_CP = np.array([_effects(one, names) for one in evidence.compositions]).reshape(-1, len(names))
-    between_CP = paired.between_compositions(composition_CP, _within_sd(evidence.compositions, names, seed))
+    others = [times_of(one, names) for one in evidence.compositions]
+    within = [paired.block_bootstrap(one_PN, 0, seed=seed, num_draws=200).std(axis=0) for one_PN in others]
+    composition_CP = np.array([paired.effect_percent(one_PN, 0) for one_PN in others]).reshape(-1, len(names))
+    between_CP = paired.between_compositions(composition_CP, np.array(within).reshape(-1, len(names)))
     workload_BP = blocks_BP + paired.t_draws(between_CP, seed=seed + 1)
-    draw_MP = np.array([_effects(one, names) for one in evidence.draws]).reshape(-1, len(names))
-    nominal_P = _effects(evidence.nominal, names) if evidence.nominal else np.zeros(len(names))
+    draw_MP = np.array([_effects(one, names) for one in evidence.draws])
+    nominal_P = _effects(evidence.nominal, names)
     model_BP = paired.t_draws(draw_MP - nominal_P, seed=seed + 2, about_mean=True)
     both_BP = workload_BP + model_BP
-    ranks, told_P = _ranks(names, effect_P, both_BP, foresees)
+    # Only what can be deployed is ranked and corrected for, so bounds cost no power. The reference is first of both.
+    placed = [p for p, name in enumerate(names) if not foresees[name]]
+    differ_PP = paired.compare_all(effect_P[placed], both_BP[:, placed]).differ_PP
+    place_of = dict(zip(placed, paired.ranks_with_ties(effect_P[placed], differ_PP), strict=True))
+    told_P = np.zeros(len(names), dtype=bool)
+    told_P[placed] = differ_PP[:, 0]
     return Ranking(
         names=tuple(names),
         effect_P=effect_P,
@@ -98,29 +103,10 @@ def rank(evidence: Evidence, foresees: Mapping[str, bool], *, seed: int) -> Rank
         model_2P=paired.interval(effect_P, model_BP),
         both_2P=paired.interval(effect_P, both_BP),
         comparison=paired.compare_all(effect_P, both_BP),
-        ranks=ranks,
+        ranks=tuple(place_of.get(p) for p in range(len(names))),
         told_P=told_P,
         composition_CP=composition_CP,
         nominal_P=nominal_P,
         draw_MP=draw_MP,
         block_steps=block,
     )
-
-
-def _within_sd(compositions: Sequence[Mapping[str, Outcome]], names: Sequence[str], seed: int) -> NDArray[np.float64]:
-    sd = [paired.block_bootstrap(times_of(one, names), 0, seed=seed, num_draws=200).std(axis=0) for one in compositions]
-    return np.array(sd).reshape(-1, len(names))
-
-
-def _ranks(
-    names: Sequence[str], effect_P: NDArray[np.float64], both_BP: NDArray[np.float64], foresees: Mapping[str, bool]
-) -> tuple[tuple[paired.Rank | None, ...], NDArray[np.bool_]]:
-    """Rank what can be deployed; only those comparisons are corrected for, so bounds cost no power."""
-    placed = [p for p, name in enumerate(names) if not foresees[name]]
-    comparison = paired.compare_all(effect_P[placed], both_BP[:, placed])
-    ranks = paired.ranks_with_ties(effect_P[placed], comparison.differ_PP)
-    of = dict(zip(placed, ranks, strict=True))
-    told_P = np.zeros(len(names), dtype=bool)
-    # The reference is the first of the names, and so of those placed.
-    told_P[placed] = comparison.differ_PP[:, 0]
-    return tuple(of.get(p) for p in range(len(names))), told_P

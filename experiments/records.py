@@ -17,63 +17,21 @@ import pyarrow.parquet as pq
 from ..policies.contract import StepRecord
 
 ROWS_PER_GROUP = 512
-SCALARS = (
-    ("step", pa.int64()),
-    ("plan_id", pa.string()),
-    ("bucket", pa.int32()),
-    ("submit_ns", pa.int64()),
-    ("start_ns", pa.int64()),
-    ("end_ns", pa.int64()),
-    ("reconfigure_ns", pa.int64()),
-    ("capture_ns", pa.int64()),
-    ("control_stall_ns", pa.int64()),
-    ("hbm_bytes", pa.int64()),
-    ("flops", pa.int64()),
-    ("fallback", pa.string()),
-)
+SCALARS = {
+    "step": pa.int64(),
+    "plan_id": pa.string(),
+    "bucket": pa.int32(),
+    **dict.fromkeys(
+        ("submit_ns", "start_ns", "end_ns", "reconfigure_ns", "capture_ns", "control_stall_ns"), pa.int64()
+    ),
+    **dict.fromkeys(("hbm_bytes", "flops"), pa.int64()),
+    "fallback": pa.string(),
+}
 ARRAYS = ("start_ns_LS", "busy_ns_LS")
 SCHEMA = pa.schema(
-    [*SCALARS, ("num_slices", pa.int16()), *((name, pa.list_(pa.int64())) for name in ARRAYS)],
+    SCALARS | {"num_slices": pa.int16()} | dict.fromkeys(ARRAYS, pa.list_(pa.int64())),
     metadata={"expertslice.schema": "step-records/1"},
 )
-
-
-class RecordWriter:
-    """Writes records as they come, a row group at a time; the file gets its name only when it is complete."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._part = path.with_name(path.name + ".part")
-        self._rows: list[dict[str, Any]] = []
-        self._file = pq.ParquetWriter(self._part, SCHEMA, compression="zstd")
-
-    def append(self, record: StepRecord) -> None:
-        """Add one record."""
-        row: dict[str, Any] = {name: getattr(record, name) for name, _ in SCALARS}
-        row["num_slices"] = record.busy_ns_LS.shape[1]
-        row |= {name: getattr(record, name).ravel().tolist() for name in ARRAYS}
-        self._rows.append(row)
-        if len(self._rows) >= ROWS_PER_GROUP:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._file.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
-            self._rows = []
-
-    def close(self) -> None:
-        """Complete the file."""
-        self._flush()
-        self._file.close()
-        self._part.rename(self.path)
-
-    def abandon(self) -> None:
-        """Drop what was written."""
-        self._rows = []
-        # The disk may be full, which is why the file is dropped.
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self._part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -82,13 +40,39 @@ def writing(path: Path | None) -> Iterator[Callable[[StepRecord], None]]:
     if path is None:
         yield lambda record: None
         return
-    writer = RecordWriter(path)
+    part = path.with_name(path.name + ".part")
+    file = pq.ParquetWriter(part, SCHEMA, compression="zstd")
+    rows: list[dict[str, Any]] = []
+
+    def append(record: StepRecord) -> None:
+        rows.append(_row(record))
+        if len(rows) == ROWS_PER_GROUP:
+            write_rows(file, rows)
+
     try:
-        yield writer.append
-        writer.close()
+        yield append
+        write_rows(file, rows)
+        file.close()
     except BaseException:
-        writer.abandon()
+        # The disk may be full, which is why the file is dropped.
+        with contextlib.suppress(OSError):
+            file.close()
+        part.unlink(missing_ok=True)
         raise
+    part.rename(path)
+
+
+def write_rows(file: pq.ParquetWriter, rows: list[dict[str, Any]]) -> None:
+    """Write rows as one group, and forget them."""
+    if rows:
+        file.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+        rows.clear()
+
+
+def _row(record: StepRecord) -> dict[str, Any]:
+    scalars = {name: getattr(record, name) for name in SCALARS}
+    arrays = {name: getattr(record, name).ravel().tolist() for name in ARRAYS}
+    return scalars | {"num_slices": record.busy_ns_LS.shape[1]} | arrays
 
 
 def read_records(path: Path, first: int = 0, last: int | None = None) -> Iterator[StepRecord]:
@@ -96,10 +80,6 @@ def read_records(path: Path, first: int = 0, last: int | None = None) -> Iterato
     for batch in pq.ParquetFile(path).iter_batches(batch_size=ROWS_PER_GROUP):
         for row in batch.to_pylist():
             if row["step"] >= first and (last is None or row["step"] <= last):
-                yield _record(row)
-
-
-def _record(row: dict[str, Any]) -> StepRecord:
-    width = row.pop("num_slices")
-    arrays = {name: np.array(row.pop(name), dtype=np.int64).reshape(-1, width) for name in ARRAYS}
-    return StepRecord(**row, **arrays)
+                width = row.pop("num_slices")
+                arrays = {name: np.array(row.pop(name), dtype=np.int64).reshape(-1, width) for name in ARRAYS}
+                yield StepRecord(**row, **arrays)

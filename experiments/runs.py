@@ -1,5 +1,6 @@
 """Run folders: everything needed to repeat a run lies in one place, and nothing half-written has a final name."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -9,16 +10,14 @@ import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from .errors import PACKAGE_ROOT
 
-DEFAULT_ROOT = Path("runs")
-PARTIAL = ".partial"
 LIBRARIES = ("numpy", "scipy", "pyarrow", "simpy", "joblib", "seaborn", "matplotlib")
-PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 
 class RunFolder:
@@ -26,8 +25,7 @@ class RunFolder:
 
     def __init__(self, root: Path, kind: str, manifest: dict[str, Any]) -> None:
         self.manifest = {"status": "running", "kind": kind, "started": _now(), **manifest}
-        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")
-        self.final, self.path = _make(root, f"{stamp}-{kind}")
+        self.final, self.path = _make(root, f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}-{kind}")
         try:
             self.write_json("manifest.json", self.manifest)
         except OSError:
@@ -44,41 +42,36 @@ class RunFolder:
         part.write_text(text, encoding="utf-8")
         part.rename(self.path / name)
 
-    def finish(self) -> Path:
+    def finish(self, status: str = "complete") -> Path:
         """Give the folder its name."""
-        return self._settle("complete")
-
-    def keep_partial(self, reason: str) -> Path | None:
-        """Keep the policies that finished under a manifest that says so; None, and no folder, when none did."""
-        for part in self.path.glob("*.part"):
-            part.unlink(missing_ok=True)
-        if not any(self.path.glob("*.parquet")):
-            shutil.rmtree(self.path, ignore_errors=True)
-            return None
-        self.manifest["reason"] = reason
-        self.manifest["finished_files"] = sorted(p.name for p in self.path.glob("*.parquet"))
-        return self._settle("partial")
-
-    def _settle(self, status: str) -> Path:
         self.manifest |= {"status": status, "finished": _now()}
         self.write_json("manifest.json", self.manifest)
         self.path.rename(self.final)
         self.path = self.final
         return self.final
 
+    def keep_partial(self, reason: str) -> Path | None:
+        """Keep the policies that finished under a manifest that says so; None, and no folder, when none did."""
+        for part in self.path.glob("*.part"):
+            part.unlink(missing_ok=True)
+        finished = sorted(p.name for p in self.path.glob("*.parquet"))
+        if not finished:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return None
+        self.manifest |= {"reason": reason, "finished_files": finished}
+        return self.finish("partial")
+
 
 def _make(root: Path, name: str) -> tuple[Path, Path]:
+    """Make a folder under a temporary name whose final name is free; return both, the final one first."""
     root.mkdir(parents=True, exist_ok=True)
-    for n in range(1, 1000):
-        final = root / (name if n == 1 else f"{name}-{n}")
-        temporary = final.with_name(final.name + PARTIAL)
-        if final.exists():
-            continue
-        try:
-            temporary.mkdir()
-        except FileExistsError:
-            continue
-        return final, temporary
+    for final in (root / name, *(root / f"{name}-{n}" for n in range(2, 1000))):
+        temporary = final.with_name(final.name + ".partial")
+        # Another run may make the same folder at the same moment.
+        with contextlib.suppress(FileExistsError):
+            if not final.exists():
+                temporary.mkdir()
+                return final, temporary
     raise FileExistsError(errno.EEXIST, "a thousand runs of this second exist", str(root))
 
 
@@ -113,29 +106,19 @@ def provenance() -> dict[str, Any]:
         **_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: version(name) for name in LIBRARIES},
     }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _commit() -> dict[str, Any]:
-    if not (PACKAGE_ROOT / ".git").exists():
-        return {"commit": None, "dirty": None}
-    try:
-        return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(PACKAGE_ROOT), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(PACKAGE_ROOT), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    if (PACKAGE_ROOT / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    return {"commit": None, "dirty": None}
 
 
 def sha256_of(path: Path) -> str:

@@ -4,11 +4,11 @@ Shape letters: L MoE layers, E experts, S slices, N steps.
 """
 
 from array import array
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,6 @@ from .records import writing
 KNOWN_PLANS = 64
 """Plans remembered to find a record's layout; records lag decisions by a few steps."""
 REPORT_EVERY_STEPS = 16
-PHASE_BITS, SLICED_BIT = 3, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,21 +57,16 @@ class World:
 
     def truth(self, draw: int | None = None) -> CostModel:
         """Return the simulator's cost model: nominal, or under one draw of its errors."""
-        truth = CostModel(device=self.device, model=self.model, variants=self.variants, detail="tiles")
+        truth = self._model("tiles")
         return truth if draw is None else truth.perturbed(draw)
 
     def setup(self, *, foresees: bool, truth: CostModel) -> Setup:
         """Return what a policy may know: the plain belief about the nominal device, or the truth for a bound."""
-        belief = CostModel(device=self.device, model=self.model, variants=self.variants, detail="roofline")
-        return Setup(
-            device=self.device,
-            model=self.model,
-            variants=self.variants,
-            mechanisms=self.mechanisms,
-            belief=truth if foresees else belief,
-            control=self.control,
-            seed=self.seed,
-        )
+        shared = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Setup(**shared, variants=self.variants, belief=truth if foresees else self._model("roofline"))
+
+    def _model(self, detail: Literal["tiles", "roofline"]) -> CostModel:
+        return CostModel(device=self.device, model=self.model, variants=self.variants, detail=detail)
 
 
 @dataclass(slots=True)
@@ -81,23 +75,18 @@ class LayoutUse:
 
     steps: int = 0
     step_ns: int = 0
-    busy_ns_S: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    def add(self, step_ns: int, busy_ns_S: NDArray[np.int64]) -> None:
-        """Add one step."""
-        self.steps += 1
-        self.step_ns += step_ns
-        self.busy_ns_S = busy_ns_S + (self.busy_ns_S if len(self.busy_ns_S) else 0)
+    busy_ns_S: NDArray[np.int64] | int = 0
 
 
 @dataclass(slots=True)
 class Outcome:
     """What a run leaves in memory."""
 
-    policy: str
     step_ns: array = field(default_factory=lambda: array("q"))
-    flags: array = field(default_factory=lambda: array("b"))
-    """Per step: its index into `PHASES`, and whether it was sliced."""
+    phases: array = field(default_factory=lambda: array("b"))
+    """Each step's index into `PHASES`."""
+    slices: array = field(default_factory=lambda: array("h"))
+    """How many each step ran on."""
     tokens: int = 0
     makespan_ns: int = 0
     reconfigurations: int = 0
@@ -106,10 +95,8 @@ class Outcome:
     capture_ns: int = 0
     stall_ns: int = 0
     hbm_bytes: int = 0
-    flops: int = 0
     fallback_steps: int = 0
-    unsliced_steps: int = 0
-    layer_ns_L: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    layer_ns_L: NDArray[np.int64] | int = 0
     layouts: dict[SliceLayout, LayoutUse] = field(default_factory=dict[SliceLayout, LayoutUse])
     energy: tuple[EnergyWindow, ...] = ()
 
@@ -117,22 +104,22 @@ class Outcome:
         """Return the step times, ns."""
         return np.frombuffer(self.step_ns, dtype=np.int64).astype(np.float64)
 
-    def phase_ids(self) -> NDArray[np.int8]:
-        """Return each step's index into `PHASES`."""
-        return np.frombuffer(self.flags, dtype=np.int8) & PHASE_BITS
-
     def sliced(self) -> NDArray[np.bool_]:
         """Return whether each step ran on more than one slice."""
-        return (np.frombuffer(self.flags, dtype=np.int8) & SLICED_BIT) != 0
+        return np.frombuffer(self.slices, dtype=np.int16) > 1
+
+    def unsliced_share(self) -> float:
+        """Return the share of the steps that ran on one slice."""
+        return float((~self.sliced()).mean())
 
 
 class Collector:
     """Sums records as they come; a step lasts from when its work is there and the step before it has ended."""
 
-    def __init__(self, policy: str, setup: Setup) -> None:
-        self.outcome = Outcome(policy=policy)
+    def __init__(self, setup: Setup) -> None:
+        self.outcome = Outcome()
         fallback = fallback_plan(setup)
-        self._plans: OrderedDict[str, SliceLayout] = OrderedDict({fallback.plan_id: fallback.layout})
+        self._layouts = {fallback.plan_id: fallback.layout}
         self._submitted: deque[RoutedStep] = deque()
         self._end_ns = 0
 
@@ -142,44 +129,35 @@ class Collector:
             self._submitted.append(step)
             yield step
 
-    def on_decision(self, obs: Observation, plan: Plan) -> None:
+    def on_decision(self, _: Observation, plan: Plan) -> None:
         """Remember which layout a plan has."""
-        del obs
-        plan_id = plan.plan_id
-        self._plans[plan_id] = plan.layout
-        self._plans.move_to_end(plan_id)
-        if len(self._plans) > KNOWN_PLANS:
-            self._plans.popitem(last=False)
+        self._layouts.pop(plan.plan_id, None)
+        self._layouts[plan.plan_id] = plan.layout
+        if len(self._layouts) > KNOWN_PLANS:
+            del self._layouts[next(iter(self._layouts))]
 
     def on_record(self, record: StepRecord) -> None:
         """Add one finished step."""
         step, out = self._submitted.popleft(), self.outcome
         step_ns = record.end_ns - max(self._end_ns, step.arrival_ns or 0)
-        self._end_ns = record.end_ns
+        self._end_ns = out.makespan_ns = record.end_ns
         out.step_ns.append(step_ns)
-        is_sliced = record.busy_ns_LS.shape[1] > 1
-        out.flags.append(PHASES.index(step.phase) | SLICED_BIT * is_sliced)
+        out.phases.append(PHASES.index(step.phase))
+        out.slices.append(record.busy_ns_LS.shape[1])
         out.tokens += step.num_tokens
-        out.makespan_ns = record.end_ns
         out.reconfigurations += record.reconfigure_ns > 0
         out.reconfigure_ns += record.reconfigure_ns
         out.captures += record.capture_ns > 0
         out.capture_ns += record.capture_ns
         out.stall_ns += record.control_stall_ns
         out.hbm_bytes += record.hbm_bytes
-        out.flops += record.flops
         out.fallback_steps += record.fallback is not None
-        out.unsliced_steps += not is_sliced
-        self._add_layers(record, step_ns)
-
-    def _add_layers(self, record: StepRecord, step_ns: int) -> None:
-        spans_L = np.diff(layer_bounds(record))
-        out = self.outcome
-        out.layer_ns_L = spans_L + (out.layer_ns_L if len(out.layer_ns_L) else 0)
-        layout = self._plans.get(record.plan_id)
-        if layout is not None:
+        out.layer_ns_L += np.diff(layer_bounds(record))
+        if layout := self._layouts.get(record.plan_id):
             use = out.layouts.setdefault(layout, LayoutUse())
-            use.add(step_ns, record.busy_ns_LS.sum(axis=0))
+            use.steps += 1
+            use.step_ns += step_ns
+            use.busy_ns_S += record.busy_ns_LS.sum(axis=0)
 
 
 def layer_bounds(record: StepRecord) -> NDArray[np.int64]:
@@ -196,29 +174,22 @@ def layer_bounds(record: StepRecord) -> NDArray[np.int64]:
 
 
 def simulate(
-    name: str,
     policy: Policy[Any],
     steps: Iterable[RoutedStep],
     world: World,
     *,
     draw: int | None = None,
     records: Path | None = None,
-    on_steps: Callable[[int], None] = lambda done: None,
+    on_steps: Callable[[int], object] = lambda done: None,
 ) -> Outcome:
     """Drive one policy over steps and return its sums.
 
-    Args:
-        name: of the policy.
-        policy: it.
-        steps: to run.
-        world: device, model and control plane.
-        draw: of the model's errors; None is the nominal model.
-        records: Parquet file for the StepRecords.
-        on_steps: told now and then how many steps are done.
+    `draw` is of the model's errors, None the nominal model; `records` a Parquet file for the StepRecords; `on_steps`
+    is told now and then how many steps are done.
     """
     truth = world.truth(draw)
     setup = world.setup(foresees=policy.foresees, truth=truth)
-    collector = Collector(name, setup)
+    collector = Collector(setup)
     with writing(records) as write:
 
         def on_record(record: StepRecord) -> None:
@@ -227,14 +198,9 @@ def simulate(
             if record.step % REPORT_EVERY_STEPS == 0:
                 on_steps(record.step)
 
-        result = drive(
-            policy,
-            SimBackend(truth),
-            collector.watch(_with_other_work(steps, world.model)),
-            setup,
-            on_record=on_record,
-            on_decision=collector.on_decision,
-        )
+        work = collector.watch(_with_other_work(steps, world.model))
+        on_decision = collector.on_decision
+        result = drive(policy, SimBackend(truth), work, setup, on_record=on_record, on_decision=on_decision)
     collector.outcome.energy = result.energy
     on_steps(result.num_steps)
     return collector.outcome

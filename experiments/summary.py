@@ -3,12 +3,14 @@
 Shape letters: P policies, N steps.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..policies.contract import Slice
 from ..traces.schema import PHASES
@@ -42,17 +44,20 @@ def summarise(result: Result) -> dict[str, Any]:
         row_of(name, ranking, result.evidence.main[name], case.policies[name].foresees) for name in ranking.best_first()
     ]
     device = case.world.device
+
+    def by_name(values_P: NDArray[np.float64]) -> dict[str, float | None]:
+        known = (None if np.isnan(value) else value for value in values_P.tolist())
+        return dict(zip(ranking.names, known, strict=True))
+
     return {
         "kind": "whatif",
         "provisional": result.provisional,
         "device": {"name": device.name, "title": device.title, "status": device.status},
-        "model": {"name": case.world.model.name, **asdict(case.world.model)},
+        "model": asdict(case.world.model),
         "trace": case.opened.plain(),
         "workload": {
-            "num_steps": case.survey.num_steps,
-            "num_tokens": case.survey.num_tokens,
-            "steps_of_phase": case.survey.steps_of_phase,
-            "tokens_of_phase": case.survey.tokens_of_phase,
+            name: getattr(case.survey, name)
+            for name in ("num_steps", "num_tokens", "steps_of_phase", "tokens_of_phase")
         },
         "seed": case.options.seed,
         "statistics": {
@@ -65,29 +70,23 @@ def summarise(result: Result) -> dict[str, Any]:
         },
         "ranking": rows,
         "phases": phase_effects(result.evidence, ranking.names, case.options.seed),
-        "compositions": [dict(zip(ranking.names, row.tolist(), strict=True)) for row in ranking.composition_CP],
-        "sampled": dict(zip(ranking.names, ranking.nominal_P.tolist(), strict=True)),
-        "draws": [dict(zip(ranking.names, _known(row.tolist()), strict=True)) for row in ranking.draw_MP],
+        "compositions": [by_name(row) for row in ranking.composition_CP],
+        "sampled": by_name(ranking.nominal_P),
+        "draws": [by_name(row) for row in ranking.draw_MP],
         "pairs": _pairs(ranking),
         "why": result.why.plain(),
         "notes": list(case.notes),
     }
 
 
-def _known(values: list[float]) -> list[float | None]:
-    return [None if value != value else value for value in values]  # noqa: PLR0124
-
-
 def _pairs(ranking: Ranking) -> list[dict[str, Any]]:
     c = ranking.comparison
     return [
         {
-            "a": a, "b": b, "difference_percent": float(c.difference_PP[i, j]),
+            "a": ranking.names[i], "b": ranking.names[j], "difference_percent": float(c.difference_PP[i, j]),
             "interval_percent": [float(c.low_PP[i, j]), float(c.high_PP[i, j])], "differ": bool(c.differ_PP[i, j]),
         }
-        for i, a in enumerate(ranking.names)
-        for j, b in enumerate(ranking.names)
-        if i < j
+        for i, j in itertools.combinations(range(len(ranking.names)), 2)
     ]  # fmt: skip
 
 
@@ -119,16 +118,12 @@ def metrics(outcome: Outcome) -> dict[str, Any]:
     """Return what one run cost and reached."""
     times_N = outcome.times()
     energy = [window.energy_uj for window in outcome.energy]
-    known = bool(energy) and all(uj is not None for uj in energy)
-    energy_uj = sum(uj or 0 for uj in energy) if known else None
-    seconds = outcome.makespan_ns / 1e9
+    energy_uj = sum(energy) if energy and None not in energy else None
     return {
         "steps": len(times_N),
         "step_mean_ns": float(times_N.mean()),
-        "step_p50_ns": float(np.quantile(times_N, 0.50)),
-        "step_p95_ns": float(np.quantile(times_N, 0.95)),
-        "step_p99_ns": float(np.quantile(times_N, 0.99)),
-        "tokens_per_s": outcome.tokens / seconds,
+        **{f"step_p{percent}_ns": float(np.quantile(times_N, percent / 100)) for percent in (50, 95, 99)},
+        "tokens_per_s": outcome.tokens / (outcome.makespan_ns / 1e9),
         "energy_j_per_1k_tokens": None if energy_uj is None else energy_uj / 1e6 / outcome.tokens * 1000,
         "hbm_bytes_per_step": outcome.hbm_bytes / len(times_N),
         "reconfigurations": outcome.reconfigurations,
@@ -136,7 +131,7 @@ def metrics(outcome: Outcome) -> dict[str, Any]:
         "captures": outcome.captures,
         "capture_ns": outcome.capture_ns,
         "control_stall_share": outcome.stall_ns / outcome.makespan_ns,
-        "unsliced_share": outcome.unsliced_steps / len(times_N),
+        "unsliced_share": outcome.unsliced_share(),
         "fallback_steps": outcome.fallback_steps,
         "layouts": layouts_of(outcome),
     }
@@ -149,8 +144,8 @@ def layouts_of(outcome: Outcome) -> list[dict[str, Any]]:
         {
             "steps": use.steps,
             "slices": [
-                {"slice": slice_words(one), "busy_share": float(busy / use.step_ns)}
-                for one, busy in zip(layout.slices, use.busy_ns_S, strict=True)
+                {"slice": slice_words(one), "busy_share": share}
+                for one, share in zip(layout.slices, (use.busy_ns_S / use.step_ns).tolist(), strict=True)
             ],
         }
         for layout, use in used
@@ -160,7 +155,7 @@ def layouts_of(outcome: Outcome) -> list[dict[str, Any]]:
 def phase_effects(evidence: Evidence, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
     """Return each phase's effects and their workload half-widths, for phases of at least 8 steps."""
     times_PN = times_of(evidence.main, names)
-    phase_N = evidence.main[names[0]].phase_ids()
+    phase_N = np.array(evidence.main[names[0]].phases)
     rows: list[dict[str, Any]] = []
     for index, phase in enumerate(PHASES):
         part_PN = times_PN[:, phase_N == index]

@@ -17,6 +17,7 @@ from ..policies.cost import CostModel, floor_ns
 from ..traces.schema import RoutedStep
 from .simulate import other_work_of
 
+Floats = NDArray[np.float64]
 MOSTLY = 0.85
 
 
@@ -62,34 +63,17 @@ class LayerTerms:
 def layer_terms(truth: CostModel, plan: Plan, steps: Iterable[RoutedStep]) -> list[LayerTerms]:
     """Return each layer's terms under an unsliced plan."""
     rows = [_step_terms(truth, plan, step) for step in steps if step.counts_LE.any()]
-    means = {name: np.mean([row[name] for row in rows], axis=0) for name in rows[0]}
-    ns_L, cold_L, hot_L = means["ns"], means["cold_ns"], means["hot_ns"]
-    return [
-        LayerTerms(
-            layer=layer,
-            ns=float(ns_L[layer]),
-            cold_experts=float(means["cold"][layer]),
-            hot_experts=float(means["hot"][layer]),
-            cold_tokens=_ratio(means["cold_tokens"][layer], means["cold"][layer]),
-            hot_tokens=_ratio(means["hot_tokens"][layer], means["hot"][layer]),
-            cold_share=float(cold_L[layer] / ns_L[layer]),
-            hot_share=float(hot_L[layer] / ns_L[layer]),
-            waste_share=float(means["waste_ns"][layer] / ns_L[layer]),
-            launch_share=float(means["launch_ns"][layer] / ns_L[layer]),
-            other_share=float(means["other_ns"][layer] / ns_L[layer]),
-            overlap_share=float(means["overlap_ns"][layer] / ns_L[layer]),
-            floor_share=float(means["floor_ns"][layer] / ns_L[layer]),
-            max_over_mean=float(means["skew"][layer]),
-        )
-        for layer in range(len(ns_L))
-    ]
+    mean_L = {name: np.mean([row[name] for row in rows], axis=0) for name in rows[0]}
+    mean_L |= {name: values_L / mean_L["ns"] for name, values_L in mean_L.items() if name.endswith("_share")}
+    for kind in ("cold", "hot"):
+        experts_L, tokens_L = mean_L[f"{kind}_experts"], mean_L[f"{kind}_tokens"]
+        mean_L[f"{kind}_tokens"] = np.divide(tokens_L, experts_L, out=np.zeros_like(tokens_L), where=experts_L > 0)
+    layers = range(len(mean_L["ns"]))
+    return [LayerTerms(layer=i, **{name: float(values_L[i]) for name, values_L in mean_L.items()}) for i in layers]
 
 
-def _ratio(total: float, count: float) -> float:
-    return float(total / count) if count else 0.0
-
-
-def _step_terms(truth: CostModel, plan: Plan, step: RoutedStep) -> dict[str, NDArray[np.float64]]:
+def _step_terms(truth: CostModel, plan: Plan, step: RoutedStep) -> dict[str, Floats]:
+    """Return the terms of one step by layer: shares are still ns, tokens still sums."""
     other_L = other_work_of(step, truth.model)
     work, bare = truth.work(plan, step.counts_LE, other_L), truth.work(plan, step.counts_LE)
     layers = range(len(step.counts_LE))
@@ -109,22 +93,22 @@ def _step_terms(truth: CostModel, plan: Plan, step: RoutedStep) -> dict[str, NDA
     dtype, device = truth.model.dtype, truth.device
     return {
         "ns": ns_L,
-        "launch_ns": launch_L,
-        "other_ns": other_ns_L,
-        "cold_ns": used_L * (longer_LE * cold_LE).sum(axis=1),
-        "hot_ns": used_L * (longer_LE * hot_LE).sum(axis=1),
-        "waste_ns": np.maximum(experts_L - ideal_L, 0.0),
-        "overlap_ns": used_L * ideal_L * saved_L,
-        "floor_ns": np.array([floor_ns(hbm_bytes=b, flops=f, device=device, dtype=dtype) for b, f in floors]),
-        "cold": cold_LE.sum(axis=1),
-        "hot": hot_LE.sum(axis=1),
+        "launch_share": launch_L,
+        "other_share": other_ns_L,
+        "cold_share": used_L * (longer_LE * cold_LE).sum(axis=1),
+        "hot_share": used_L * (longer_LE * hot_LE).sum(axis=1),
+        "waste_share": np.maximum(experts_L - ideal_L, 0.0),
+        "overlap_share": used_L * ideal_L * saved_L,
+        "floor_share": np.array([floor_ns(hbm_bytes=b, flops=f, device=device, dtype=dtype) for b, f in floors]),
+        "cold_experts": cold_LE.sum(axis=1),
+        "hot_experts": hot_LE.sum(axis=1),
         "cold_tokens": (step.counts_LE * cold_LE).sum(axis=1),
         "hot_tokens": (step.counts_LE * hot_LE).sum(axis=1),
-        "skew": step.counts_LE.max(axis=1) / np.maximum(step.counts_LE.mean(axis=1), 1e-9),
+        "max_over_mean": step.counts_LE.max(axis=1) / np.maximum(step.counts_LE.mean(axis=1), 1e-9),
     }
 
 
-def _expert_ns(truth: CostModel, plan: Plan, counts_LE: NDArray[np.int32]) -> tuple[NDArray[np.float64], ...]:
+def _expert_ns(truth: CostModel, plan: Plan, counts_LE: NDArray[np.int32]) -> tuple[Floats, ...]:
     """Return each expert's memory and arithmetic time on the whole device, and each layer's bytes and FLOP."""
     tables, device, model = truth.tables(plan.layout), truth.device, truth.model
     wide = (len(tables.weight_bytes_PD), model.num_experts)

@@ -5,14 +5,14 @@ The same tasks, in the same order, with seeds of their own: one worker or severa
 
 import contextlib
 import re
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..policies.candidates import unsliced_plans
-from ..policies.contract import Plan, Policy
 from ..policies.layouts import one_slice_plan
-from ..traces.schema import StepSource
 from .case import Case, Options, prepare
 from .errors import StoppedError
 from .ranking import REFERENCE, Evidence, rank
@@ -62,7 +62,10 @@ def what_if(options: Options) -> tuple[Result, dict[str, Any], Path]:
 
 
 def _manifest(case: Case) -> dict[str, Any]:
-    policies = {name: {"class": _class_name(p), "params": asdict(p)} for name, p in case.policies.items()}
+    policies = {
+        name: {"class": f"{type(policy).__module__}:{type(policy).__qualname__}", "params": asdict(policy)}
+        for name, policy in case.policies.items()
+    }
     device = case.world.device
     return {
         **provenance(),
@@ -79,17 +82,8 @@ def _manifest(case: Case) -> dict[str, Any]:
     }
 
 
-def _class_name(policy: Policy[Any]) -> str:
-    return f"{type(policy).__module__}:{type(policy).__qualname__}"
-
-
 def _draw_seeds(case: Case) -> list[int]:
     return [1000 * (case.options.seed + 1) + i for i in range(NUM_DRAWS)]
-
-
-def records_name(policy: str) -> str:
-    """Return the file name of a policy's StepRecords."""
-    return f"steps-{re.sub(r'[^A-Za-z0-9_.-]+', '-', policy)}.parquet"
 
 
 def other_batches(case: Case) -> list[FixedSteps]:
@@ -97,62 +91,48 @@ def other_batches(case: Case) -> list[FixedSteps]:
     if case.rebatch is None:
         return []
     wanted = max(LEAST_STEPS, COMPOSITION_LAYERS // case.source.num_layers)
-    num_steps, (trace, like) = min(wanted, case.survey.num_steps), case.rebatch
-    seeds = [case.options.seed + i + 1 for i in range(NUM_COMPOSITIONS)]
-    return [rebatched(trace, like, num_steps=num_steps, seed=seed) for seed in seeds]
+    num_steps, seed = min(wanted, case.survey.num_steps), case.options.seed
+    return [rebatched(*case.rebatch, num_steps=num_steps, seed=seed + i + 1) for i in range(NUM_COMPOSITIONS)]
 
 
-def plan_tasks(case: Case, folder: Path) -> list[Task]:
+def plan_tasks(case: Case, records: Mapping[str, Path]) -> list[Task]:
     """Return every simulation of the comparison: the trace, re-batched requests, draws of the model's errors."""
-    batches = other_batches(case)
-    tasks: list[Task] = []
-
-    def add(
-        kind: str, index: int, source: StepSource, label: str, draw: int | None = None, *, bounds: bool = True
-    ) -> None:
-        # Bounds search most and take longest: started first, they do not leave a worker alone at the end.
-        for name, policy in sorted(case.policies.items(), key=lambda item: not item[1].foresees):
-            if policy.foresees and not bounds:
-                continue
-            records = folder / records_name(name) if kind == "trace" else None
-            tasks.append(
-                Task(
-                    label=f"{name} ({label})", kind=kind, index=index, name=name, policy=policy, source=source,
-                    num_steps=source.num_steps, draw=draw, records=records,
-                )
-            )  # fmt: skip
-
-    add("trace", 0, case.source, "the trace")
+    windows, batches, draws = case.survey.windows, other_batches(case), _draw_seeds(case)
+    runs: list[dict[str, Any]] = [{"kind": "trace", "source": case.source, "label": "the trace"}]
     for index, batch in enumerate(batches):
-        add("composition", index, batch, f"other batches {index + 1} of {len(batches)}")
-    add("nominal", 0, case.survey.windows, "sampled steps")
-    for index, seed in enumerate(_draw_seeds(case)):
-        label = f"model error {index + 1} of {NUM_DRAWS}"
-        add("draw", index, case.survey.windows, label, seed, bounds=index < BOUND_DRAWS)
-    return tasks
+        label = f"other batches {index + 1} of {len(batches)}"
+        runs.append({"kind": "composition", "index": index, "source": batch, "label": label})
+    runs.append({"kind": "nominal", "source": windows, "label": "sampled steps"})
+    for index, draw in enumerate(draws):
+        label = f"model error {index + 1} of {len(draws)}"
+        runs.append({"kind": "draw", "index": index, "source": windows, "label": label, "draw": draw})
+    # Bounds search most and take longest: started first, they do not leave a worker alone at the end.
+    policies = sorted(case.policies.items(), key=lambda item: not item[1].foresees)
+    return [
+        Task(
+            **{**run, "label": f"{name} ({run['label']})"},
+            name=name,
+            policy=policy,
+            num_steps=min(run["source"].num_steps, case.survey.num_steps),
+            records=records[name] if run["kind"] == "trace" else None,
+        )
+        for run in runs
+        for name, policy in policies
+        if not (policy.foresees and run["kind"] == "draw" and run["index"] >= BOUND_DRAWS)
+    ]
 
 
 def _simulate(case: Case, folder: RunFolder) -> Result:
-    tasks = plan_tasks(case, folder.path)
-    found: dict[tuple[str, int], dict[str, Outcome]] = {}
-    for task, outcome in run_tasks(tasks, case.world, jobs=case.options.jobs):
-        found.setdefault((task.kind, task.index), {})[task.name] = outcome
-
-    def all_of(kind: str) -> list[dict[str, Outcome]]:
-        return [found[key] for key in sorted(found) if key[0] == kind]
-
-    evidence = Evidence(
-        main=found["trace", 0], compositions=all_of("composition"), nominal=found["nominal", 0], draws=all_of("draw")
-    )
+    records = {name: folder.path / f"steps-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.parquet" for name in case.policies}
+    found: dict[str, dict[int, dict[str, Outcome]]] = defaultdict(lambda: defaultdict(dict))
+    for task, outcome in run_tasks(plan_tasks(case, records), case.world, jobs=case.options.jobs):
+        found[task.kind][task.index][task.name] = outcome
+    compositions, draws = ([one for _, one in sorted(found[kind].items())] for kind in ("composition", "draw"))
+    evidence = Evidence(main=found["trace"][0], compositions=compositions, nominal=found["nominal"][0], draws=draws)
     foresees = {name: policy.foresees for name, policy in case.policies.items()}
     ranking = rank(evidence, foresees, seed=case.options.seed)
-    steps = list(case.survey.windows.steps())
-    truth = case.world.truth()
+    truth, layouts = case.world.truth(), evidence.main[REFERENCE].layouts
+    usual = one_slice_plan(max(layouts, key=lambda layout: layouts[layout].steps))
     controls = unsliced_plans(case.world.setup(foresees=False, truth=truth))
-    why = explain(ranking, evidence, truth, _usual_plan(evidence.main[REFERENCE]), steps, controls)
-    records = {name: folder.path / records_name(name) for name in case.policies}
+    why = explain(ranking, evidence, truth, usual, case.survey.windows.kept, controls)
     return Result(case=case, evidence=evidence, ranking=ranking, why=why, records=records)
-
-
-def _usual_plan(unsliced: Outcome) -> Plan:
-    return one_slice_plan(max(unsliced.layouts, key=lambda layout: unsliced.layouts[layout].steps))

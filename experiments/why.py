@@ -37,10 +37,8 @@ class Why:
 
     def plain(self) -> dict[str, Any]:
         """Return it for JSON."""
-        layers = [
-            asdict(t) | {"bound": t.bound, "gain_percent": g}
-            for t, g in zip(self.terms, self.layer_gain_percent, strict=True)
-        ]
+        both = zip(self.terms, self.layer_gain_percent, strict=True)
+        layers = [asdict(t) | {"bound": t.bound, "gain_percent": gain} for t, gain in both]
         return {"best": self.best, "sentences": list(self.sentences), "layers": layers}
 
 
@@ -52,28 +50,18 @@ def explain(
     steps: Sequence[RoutedStep],
     controls: Sequence[Plan],
 ) -> Why:
-    """Return why the ranking is as it is.
+    """Return why the ranking is as it is, from the runs behind it and the simulator's truth on a sample of steps.
 
-    Args:
-        ranking: the ranking.
-        evidence: the runs behind it.
-        truth: the simulator's cost model.
-        plan: what the unsliced policy ran most.
-        steps: a sample.
-        controls: every unsliced plan that it could have run.
+    `plan` is what the unsliced policy ran most, `controls` are all the unsliced plans that it could have run.
     """
     terms = layer_terms(truth, plan, steps)
     best = _best(ranking)
     ours, theirs = evidence.main[best or REFERENCE].layer_ns_L, evidence.main[REFERENCE].layer_ns_L
     gain_L = [float(100 * (1 - a / b)) if b else 0.0 for a, b in zip(ours, theirs, strict=True)]
     sentences = [_where_time_goes(terms), _room(terms), *_outcome(ranking, evidence, best, terms, gain_L)]
-    sentences += [*_losers(ranking, evidence), _control(truth, plan, steps, controls)]
-    return Why(
-        terms=tuple(terms),
-        best=best,
-        layer_gain_percent=tuple(gain_L),
-        sentences=tuple(s for s in sentences if s),
-    )
+    sentences += [_loser(ranking, evidence), _control(truth, plan, steps, controls)]
+    said = tuple(s for s in sentences if s)
+    return Why(terms=tuple(terms), best=best, layer_gain_percent=tuple(gain_L), sentences=said)
 
 
 def _control(truth: CostModel, plan: Plan, steps: Sequence[RoutedStep], controls: Sequence[Plan]) -> str:
@@ -94,11 +82,9 @@ def _control(truth: CostModel, plan: Plan, steps: Sequence[RoutedStep], controls
 
 
 def _best(ranking: Ranking) -> str | None:
-    """Return the fastest policy that is surely faster than unsliced, else the fastest but unsliced itself."""
     others = [p for p, place in enumerate(ranking.ranks) if place is not None and ranking.names[p] != REFERENCE]
-    if not others:
-        return None
-    return ranking.names[min(others, key=lambda p: (not ranking.surely_faster[p], ranking.effect_P[p]))]
+    best = min(others, key=lambda p: (not ranking.surely_faster[p], ranking.effect_P[p]), default=None)
+    return None if best is None else ranking.names[best]
 
 
 def _where_time_goes(terms: Sequence[LayerTerms]) -> str:
@@ -114,9 +100,7 @@ def _where_time_goes(terms: Sequence[LayerTerms]) -> str:
     shares = {name: weighted(terms, name) for name in said}
     parts = [f"{share_words(shares[name])} to {words}" for name, words in said.items() if shares[name] >= 0.005]
     parts[0] = parts[0].replace(" to ", " of an unsliced step's time goes to ", 1)
-    if len(parts) == 1:
-        return f"{parts[0]}."
-    return ", ".join(parts[:-1]) + f" and {parts[-1]}."
+    return f"{_and(parts)}."
 
 
 def _room(terms: Sequence[LayerTerms]) -> str:
@@ -139,8 +123,11 @@ def layer_words(layers: Sequence[int]) -> str:
         else:
             runs.append([layer])
     words = [f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    joined = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-    return f"layer{'s' if len(layers) > 1 else ''} {joined}"
+    return f"layer{'s' if len(layers) > 1 else ''} {_and(words)}"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def _outcome(
@@ -150,38 +137,33 @@ def _outcome(
         return ["No other deployable policy was asked for."]
     p = ranking.names.index(best)
     if not ranking.surely_faster[p]:
-        return [_no_gain(ranking, evidence, best), f"{_dominant(terms)}."]
-    outcome = evidence.main[best]
-    sliced = 1 - outcome.unsliced_steps / len(outcome.step_ns)
+        return [_no_gain(ranking, evidence, p), f"{_dominant(terms)}."]
+
+    def bound_by(layers: Sequence[int]) -> str:
+        return f"bound by {' or '.join(sorted({terms[layer].bound for layer in layers}))}"
+
     gained = [layer for layer, gain in enumerate(gain_L) if gain >= GAIN_WORTH]
     flat = [layer for layer, gain in enumerate(gain_L) if gain < GAIN_WORTH]
-    said = [f"{best} lies at {_effect(ranking, p)}, slicing {share_words(sliced)} of the steps"]
+    sliced = 1 - evidence.main[best].unsliced_share()
+    said = f"{best} lies at {_effect(ranking, p)}, slicing {share_words(sliced)} of the steps"
     if gained:
         average = sum(gain_L[layer] for layer in gained) / len(gained)
-        bounds = sorted({terms[layer].bound for layer in gained})
-        said.append(f"it is {average:.1f} % faster in {layer_words(gained)}, bound by {' or '.join(bounds)}")
-    sentences = [": ".join(said) + ".", _bandwidth(evidence, best)]
-    if flat and gained:
-        bounds = sorted({terms[layer].bound for layer in flat})
-        sentences.append(f"Nothing to gain in {layer_words(flat)} (bound by {' or '.join(bounds)}).")
-    return sentences
-
-
-def _bandwidth(evidence: Evidence, best: str) -> str:
-    """Say at which rate the same bytes move: what a gain amounts to where memory binds."""
+        said += f": it is {average:.1f} % faster in {layer_words(gained)}, {bound_by(gained)}"
+    # At which rate the same bytes move is what a gain amounts to where memory binds.
     ours, theirs = (evidence.main[name].hbm_bytes / evidence.main[name].makespan_ns / 1e3 for name in (best, REFERENCE))
-    return f"Over the whole run it moves its bytes at {ours:.2f} TB/s, unsliced at {theirs:.2f} TB/s."
+    rates = f"Over the whole run it moves its bytes at {ours:.2f} TB/s, unsliced at {theirs:.2f} TB/s."
+    nothing = [f"Nothing to gain in {layer_words(flat)} ({bound_by(flat)})."] if flat and gained else []
+    return [f"{said}.", rates, *nothing]
 
 
 def _effect(ranking: Ranking, p: int) -> str:
     return interval_words(float(ranking.effect_P[p]), *ranking.both_2P[:, p].tolist())
 
 
-def _no_gain(ranking: Ranking, evidence: Evidence, best: str) -> str:
-    where = _effect(ranking, ranking.names.index(best))
-    said = f"Nothing to gain that can be told from noise: {best} lies at {where}"
-    outcome = evidence.main[best]
-    if outcome.unsliced_steps == len(outcome.step_ns):
+def _no_gain(ranking: Ranking, evidence: Evidence, best: int) -> str:
+    name = ranking.names[best]
+    said = f"Nothing to gain that can be told from noise: {name} lies at {_effect(ranking, best)}"
+    if not evidence.main[name].sliced().any():
         said += ", never finding a slice worth it"
     bounds = [p for p, place in enumerate(ranking.ranks) if place is None]
     if bounds:
@@ -192,28 +174,27 @@ def _no_gain(ranking: Ranking, evidence: Evidence, best: str) -> str:
 
 
 def _dominant(terms: Sequence[LayerTerms]) -> str:
-    shares = {
-        "Reading the weights of cold experts takes": weighted(terms, "cold_share"),
-        "The arithmetic of hot experts takes": weighted(terms, "hot_share"),
-        "Waves that are not full and padded rows take": weighted(terms, "waste_share"),
-        "Routing, launches and combining take": weighted(terms, "launch_share"),
-        "Attention and other dense work take": weighted(terms, "other_share"),
+    takes = {
+        "cold_share": "Reading the weights of cold experts takes",
+        "hot_share": "The arithmetic of hot experts takes",
+        "waste_share": "Waves that are not full and padded rows take",
+        "launch_share": "Routing, launches and combining take",
+        "other_share": "Attention and other dense work take",
     }
-    what = max(shares, key=lambda name: shares[name])
-    changed = ", which slices share out but do not shorten" if shares[what] > 0.5 else ""
-    return f"{what} {share_words(shares[what])} of the time{changed}"
+    share, name = max((weighted(terms, name), name) for name in takes)
+    changed = ", which slices share out but do not shorten" if share > 0.5 else ""
+    return f"{takes[name]} {share_words(share)} of the time{changed}"
 
 
-def _losers(ranking: Ranking, evidence: Evidence) -> list[str]:
+def _loser(ranking: Ranking, evidence: Evidence) -> str:
     """Say why the slowest policy loses, when it does."""
     placed = [p for p, place in enumerate(ranking.ranks) if place is not None]
     p = max(placed, key=lambda q: ranking.effect_P[q])
     outcome = evidence.main[ranking.names[p]]
     if not ranking.told_P[p] or ranking.effect_P[p] <= 0 or not outcome.layouts:
-        return []
+        return ""
     use = max(outcome.layouts.values(), key=lambda u: u.steps)
-    busy = ", ".join(f"{share_words(share)}" for share in use.busy_ns_S / use.step_ns)
+    busy = ", ".join(share_words(share) for share in use.busy_ns_S / use.step_ns)
     lost = (outcome.reconfigure_ns + outcome.capture_ns + outcome.stall_ns) / outcome.makespan_ns
     changes = f", and changing plans costs {share_words(lost, 1)}" if lost >= 0.001 else ""
-    slices = f"its slices are busy {busy} of the time{changes}"
-    return [f"{ranking.names[p]} loses, at {_effect(ranking, p)}: {slices}."]
+    return f"{ranking.names[p]} loses, at {_effect(ranking, p)}: its slices are busy {busy} of the time{changes}."

@@ -4,14 +4,14 @@ Shape letters: N steps, L MoE layers, E experts, T tokens.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.compose import ComposedSource, Composition
-from ..traces.schema import PHASES, MoeSpec, Phase, Provenance, RoutedStep, StepSource
+from ..traces.schema import PHASES, Provenance, RoutedStep, StepSource
 from ..traces.trace import RoutingTrace
 
 MOST_SKIPPED = 2000
@@ -24,70 +24,28 @@ class FixedSteps:
     """A few steps in memory, counts alone; satisfies `StepSource`."""
 
     top_k: int
+    num_layers: int
+    num_experts: int
     provenance: Provenance
-    counts_NLE: NDArray[np.int32]
-    phases: tuple[Phase, ...]
-    tokens: tuple[int, ...]
+    kept: tuple[RoutedStep, ...]
 
     @property
     def num_steps(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def num_layers(self) -> int:
-        return self.counts_NLE.shape[1]
-
-    @property
-    def num_experts(self) -> int:
-        return self.counts_NLE.shape[2]
+        return len(self.kept)
 
     def steps(self) -> Iterator[RoutedStep]:
         """Yield the steps in order."""
-        for step, (phase, tokens) in enumerate(zip(self.phases, self.tokens, strict=True)):
-            yield RoutedStep(step=step, phase=phase, counts_LE=self.counts_NLE[step].copy(), num_tokens=tokens)
+        yield from self.kept
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limited:
-    """The first steps of a source; satisfies `StepSource`."""
-
-    source: StepSource
-    limit: int
-
-    @property
-    def num_layers(self) -> int:
-        return self.source.num_layers
-
-    @property
-    def num_experts(self) -> int:
-        return self.source.num_experts
-
-    @property
-    def top_k(self) -> int:
-        return self.source.top_k
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.source.provenance
-
-    @property
-    def num_steps(self) -> int:
-        return min(self.source.num_steps, self.limit)
-
-    def steps(self) -> Iterator[RoutedStep]:
-        """Yield the first steps, in order."""
-        return itertools.islice(self.source.steps(), self.limit)
-
-
-def fixed(steps: Iterator[RoutedStep], source: StepSource) -> FixedSteps:
-    """Hold steps of a source in memory."""
-    kept = list(steps)
+def fixed(steps: Iterable[RoutedStep], source: StepSource) -> FixedSteps:
+    """Hold steps of a source in memory; they follow each other at once."""
     return FixedSteps(
         top_k=source.top_k,
+        num_layers=source.num_layers,
+        num_experts=source.num_experts,
         provenance=source.provenance,
-        counts_NLE=np.stack([step.counts_LE for step in kept]),
-        phases=tuple(step.phase for step in kept),
-        tokens=tuple(step.num_tokens for step in kept),
+        kept=tuple(replace(step, expert_ids_TLK=None, arrival_ns=None) for step in steps),
     )
 
 
@@ -104,26 +62,26 @@ class Survey:
     windows: FixedSteps
 
 
-def survey(source: StepSource, *, num_windows: int, window_steps: int) -> Survey:
-    """Look at every step once, holding the windows alone.
+def survey(source: StepSource, *, num_windows: int, window_steps: int, limit: int | None = None) -> Survey:
+    """Look at every step, or at the first `limit`, once, holding the windows alone.
 
     Raises:
         ValueError: the source has no step, or none with a token.
     """
+    num_steps = min(source.num_steps, limit or source.num_steps)
     # The middles of equal parts: the very first steps, where every request starts at once, are like no others.
-    middles = (np.arange(num_windows) + 0.5) * source.num_steps / num_windows - window_steps / 2
+    middles = (np.arange(num_windows) + 0.5) * num_steps / num_windows - window_steps / 2
     starts = np.maximum(middles, 0).astype(int)
     wanted = {int(s) + i for s in starts for i in range(window_steps)}
-    kept: list[RoutedStep] = []
     total_LE = np.zeros((source.num_layers, source.num_experts), dtype=np.int64)
     steps, tokens = dict.fromkeys(PHASES, 0), dict.fromkeys(PHASES, 0)
-    for index, step in enumerate(source.steps()):
+    kept: list[RoutedStep] = []
+    for index, step in enumerate(itertools.islice(source.steps(), num_steps)):
         total_LE += step.counts_LE
         steps[step.phase] += 1
         tokens[step.phase] += step.num_tokens
         if index in wanted:
-            kept.append(replace(step, expert_ids_TLK=None))
-    num_steps = sum(steps.values())
+            kept.append(step)
     if not total_LE.any():
         raise ValueError(f"the trace has {num_steps} steps and no token in them; record or choose another part of it")
     return Survey(
@@ -132,7 +90,7 @@ def survey(source: StepSource, *, num_windows: int, window_steps: int) -> Survey
         steps_of_phase=steps,
         tokens_of_phase=tokens,
         mean_LE=total_LE / num_steps,
-        windows=fixed(iter(kept), source),
+        windows=fixed(kept, source),
     )
 
 
@@ -171,23 +129,3 @@ def rebatched(trace: RoutingTrace, like: Composition, *, num_steps: int, seed: i
     skip = min(MOST_SKIPPED, int((trace.phase_T != 0).sum()) // len(np.unique(trace.request_id_T)))
     composed = ComposedSource(trace=trace, composition=replace(like, num_steps=skip + num_steps, seed=seed))
     return fixed(itertools.islice(composed.steps(), skip, None), composed)
-
-
-def shape_of(source: StepSource) -> str:
-    """Return a source's shape in words."""
-    return f"{source.num_layers} layers, {source.num_experts} experts, top-{source.top_k}"
-
-
-def match_model(source: StepSource, model: MoeSpec) -> MoeSpec:
-    """Return the model cut to the layers that the source has.
-
-    Raises:
-        ValueError: experts or top-k differ.
-    """
-    if (model.num_experts, model.top_k) != (source.num_experts, source.top_k) or model.num_layers < source.num_layers:
-        raise ValueError(
-            f"model {model.name} has {model.num_layers} layers, {model.num_experts} experts, top-{model.top_k}, and "
-            f"the trace {shape_of(source)}; leave the trace out and add --fit-routing with it to synthesise routing "
-            "for that model"
-        )
-    return replace(model, num_layers=source.num_layers)

@@ -129,7 +129,7 @@ def test_a_model_of_ones_own_is_asked_about_with_fitted_routing(
     expertslice, trace_path, config_path, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(fitted, "_fit_of", lambda source: zipf_spec(3, 8, 2, prompt_tokens=8, decode_tokens=24))
+    monkeypatch.setattr(fitted, "fit", lambda source: zipf_spec(3, 8, 2, prompt_tokens=8, decode_tokens=24))
     quick = ("--policy", "static", "--steps", 24, "--batch-size", 8, "--jobs", 1, "--no-report", "--json")
     code, out, err = expertslice("whatif", "--model", config_path, "--fit-routing", trace_path, *quick)
     assert code == 0, err
@@ -137,5 +137,5 @@ def test_a_model_of_ones_own_is_asked_about_with_fitted_routing(
     assert any("synthetic" in note for note in summary["notes"])
     assert summary["workload"]["num_steps"] == 24
     assert list((tmp_path / "cache" / "expertslice").iterdir())
-    monkeypatch.setattr(fitted, "_fit_of", lambda source: pytest.fail("the fit was not remembered"))
+    monkeypatch.setattr(fitted, "fit", lambda source: pytest.fail("the fit was not remembered"))
     assert expertslice("whatif", "--model", config_path, "--fit-routing", trace_path, *quick)[0] == 0

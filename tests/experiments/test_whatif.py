@@ -143,10 +143,10 @@ def test_default_policies_that_cannot_run_are_left_out_by_name(expertslice, trac
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(expertslice, trace_path, config_path, tmp_path, monkeypatch):
-    def full(self):
-        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+    def full(file, rows):
+        raise OSError(errno.ENOSPC, "No space left on device", "steps.parquet")
 
-    monkeypatch.setattr(records.RecordWriter, "_flush", full)
+    monkeypatch.setattr(records, "write_rows", full)
     code, _, err = expertslice("whatif", trace_path, "--model", config_path, *QUICK)
     assert code == 2
     assert "disk is full" in err
