@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .contract import Observation, Plan, Setup, SliceLayout
-from .stepwork import owners
 
 CLOSE = 0.03
 """Plans this close to the best on one step are priced on others as well."""
@@ -35,7 +34,7 @@ def plan_costs_ns(setup: Setup, plans: Sequence[Plan], counts_LE: NDArray[np.int
     costs: list[float] = []
     priced: dict[tuple[SliceLayout, bytes], float] = {}
     for plan in plans:
-        ids_LE = owners(plan, counts_LE)
+        ids_LE = plan.placement.owner_LE(counts_LE)
         key = (plan.layout, ids_LE.tobytes())
         if key not in priced:
             busy = np.bincount(ids_LE.ravel(), counts_LE.ravel(), plan.layout.num_slices).all()

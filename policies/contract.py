@@ -184,10 +184,9 @@ class Pinned:
     def __post_init__(self) -> None:
         self.slice_of_expert_LE.flags.writeable = False
 
-    def slice_of_expert_E(self, layer: int, counts_E: NDArray[np.integer]) -> NDArray[np.int16]:
-        """Return the slice of each expert of one layer, whatever its load."""
-        del counts_E
-        return self.slice_of_expert_LE[layer]
+    def owner_LE(self, counts_LE: NDArray[np.integer], first_layer: int = 0) -> NDArray[np.int16]:
+        """Return the slice of every expert of the layers given, which start at `first_layer`, whatever its load."""
+        return self.slice_of_expert_LE[first_layer : first_layer + len(counts_LE)]
 
     def canonical_bytes(self) -> bytes:
         """Return bytes that are equal for equal placements."""
@@ -201,11 +200,11 @@ class ByTokens:
     bounds: tuple[int, ...]
     slice_ids: tuple[int, ...]
 
-    def slice_of_expert_E(self, layer: int, counts_E: NDArray[np.integer]) -> NDArray[np.int16]:
-        """Return the slice of each expert under true counts; one rule serves every layer."""
-        del layer
-        index_E = np.searchsorted(np.asarray(self.bounds, dtype=np.int64), counts_E, side="right")
-        return np.asarray(self.slice_ids, dtype=np.int16)[index_E]
+    def owner_LE(self, counts_LE: NDArray[np.integer], first_layer: int = 0) -> NDArray[np.int16]:
+        """Return the slice of every expert under true counts; one rule serves every layer."""
+        del first_layer
+        index_LE = np.searchsorted(np.asarray(self.bounds, dtype=np.int64), counts_LE, side="right")
+        return np.asarray(self.slice_ids, dtype=np.int16)[index_LE]
 
     def canonical_bytes(self) -> bytes:
         """Return bytes that are equal for equal rules."""

@@ -19,9 +19,8 @@ from ..traces.schema import MoeSpec, OtherWork
 from .contract import DeviceSpec, Plan, SliceLayout, TileVariant
 from .roofline import roofs_ns
 from .shares import Shares, shares_of
-from .stepwork import StepWork, owners
-from .tiles import Residual, TileConstants, matrix_rate_per_s
-from .work import Tables, tables_of
+from .stepwork import StepWork
+from .tiles import Residual, Tables, TileConstants, matrix_rate_per_s
 
 __all__ = ["CostModel", "StepWork", "TileConstants", "floor_ns", "perturb"]
 
@@ -44,8 +43,9 @@ class CostModel:
     detail: Literal["tiles", "roofline"] = "tiles"
     constants: TileConstants = field(default_factory=TileConstants)
     residual: Residual | None = None
-    _shares: dict[SliceLayout, Shares] = field(default_factory=dict[SliceLayout, Shares], repr=False, compare=False)
-    _tables: dict[SliceLayout, Tables] = field(default_factory=dict[SliceLayout, Tables], repr=False, compare=False)
+    _shares: dict[SliceLayout, Shares] = field(
+        default_factory=dict[SliceLayout, Shares], init=False, repr=False, compare=False
+    )
 
     def step_ns(
         self,
@@ -56,9 +56,8 @@ class CostModel:
     ) -> int:
         """Return what all layers given take; `first_layer` says which they are when the plan pins experts."""
         if self.detail == "roofline":
-            shares, tables = self.shares(plan.layout), self.tables(plan.layout)
-            owner_LE = owners(plan, counts_LE, first_layer)
-            return round(float(roofs_ns(counts_LE, owner_LE, other_L, self.model, shares, tables).sum()))
+            owner_LE = plan.placement.owner_LE(counts_LE, first_layer)
+            return round(float(roofs_ns(counts_LE, owner_LE, other_L, self.shares(plan.layout)).sum()))
         work = self.work(plan, counts_LE, other_L, first_layer)
         return sum(work.layer_times(layer).ns for layer in range(len(counts_LE)))
 
@@ -74,27 +73,22 @@ class CostModel:
         first_layer: int = 0,
     ) -> StepWork:
         """Return what one step under a plan consists of, whatever the detail."""
-        shares, tables = self.shares(plan.layout), self.tables(plan.layout)
-        return StepWork(self.model, shares, tables, plan, counts_LE, other_L, first_layer)
+        return StepWork(self.shares(plan.layout), plan, counts_LE, other_L, first_layer)
 
     def shares(self, layout: SliceLayout) -> Shares:
         """Return a layout as this model sees it."""
         if layout not in self._shares:
             tiles = {v.name: v for v in self.variants}
-            self._shares[layout] = shares_of(layout, tiles, self.device, self.constants, self.model.dtype)
+            self._shares[layout] = shares_of(layout, tiles, self.device, self.model, self.constants, self.residual)
         return self._shares[layout]
 
     def tables(self, layout: SliceLayout) -> Tables:
         """Return the tile costs of a layout."""
-        if layout not in self._tables:
-            self._tables[layout] = tables_of(self.model, self.shares(layout), self.residual)
-        return self._tables[layout]
+        return self.shares(layout).tables
 
     def perturbed(self, seed: int) -> "CostModel":
         """Return the model under one draw of all its errors; the same seed draws the same for every policy."""
-        return replace(
-            self, device=perturb(self.device, seed), constants=_drawn(self.constants, seed), _shares={}, _tables={}
-        )
+        return replace(self, device=perturb(self.device, seed), constants=_drawn(self.constants, seed))
 
 
 Erring = TypeVar("Erring", DeviceSpec, TileConstants)

@@ -10,10 +10,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from ..traces.schema import MoeSpec
 from .contract import EXCLUSIVE, DeviceSpec, Slice, SliceLayout, TileVariant
 from .layouts import fits_together
 from .mig import profile_of
-from .tiles import TileConstants, cta_gain, matrix_rate_per_s, read_bytes_per_ns
+from .tiles import Residual, Tables, TileConstants, cta_gain, matrix_rate_per_s, read_bytes_per_ns, tables_of
 
 
 def reach_ctas(device: DeviceSpec, constants: TileConstants, ctas: float, sms: int) -> float:
@@ -45,8 +46,10 @@ class Shares:
     """A layout's slices with what they contend for."""
 
     device: DeviceSpec
+    model: MoeSpec
     constants: TileConstants
     slices: tuple[Share, ...]
+    tables: Tables
     pooled: bool
     """Whether all slices run on the same SMs."""
     own_memory: bool
@@ -125,7 +128,12 @@ def _share(
 
 
 def shares_of(
-    layout: SliceLayout, tiles: dict[str, TileVariant], device: DeviceSpec, constants: TileConstants, dtype: str
+    layout: SliceLayout,
+    tiles: dict[str, TileVariant],
+    device: DeviceSpec,
+    model: MoeSpec,
+    constants: TileConstants,
+    residual: Residual | None = None,
 ) -> Shares:
     """Return a layout as the cost model sees it."""
     slices = tuple(_share(one, layout, tiles, device, constants) for one in layout.slices)
@@ -133,13 +141,15 @@ def shares_of(
     l2_bytes_per_ns = device.l2_bytes_per_clk * device.clock_mhz / 1e3
     return Shares(
         device=device,
+        model=model,
         constants=constants,
         slices=slices,
+        tables=tables_of([share.tiles for share in slices], model, device, constants, residual),
         pooled=not any(one.mechanism in EXCLUSIVE for one in layout.slices),
         own_memory=bool(layout.mig),
         front_part=front.sms / device.sm_count if front else 1.0,
         front_memory_part=front.memory_part if front else 1.0,
-        flops_per_ns=matrix_rate_per_s(device, dtype) / 1e9,
+        flops_per_ns=matrix_rate_per_s(device, model.dtype) / 1e9,
         l2_bytes_per_ns=l2_bytes_per_ns,
         l2_per_ns_S=np.array([share.memory_part * l2_bytes_per_ns for share in slices]),
         ctas_S=np.array([share.ctas for share in slices]),

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..traces.schema import DTYPE_BYTES, MoeSpec, OtherWork
-from .contract import Pinned, Plan
+from .contract import Plan
 from .fluid import Fluid, Theft
 from .rates import Segment, gap
 from .shares import Shares
 from .tiles import peak_flops_per_clk
-from .work import Tables, merged, segment_sums, segments_of
+from .work import merged, segment_sums, segments_of
 
 Chains = list[list[Segment]]
 Sums = list[list[list[list[list[float]]]]]
@@ -42,41 +42,32 @@ def front_ns(hbm_bytes: float, flops: float, shares: Shares) -> float:
     return max(hbm_bytes / read_per_ns, flops / (shares.flops_per_ns * shares.front_part))
 
 
-def head_ns(rows: int, other: Sequence[OtherWork], spec: MoeSpec, shares: Shares, clock: float) -> int:
+def head_ns(rows: int, other: Sequence[OtherWork], shares: Shares, clock: float) -> int:
     """Return the time from the start of a layer to the start of its slices; `rows` are routed rows."""
-    device = shares.device
+    device, model = shares.device, shares.model
     ns = 0.0
     for work in other:
         if work.slice_id is None:
             ns += device.graph_node_ns + front_ns(work.hbm_bytes, work.flops / clock, shares)
-    logit_and_id_bytes = rows // spec.top_k * spec.num_experts * 4 + rows * 8
+    logit_and_id_bytes = rows // model.top_k * model.num_experts * 4 + rows * 8
     fork_ns = device.fork_join_ns * (len(shares.slices) - 1)
     return round(ns + front_ns(logit_and_id_bytes, 0, shares) + NODES * device.graph_node_ns + fork_ns)
 
 
-def combined_bytes(rows: int, spec: MoeSpec) -> int:
+def combined_bytes(rows: int, model: MoeSpec) -> int:
     """Return the bytes of reading every routed row and writing every token."""
-    return (rows + rows // spec.top_k) * spec.d_model * DTYPE_BYTES[spec.dtype]
+    return (rows + rows // model.top_k) * model.d_model * DTYPE_BYTES[model.dtype]
 
 
-def tail_ns(rows: int, spec: MoeSpec, shares: Shares) -> int:
+def tail_ns(rows: int, shares: Shares) -> int:
     """Return the time to combine the experts' rows after the slices have joined."""
-    return round(front_ns(combined_bytes(rows, spec), 0, shares) + shares.device.graph_node_ns)
+    return round(front_ns(combined_bytes(rows, shares.model), 0, shares) + shares.device.graph_node_ns)
 
 
-def hop_ns(rows: int, spec: MoeSpec, shares: Shares) -> float:
+def hop_ns(rows: int, shares: Shares) -> float:
     """Return the time for rows to reach another MIG instance through the host, and for their results to return."""
-    there_and_back = 2 * rows * spec.d_model * DTYPE_BYTES[spec.dtype]
+    there_and_back = 2 * rows * shares.model.d_model * DTYPE_BYTES[shares.model.dtype]
     return shares.device.host_hop_ns + there_and_back / shares.device.host_hop_bytes_per_s * 1e9
-
-
-def owners(plan: Plan, counts_LE: NDArray[np.integer], first_layer: int = 0) -> NDArray[np.int16]:
-    """Return the slice of every expert under true counts."""
-    placement = plan.placement
-    if isinstance(placement, Pinned):
-        return placement.slice_of_expert_LE[first_layer : first_layer + len(counts_LE)]
-    # One rule serves every layer, so that all of them can be looked up at once.
-    return placement.slice_of_expert_E(0, counts_LE)
 
 
 class StepWork:
@@ -84,18 +75,16 @@ class StepWork:
 
     def __init__(
         self,
-        spec: MoeSpec,
         shares: Shares,
-        tables: Tables,
         plan: Plan,
         counts_LE: NDArray[np.integer],
         other_L: Sequence[Sequence[OtherWork]],
         first_layer: int,
     ) -> None:
         self.shares = shares
-        self._spec, self._tables, self._plan, self._other_L = spec, tables, plan, other_L
-        owner_LE = owners(plan, counts_LE, first_layer)
-        sums = segment_sums(counts_LE, owner_LE, plan.tile_order, shares, tables)
+        self._plan, self._other_L = plan, other_L
+        owner_LE = plan.placement.owner_LE(counts_LE, first_layer)
+        sums = segment_sums(counts_LE, owner_LE, plan.tile_order, shares)
         self._sums: Sums = sums.tolist()
         self._moved_bytes_L: list[float] = sums[..., 6].sum(axis=(1, 2, 3)).tolist()
         self._rows_L: list[int] = counts_LE.sum(axis=1).tolist()
@@ -107,7 +96,7 @@ class StepWork:
         """Of each thief: every queue at that slice's prices."""
         if plan.steal:
             self._stolen_sums = [
-                segment_sums(counts_LE, owner_LE, plan.tile_order, shares, tables, cost_slice=s).tolist()
+                segment_sums(counts_LE, owner_LE, plan.tile_order, shares, cost_slice=s).tolist()
                 for s in range(len(shares.slices))
             ]
 
@@ -116,16 +105,16 @@ class StepWork:
 
     def head_ns(self, layer: int, clock: float = 1.0) -> int:
         """Return the time before the slices start."""
-        return head_ns(self._rows_L[layer], self._other(layer), self._spec, self.shares, clock)
+        return head_ns(self._rows_L[layer], self._other(layer), self.shares, clock)
 
     def tail_ns(self, layer: int) -> int:
         """Return the time after the slices have joined."""
-        return tail_ns(self._rows_L[layer], self._spec, self.shares)
+        return tail_ns(self._rows_L[layer], self.shares)
 
     def moved_bytes(self, layer: int) -> float:
         """Return the bytes that a layer's kernels move to and from DRAM."""
         other = sum(work.hbm_bytes for work in self._other(layer))
-        return self._moved_bytes_L[layer] + combined_bytes(self._rows_L[layer], self._spec) + other
+        return self._moved_bytes_L[layer] + combined_bytes(self._rows_L[layer], self.shares.model) + other
 
     def fluid(self, layer: int, clock: float = 1.0) -> tuple[Fluid, Chains]:
         """Return a layer's slices, idle, and the chain to give each of them."""
@@ -138,7 +127,7 @@ class StepWork:
         node = gap(self.shares.device.graph_node_ns)
         chain: list[Segment] = []
         if self._remote_rows_SL[s] and (rows := self._remote_rows_SL[s][layer]):
-            chain.append(gap(hop_ns(rows, self._spec, self.shares)))
+            chain.append(gap(hop_ns(rows, self.shares)))
         for work in self._other(layer):
             if work.slice_id == s:
                 chain += [self._beside(work, s, len(kernels), clock), node]
@@ -152,7 +141,7 @@ class StepWork:
 
     def _beside(self, work: OtherWork, s: int, kernel: int, clock: float) -> Segment:
         share, device = self.shares.slices[s], self.shares.device
-        peak = peak_flops_per_clk(device, self._spec.dtype) * device.clock_mhz / 1e3 * clock
+        peak = peak_flops_per_clk(device, self.shares.model.dtype) * device.clock_mhz / 1e3 * clock
         device_ns = work.flops / (self.shares.flops_per_ns * clock)
         dram_ns = work.hbm_bytes / float(self.shares.read_per_ns_SC[s, share.ctas])
         solo = max(work.flops / peak / share.sms, device_ns, dram_ns, 1.0)
@@ -162,7 +151,7 @@ class StepWork:
 
     def _thefts(self, layer: int, clock: float, kernels_S: list[list[list[Segment]]]) -> list[list[list[Theft | None]]]:
         """Return [thief][victim][product]."""
-        tile_ns_PS = self._tables.tile_PSD[0].max(axis=2) / clock
+        tile_ns_PS = self.shares.tables.tile_PSD[0].max(axis=2) / clock
         stolen = [
             [segments_of(sums, self._plan.tile_order, self.shares, clock) for sums in of_thief[layer]]
             for of_thief in self._stolen_sums

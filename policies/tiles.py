@@ -4,13 +4,19 @@ A tile of block_m rows by block_n columns walks K in steps of block_k. Per step 
 warpgroups read both operands from shared memory, and the next operands arrive through the SM's port to L2. The slowest
 of the three is the tile's *pipe* time: while it lasts, a second CTA on the same SM gains nothing. Filling the pipeline
 and storing the result leave the pipe idle: that is the tile's *wait*, which a second CTA can hide.
+
+Shape letters: S slices, P products, D widths (1 where experts are alike).
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ..traces.schema import DTYPE_BYTES, Product
+import numpy as np
+from numpy.typing import NDArray
+
+from ..traces.schema import DTYPE_BYTES, MoeSpec, Product
 from .contract import DeviceSpec, TileVariant
 
 WGMMA_CAPABILITY = 90
@@ -108,6 +114,52 @@ def tile_cost(
         pipe_ns=k_padded / variant.block_k * slowest * 1e3 / device.clock_mhz * factor,
         wait_ns=constants.fill_ns + stored / port_bytes_per_ns,
         flops=2.0 * variant.block_m * variant.block_n * k_padded,
+    )
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What every tile of a layout and model costs."""
+
+    rows_PS: NDArray[np.int64]
+    columns_PSD: NDArray[np.int64]
+    """Tiles across the columns."""
+    tile_PSD: NDArray[np.float64]
+    """[3, P, S, D]: pipe ns, wait ns and FLOP of a tile."""
+    weight_bytes_PD: NDArray[np.float64]
+    row_bytes_PD: NDArray[np.float64]
+    """Of one row, in and out."""
+    in_bytes_PD: NDArray[np.float64]
+
+
+def tables_of(
+    tiles_S: Sequence[tuple[TileVariant, TileVariant]],
+    model: MoeSpec,
+    device: DeviceSpec,
+    constants: TileConstants,
+    residual: Residual | None,
+) -> Tables:
+    """Return the tables of a model on slices that run their first products by one tile, the down product by another."""
+    by_product = list(zip(*(model.products(width) for width in model.d_ff), strict=True))
+    variants = [[tiles[int(p == len(by_product) - 1)] for tiles in tiles_S] for p in range(len(by_product))]
+
+    def cost(variant: TileVariant, product: Product) -> TileCost:
+        return tile_cost(variant, product, device, constants, model.dtype, residual)
+
+    tile_PSD3 = np.array(
+        [[[cost(v, d) for d in widths] for v in of_s] for widths, of_s in zip(by_product, variants, strict=True)]
+    )
+    dims_PD3 = np.array([[(d.k_dim, d.n_dim, d.out_dim) for d in widths] for widths in by_product])
+    k_PD, n_PD, out_PD = np.moveaxis(dims_PD3, -1, 0)
+    block_n_PS1 = np.array([[[v.block_n] for v in of_s] for of_s in variants])
+    size = float(DTYPE_BYTES[model.dtype])
+    return Tables(
+        rows_PS=np.array([[v.block_m for v in of_s] for of_s in variants]),
+        columns_PSD=-(-n_PD[:, None, :] // block_n_PS1),
+        tile_PSD=np.moveaxis(tile_PSD3, -1, 0),
+        weight_bytes_PD=size * k_PD * n_PD,
+        row_bytes_PD=size * (k_PD + out_PD),
+        in_bytes_PD=size * k_PD,
     )
 
 

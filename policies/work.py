@@ -9,63 +9,19 @@ Shape letters: L MoE layers, E routed experts, S slices, P products, D widths (1
 experts (product, layer, slice, expert), W waves, G groups (product, layer, slice).
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..traces.schema import DTYPE_BYTES, MoeSpec, Product
-from .contract import TileOrder, TileVariant
+from .contract import TileOrder
 from .rates import Segment
 from .shares import Shares
-from .tiles import Residual, TileCost, tile_cost
+from .tiles import Tables
 
 FIELDS = ("scaled_ns", "fixed_ns", "dram_ns", "pipe_ns", "l2_bytes", "flops", "dram_bytes")
 """Of a segment: time that scales with the clock, time that does not, time that its own DRAM bandwidth asks for, SM pipe
 time over all its SMs, L2 bytes, FLOP as executed, and DRAM bytes."""
-
-
-@dataclass(frozen=True)
-class Tables:
-    """What every tile of a layout and model costs."""
-
-    rows_PS: NDArray[np.int64]
-    columns_PSD: NDArray[np.int64]
-    """Tiles across the columns."""
-    tile_PSD: NDArray[np.float64]
-    """[3, P, S, D]: pipe ns, wait ns and FLOP of a tile."""
-    weight_bytes_PD: NDArray[np.float64]
-    row_bytes_PD: NDArray[np.float64]
-    """Of one row, in and out."""
-    in_bytes_PD: NDArray[np.float64]
-
-
-def tables_of(model: MoeSpec, shares: Shares, residual: Residual | None) -> Tables:
-    """Return the tables of a model under a layout."""
-    by_product = list(zip(*(model.products(width) for width in model.d_ff), strict=True))
-    slices, last = shares.slices, len(by_product) - 1
-    # A slice's first products run its first tile, the down product its second.
-    variants = [[share.tiles[int(p == last)] for share in slices] for p in range(last + 1)]
-
-    def cost(variant: TileVariant, product: Product) -> TileCost:
-        return tile_cost(variant, product, shares.device, shares.constants, model.dtype, residual)
-
-    tile_PSD3 = np.array(
-        [[[cost(v, d) for d in widths] for v in of_s] for widths, of_s in zip(by_product, variants, strict=True)]
-    )
-    dims_PD3 = np.array([[(d.k_dim, d.n_dim, d.out_dim) for d in widths] for widths in by_product])
-    k_PD, n_PD, out_PD = np.moveaxis(dims_PD3, -1, 0)
-    block_n_PS1 = np.array([[[v.block_n] for v in of_s] for of_s in variants])
-    size = float(DTYPE_BYTES[model.dtype])
-    return Tables(
-        rows_PS=np.array([[v.block_m for v in of_s] for of_s in variants]),
-        columns_PSD=-(-n_PD[:, None, :] // block_n_PS1),
-        tile_PSD=np.moveaxis(tile_PSD3, -1, 0),
-        weight_bytes_PD=size * k_PD * n_PD,
-        row_bytes_PD=size * (k_PD + out_PD),
-        in_bytes_PD=size * k_PD,
-    )
 
 
 def queue_order(counts_LE: NDArray[np.integer], owner_LE: NDArray[np.integer], order: TileOrder) -> NDArray[np.intp]:
@@ -76,13 +32,32 @@ def queue_order(counts_LE: NDArray[np.integer], owner_LE: NDArray[np.integer], o
     return np.argsort(key_LE, axis=1, kind="stable")
 
 
+def demands(
+    tokens: NDArray[np.integer], owner: NDArray[np.integer], width: NDArray[np.integer], tables: Tables
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return what experts ask for, each with its tokens on its slice; `width`, its place in D, may broadcast.
+
+    Returns:
+        Tiles [P, ...], and [5, P, ...]: pipe ns, wait ns and FLOP of all its tiles, L2 bytes and DRAM bytes.
+    """
+    row_tiles = -(-tokens // tables.rows_PS[:, owner])
+    column_tiles = tables.columns_PSD[:, owner, width]
+    tiles = row_tiles * column_tiles
+    weights = tables.weight_bytes_PD[:, width]
+    asked = np.empty((5, *tiles.shape))
+    asked[:3] = tiles * tables.tile_PSD[:, :, owner, width]
+    # Every column tile reads the rows again, every row tile the weights.
+    asked[3] = column_tiles * tokens * tables.in_bytes_PD[:, width] + row_tiles * weights
+    asked[4] = (tokens > 0) * weights + tokens * tables.row_bytes_PD[:, width]
+    return tiles, asked
+
+
 class _Queue(NamedTuple):
-    """Experts with tokens, in queue order, once per product."""
+    """Experts with tokens, in queue order, once per product; `columns_CN` as `demands` has them."""
 
     group_N: NDArray[np.int64]
     tiles_N: NDArray[np.int64]
     columns_CN: NDArray[np.float64]
-    """Pipe ns, wait ns, FLOP, L2 bytes, DRAM bytes."""
 
 
 def _queue(
@@ -102,15 +77,7 @@ def _queue(
     # Where experts are alike, one width broadcasts over all of them.
     width = place_N % num_experts if tables.weight_bytes_PD.shape[1] > 1 else np.zeros(1, dtype=np.int64)
     cost = owner if cost_slice is None else np.full_like(owner, cost_slice)
-    row_tiles_PN = -(-n // tables.rows_PS[:, cost])
-    column_tiles_PN = tables.columns_PSD[:, cost, width]
-    tiles_PN = row_tiles_PN * column_tiles_PN
-    weights = tables.weight_bytes_PD[:, width]
-    columns_CPN = np.empty((5, *tiles_PN.shape))
-    columns_CPN[:3] = tiles_PN * tables.tile_PSD[:, :, cost, width]
-    # Every column tile reads the rows again, every row tile the weights.
-    columns_CPN[3] = column_tiles_PN * n * tables.in_bytes_PD[:, width] + row_tiles_PN * weights
-    columns_CPN[4] = weights + n * tables.row_bytes_PD[:, width]
+    tiles_PN, columns_CPN = demands(n, cost, width, tables)
     group_PN = (np.arange(num_products)[:, None] * num_layers + place_N // num_experts) * num_slices + owner
     return _Queue(group_N=group_PN.ravel(), tiles_N=tiles_PN.ravel(), columns_CN=columns_CPN.reshape(5, -1))
 
@@ -120,7 +87,6 @@ def segment_sums(
     owner_LE: NDArray[np.integer],
     order: TileOrder,
     shares: Shares,
-    tables: Tables,
     cost_slice: int | None = None,
 ) -> NDArray[np.float64]:
     """Return the sums that make each slice's segments when experts with `counts_LE` tokens run on `owner_LE`.
@@ -130,9 +96,9 @@ def segment_sums(
     Returns:
         [L, S, P, 2, 7]: layer, slice, product, 0 for waves bound by arithmetic and 1 for memory, `FIELDS`.
     """
-    num_products, num_slices = tables.rows_PS.shape
+    num_products, num_slices = shares.tables.rows_PS.shape
     shape = (num_products, len(counts_LE), num_slices)
-    queue = _queue(counts_LE, owner_LE, order, tables, cost_slice)
+    queue = _queue(counts_LE, owner_LE, order, shares.tables, cost_slice)
     out = np.zeros((2, len(FIELDS), int(np.prod(shape))))
     if len(queue.tiles_N):
         group_G, first_G, fields_7W = _waves(queue, shares, num_slices, out.shape[2], cost_slice)

@@ -1,6 +1,7 @@
 """What choices of one layer say of others: of the layer above, of the same request, of the next tokens and steps.
 
-Shape letters: N tokens, T tokens in reading order, R requests, E experts, K top-k, C conditions, G lags, P positions.
+Shape letters: N tokens, T tokens in reading order, R requests, E experts, K top-k, C conditions, G lags, P positions,
+B requests of a batch.
 """
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from .choice import F32, multi_hot
 from .requests import Grouping
+from .trace import counts_by
 
 
 def entropy_bits(share: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -134,12 +136,13 @@ def aligned_batches(groups: Grouping, batch: int, max_positions: int, seed: int)
     return [start_R + np.arange(num_positions)[:, None] for start_R in starts]
 
 
-def step_statistics(counts_PE: NDArray[np.int64]) -> tuple[float, float, float]:
+def step_statistics(ids_PBK: NDArray[np.integer], num_experts: int) -> tuple[float, float, float]:
     """Return means over steps of distinct experts and max / mean load, and the lag-1 autocorrelation of counts.
 
     The autocorrelation is that of each count's deviation from its mean over these steps, experts weighing by
     variance; nan where nothing varies. Every step must have tokens.
     """
+    counts_PE = counts_by(np.arange(len(ids_PBK))[:, None, None], ids_PBK, len(ids_PBK), num_experts)
     away_PE = counts_PE - counts_PE.mean(axis=0)
     variance = float((away_PE**2).mean(axis=0).sum())
     follows = float((away_PE[1:] * away_PE[:-1]).mean(axis=0).sum()) if len(counts_PE) > 1 else np.nan

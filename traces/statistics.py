@@ -182,12 +182,7 @@ def _batches(
     counts_E = np.bincount(ids_TK.ravel(), minlength=num_experts)
     seen_Z3 = np.full((len(batches), 3), np.nan)
     for z, rows in enumerate(batches.values()):
-        steps = [
-            step_statistics(
-                counts_by(np.arange(len(rows_PB))[:, None, None], ids_TK[rows_PB], len(rows_PB), num_experts)
-            )
-            for rows_PB in rows
-        ]
+        steps = [step_statistics(ids_TK[rows_PB], num_experts) for rows_PB in rows]
         seen_Z3[z] = np.mean(steps, axis=0) if steps else np.nan
     return {
         "distinct_LZ": seen_Z3[:, 0],

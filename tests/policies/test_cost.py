@@ -162,7 +162,7 @@ def test_shared_memory_and_the_l2_port_bound_small_tiles(variant: TileVariant, s
 @pytest.mark.parametrize("detail", ["tiles", "roofline"])
 def test_fp32_products_run_at_the_ieee_rate_off_the_tensor_cores(detail: str):
     flops = 8 * 2048 * 2 * sum(p.k_dim * p.n_dim for p in MODEL.products(2048))
-    model = replace(truth(), detail=detail, model=replace(MODEL, dtype="fp32"), _shares={}, _tables={})
+    model = replace(truth(), detail=detail, model=replace(MODEL, dtype="fp32"))
     took = model.layer_ns(PLANS["unsliced"], 0, counts([2048] * 8))
     assert 1.0 <= took / (flops / DEVICE.fp32_flops_per_s * 1e9) < 1.15
     beside = OtherWork(flops=10**12, hbm_bytes=0, slice_id=0)
@@ -175,7 +175,7 @@ def test_calibration_scales_tiles_through_its_seam():
         def factor(self, variant: TileVariant, product: Product) -> float:
             return 2.0
 
-    plain, scaled = truth(), replace(truth(), residual=Twice(), _shares={}, _tables={})
+    plain, scaled = truth(), replace(truth(), residual=Twice())
     values = counts([4096] * 8)
     assert scaled.layer_ns(green(64), 0, values) > 1.6 * plain.layer_ns(green(64), 0, values)
 

@@ -14,8 +14,10 @@ from expertslice.policies.layouts import uniform_slice
 from expertslice.policies.rates import Segment, gap, rates, water_level
 from expertslice.policies.shares import Shares, shares_of
 from expertslice.policies.tiles import TileConstants
+from expertslice.traces.schema import MoeSpec
 
 DEVICE = load_device("h100-sxm5-80gb")
+MODEL = MoeSpec(name="m", num_layers=1, num_experts=8, top_k=2, d_model=512, d_ff=(1024,))
 
 
 def shares(*tiles: str, mechanism: str = "sm_budget", sms: int = 132, priorities: tuple[int, ...] = ()) -> Shares:
@@ -24,7 +26,7 @@ def shares(*tiles: str, mechanism: str = "sm_budget", sms: int = 132, priorities
         for i, tile in enumerate(tiles)
     )
     variants = {v.name: v for v in (HOT, COLD, WIDE)}
-    return shares_of(SliceLayout(slices=slices), variants, DEVICE, TileConstants(), "bf16")
+    return shares_of(SliceLayout(slices=slices), variants, DEVICE, MODEL, TileConstants())
 
 
 def ends(fluid: Fluid) -> list[int]:
