@@ -51,27 +51,20 @@ class Sampler:
 
     def __init__(self, corpus: Corpus, split: Split, *, length: int, power: float, seed: int) -> None:
         self._texts, self._length, self._seed = list(corpus.values()), length, seed
-        spans = [split.train_spans(len(text_N)) for text_N in self._texts]
-        # How many sequences can start in each span; as running totals, to draw from.
-        room = [np.maximum(span[:, 1] - span[:, 0] - length + 1, 0) for span in spans]
-        self._ends = [r.cumsum() for r in room]
-        self._shift = [span[:, 0] - (r.cumsum() - r) for span, r in zip(spans, room, strict=True)]
+        spans = [split.train_spans(len(text_N)).tolist() for text_N in self._texts]
+        self.starts = [
+            np.concatenate([np.arange(begin, end - length + 1, dtype=np.int32) for begin, end in of_text])
+            for of_text in spans
+        ]
+        """The bytes of each domain at which a sequence may start."""
         weight = np.array([len(text_N) for text_N in self._texts]) ** float(power)
         self.domain_share = weight / weight.sum()
-
-    def num_starts(self, domain: int) -> int:
-        """Give the number of bytes at which a sequence may start."""
-        return int(self._ends[domain][-1])
-
-    def start(self, domain: int, draw: int) -> int:
-        """Map a draw in [0, num_starts) to the byte where that sequence starts."""
-        return int(draw + self._shift[domain][np.searchsorted(self._ends[domain], draw, side="right")])
 
     def batch(self, step: int, num_sequences: int) -> NDArray[np.int64]:
         """Draw the sequences of one step, int64 [B, length + 1], each beginning with BOS."""
         rng = np.random.default_rng([self._seed, step])
         tokens_BC = np.full((num_sequences, self._length + 1), BOS, np.int64)
         for row, domain in enumerate(rng.choice(len(self._texts), num_sequences, p=self.domain_share)):
-            start = self.start(domain, rng.integers(self.num_starts(domain)))
+            start = self.starts[domain][rng.integers(len(self.starts[domain]))]
             tokens_BC[row, 1:] = self._texts[domain][start : start + self._length]
         return tokens_BC

@@ -50,23 +50,6 @@ class Routing(NamedTuple):
     ends_E: Tensor  # int32, running count of rows up to and with each expert
 
 
-class Exchange(torch.autograd.Function):
-    """Copy rows by index, or sum K rows each where the index is [T, K]; `back` is the index of the backward."""
-
-    @staticmethod
-    def forward(ctx, x, index, back):
-        ctx.save_for_backward(back)
-        return pick(x, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return pick(grad, ctx.saved_tensors[0]), None, None
-
-
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    return x[index] if index.dim() == 1 else x[index].sum(1)
-
-
 def grouped_product(x_RD: Tensor, w_EFD: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply each expert's rows by the transpose of its weight; on a CPU, one expert at a time."""
     w_EFD = w_EFD.to(x_RD.dtype)
@@ -147,15 +130,12 @@ class Moe(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
         h_TD = self.norm(x_TD)
         routing, order_R = self.route(h_TD)
-        rows_R = torch.arange(len(order_R), device=x_TD.device)
-        row_of_TK = torch.empty_like(order_R).scatter_(0, order_R, rows_R).view(-1, self.top_k)
-        token_of_row_R = order_R // self.top_k
-        rows_RD = Exchange.apply(h_TD, token_of_row_R, row_of_TK)
+        rows_RD = h_TD[:, None].expand(-1, self.top_k, -1).flatten(0, 1).index_select(0, order_R)
         gate_RF, up_RF = grouped_product(rows_RD, self.gate_up, routing.ends_E).chunk(2, -1)
         weight_R = routing.gates_TK.flatten().gather(0, order_R).to(x_TD.dtype)
         act_RF = fn.silu(gate_RF) * up_RF * weight_R[:, None]
         y_RD = grouped_product(act_RF, self.down, routing.ends_E)
-        return Exchange.apply(y_RD, row_of_TK, token_of_row_R), routing
+        return y_RD.index_select(0, order_R.argsort()).unflatten(0, (-1, self.top_k)).sum(1), routing
 
 
 class Block(nn.Module):

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...traces.requests import phases_of
+from ...traces.schema import Provenance
+from ...traces.trace import UNKNOWN, RoutingTrace, StepTable
 from .model import Decoder
 from .schedule import RecordConfig, Request, StepRows, plan
 
@@ -55,8 +58,8 @@ class Server:
         self.held: list[bool] = []
 
     @torch.no_grad()
-    def run(self, steps: list[StepRows]) -> tuple[Tensor, Tensor]:
-        """Run steps in order; return expert ids and gates of all their tokens, uint8 and fp16 [T, L, K]."""
+    def run(self, steps: list[StepRows]) -> Tensor:
+        """Run steps in order; return expert ids of all their tokens, uint8 [T, L, K]."""
         # One upload for all steps: a copy per step from pageable memory would stall the host.
         uploaded = []
         for columns in list(zip(*steps, strict=True))[:4]:
@@ -71,28 +74,26 @@ class Server:
                 self._events.append([])
                 chosen.append(self._step(StepRows(*on_device, *rows[4:]), rows.key_lengths()))
                 self.held.append(not self._events[-1][0].query())
-        ids_TLK, gates_TLK = (torch.cat(parts) for parts in zip(*chosen, strict=True))
-        return ids_TLK, gates_TLK
+        return torch.cat(chosen)
 
-    def times_ns(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Give each step's start since the first, [S], and its marks since its start, [S, M]."""
+    def spans_ns(self) -> NDArray[np.int64]:
+        """Give the times between the marks of each step, [S, M - 1]: by layer attention and experts, then the head."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        start_ms = [self._events[0][0].elapsed_time(events[0]) for events in self._events]
         marks_ms = [[events[0].elapsed_time(e) for e in events] for events in self._events]
-        return (np.array(start_ms) * 1e6).astype(np.int64), (np.array(marks_ms) * 1e6).astype(np.int64)
+        return np.diff((np.array(marks_ms) * 1e6).astype(np.int64), axis=1)
 
     def _mark(self) -> None:
         event = torch.cuda.Event(enable_timing=True) if self.device.type == "cuda" else HostEvent()
         event.record()
         self._events[-1].append(event)
 
-    def _step(self, rows: StepRows, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    def _step(self, rows: StepRows, lengths: list[int]) -> Tensor:
         """Run one step (rows on the device): marks before and after each layer's two parts."""
         self._mark()
         turn_2TW = self.model.turns(rows.position_T)
         x_TD = self.model.embed(self.tokens[rows.request_T, rows.position_T]).to(self.model.dtype)
-        routings = []
+        chosen = []
         for layer, block in enumerate(self.model.blocks):
             attend = partial(self._attend, layer=layer, rows=rows, lengths=lengths)
             x_TD = x_TD + block.attention(x_TD, turn_2TW, attend)
@@ -100,11 +101,10 @@ class Server:
             y_TD, routing = block.moe(x_TD)
             x_TD = x_TD + y_TD
             self._mark()
-            routings.append(routing)
+            chosen.append(routing.ids_TK.to(torch.uint8))
         self._sample(x_TD, rows)
         self._mark()
-        ids_TLK, gates_TLK = (torch.stack(columns, 1) for columns in list(zip(*routings, strict=True))[:2])
-        return ids_TLK.to(torch.uint8), gates_TLK.half()
+        return torch.stack(chosen, 1)
 
     def _sample(self, x_TD: Tensor, rows: StepRows) -> None:
         logits = self.model.logits(x_TD[rows.sampled])[:, :256] / self.cfg.temperature
@@ -144,27 +144,37 @@ def masked_attention(q_BCHW: Tensor, k_BNHW: Tensor, v_BNHW: Tensor, position_BC
     return fn.scaled_dot_product_attention(q, k, v, attn_mask=seen_BCN[:, None]).transpose(1, 2)
 
 
-def record(model: Decoder, prompts: list[NDArray[np.int64]], cfg: RecordConfig) -> dict[str, NDArray]:
-    """Serve both workloads; return columns per token [T...] and times per step [S...], ordered by step."""
-    requests, steps = plan(prompts, cfg)
+def record(
+    model: Decoder, prompts: dict[str, NDArray[np.int64]], cfg: RecordConfig, provenance: Provenance
+) -> RoutingTrace:
+    """Serve both workloads, prompts [chunks, C] by domain; return their routing and times, without text or token ids.
+
+    Steps follow each other at once, without the recorder's idle time; those bound by the host have no times.
+    """
+    requests, steps = plan(list(prompts.values()), cfg)
     Server(model, requests, cfg).run(steps[:20])  # warms allocator and kernel choice; a trial, not recorded
     server = Server(model, requests, cfg)
-    ids_TLK, gates_TLK = server.run(steps)
-    start_ns, marks_SM = server.times_ns()
-    spans_SM = np.diff(marks_SM, axis=1)
+    ids_TLK = server.run(steps).cpu().numpy()
+    spans_SM, known_S1 = server.spans_ns(), np.array(server.held)[:, None]
     request_T = np.concatenate([s.request_T for s in steps])
-    is_decode = [np.arange(len(s.slot_T)) >= s.num_prefill for s in steps]
-    return {
-        "request_id": request_T.astype(np.int32),
-        "position": np.concatenate([s.position_T for s in steps]).astype(np.int32),
-        "phase": np.concatenate(is_decode).astype(np.uint8),
-        "step": np.repeat(np.arange(len(steps)), [len(s.slot_T) for s in steps]).astype(np.int32),
-        "domain": np.array([r.domain for r in requests], np.uint8)[request_T],
-        "expert_ids": ids_TLK.cpu().numpy(),
-        "gates": gates_TLK.cpu().numpy(),
-        "step_start_ns": start_ns,
-        "other_ns": spans_SM[:, 0:-1:2],
-        "moe_ns": spans_SM[:, 1:-1:2],
-        "head_ns": spans_SM[:, -1],
-        "held": np.array(server.held),
-    }
+    phase_T = np.concatenate([np.arange(len(s.slot_T)) >= s.num_prefill for s in steps]).astype(np.uint8)
+    step_T = np.repeat(np.arange(len(steps)), [len(s.slot_T) for s in steps])
+    table = StepTable(
+        phase_S=phases_of(phase_T, step_T, len(steps)),
+        segment_S=np.zeros(len(steps), dtype=np.uint8),
+        start_ns_S=np.cumsum(spans_SM.sum(axis=1)) - spans_SM.sum(axis=1),
+        moe_ns_SL=np.where(known_S1, spans_SM[:, 1:-1:2], UNKNOWN),
+        other_ns_SL=np.where(known_S1, spans_SM[:, 0:-1:2], UNKNOWN),
+    )
+    return RoutingTrace(
+        num_experts=model.cfg.num_experts,
+        provenance=provenance,
+        request_id_T=request_T,
+        position_T=np.concatenate([s.position_T for s in steps]).astype(np.int32),
+        phase_T=phase_T,
+        step_T=step_T,
+        domain_T=np.array([r.domain for r in requests], np.int16)[request_T],
+        expert_ids_TLK=ids_TLK,
+        step_table=table,
+        domains=tuple(prompts),
+    )

@@ -2,7 +2,7 @@
 
     python -m expertslice.experiments.own_model.train --corpus corpus.tar.xz --out runs/own --seconds 390
 
-Writes one npz of routing per checkpoint and `training.json`. Every figure of loss is in nats per byte.
+Writes the trace, one segment per checkpoint, and beside it the facts of its training. Loss is in nats per byte.
 
 Shape letters: B sequences, C positions, D domains, L layers, E experts.
 """
@@ -23,13 +23,24 @@ import torch.nn.functional as fn
 from numpy.typing import NDArray
 
 from ...traces.dependence import entropy_bits
+from ...traces.schema import Provenance
 from ...traces.statistics import gini, max_mean
+from ...traces.store import write_trace
+from ...traces.trace import UNKNOWN, RoutingTrace, concat
 from .data import Corpus, Sampler, Split, read_corpus
 from .model import Decoder, ModelConfig, router_losses, serving_copy
 from .record import record
 from .schedule import RecordConfig
 
-NAMES = ("early", "middle", "final")
+NAME = "ours-moe-32e4k"
+SEGMENTS = ("early", "middle", "final")
+"""Training checkpoints, in order."""
+NOTES = (
+    "Byte-level MoE language model trained for this project on documentation, dictionaries and source code of Debian "
+    "and Python packages; routing of held-out text at three checkpoints. Prefill and decode as recorded; decode is "
+    "sampled at temperature 0.8. Times are of plain eager PyTorch under a queue that was kept full; steps bound by "
+    "the host have null times. No text and no token ids."
+)
 SPLIT = Split()
 
 
@@ -171,24 +182,25 @@ def facts(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def checkpoint(trainer: Trainer, corpus: Corpus, cfg: RecordConfig, path: Path) -> dict[str, Any]:
-    """Evaluate and record the model as it is now; write the routing, return the report."""
+def checkpoint(
+    trainer: Trainer, corpus: Corpus, cfg: RecordConfig, provenance: Provenance
+) -> tuple[RoutingTrace, dict[str, Any]]:
+    """Evaluate and record the model as it is now; return its routing and the report."""
     length, most = trainer.cfg.sequence_len + 1, trainer.cfg.eval_sequences
     texts = [SPLIT.chunks(text_N, length)[:most] for text_N in corpus.values()]
     losses, counts_DLE = evaluate(trainer.model, texts)
-    prompts = [SPLIT.chunks(text_N, cfg.prompt_len) for text_N in corpus.values()]
-    columns = record(serving_copy(trainer.model), prompts, cfg)
-    np.savez_compressed(path, domain_names=list(corpus), eval_counts=counts_DLE.astype(np.int32), **columns)
-    return {
+    prompts = {name: SPLIT.chunks(text_N, cfg.prompt_len) for name, text_N in corpus.items()}
+    trace = record(serving_copy(trainer.model), prompts, cfg, provenance)
+    return trace, {
         "step": trainer.step,
         "training_tokens": trainer.step * trainer.cfg.num_sequences * trainer.cfg.sequence_len,
         "training_seconds": trainer.spent_s,
         "heldout_loss": dict(zip(corpus, losses, strict=True)),
         "balance": balance_statistics(counts_DLE),
         "record": asdict(cfg),
-        "recorded_tokens": len(columns["step"]),
-        "recorded_steps": len(columns["held"]),
-        "steps_held": int(columns["held"].sum()),
+        "recorded_tokens": trace.num_tokens,
+        "recorded_steps": trace.num_steps,
+        "steps_held": int((trace.step_table.moe_ns_SL[:, 0] != UNKNOWN).sum()),
         "gpu_after_recording": gpu_state(trainer.device),
     }
 
@@ -196,7 +208,7 @@ def checkpoint(trainer: Trainer, corpus: Corpus, cfg: RecordConfig, path: Path) 
 def run(
     corpus: Corpus, out: Path, model_cfg: ModelConfig, cfg: TrainConfig, recording: RecordConfig, commit: str
 ) -> None:
-    """Train, evaluate and record; files are written checkpoint by checkpoint."""
+    """Train, evaluate and record; both files are complete after every checkpoint."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(cfg.seed)
     sampler = Sampler(corpus, SPLIT, length=cfg.sequence_len, power=cfg.domain_power, seed=cfg.seed)
@@ -207,10 +219,21 @@ def run(
     trainer.backward()
     trainer.optimizer.zero_grad()
     out.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "expertslice.experiments.own_model.train", *sys.argv[1:]])
+    named = facts(device)
+    provenance = Provenance(
+        source=f"recorded by {command} at commit {commit}",
+        model=NAME,
+        device=str(named["device"]),
+        driver=named.get("driver"),
+        versions={name: str(named[name]) for name in ("python", "torch", "numpy", "cuda") if name in named},
+        seed=cfg.seed,
+        notes=NOTES,
+    )
     report = {
-        "command": shlex.join(["python", "-m", "expertslice.experiments.own_model.train", *sys.argv[1:]]),
+        "command": command,
         "commit": commit,
-        "facts": facts(device),
+        "facts": named,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "domain_bytes": {name: len(text_N) for name, text_N in corpus.items()},
         "domain_share": sampler.domain_share.tolist(),
@@ -221,13 +244,18 @@ def run(
         "curve": trainer.rows,
     }
     brief = replace(recording, wave_outputs=recording.wave_outputs // 4, server_steps=0)
-    for name, progress in zip(NAMES, cfg.checkpoints, strict=True):
+    traces: list[RoutingTrace] = []
+    for segment, progress in enumerate(cfg.checkpoints):
         trainer.train_until(progress)
-        amount = recording if name == NAMES[-1] else brief
-        report["checkpoints"][name] = checkpoint(trainer, corpus, amount, out / f"{name}.npz")
+        amount = recording if segment == len(SEGMENTS) - 1 else brief
+        trace, report["checkpoints"][SEGMENTS[segment]] = checkpoint(trainer, corpus, amount, provenance)
+        table = replace(trace.step_table, segments=SEGMENTS, segment_S=np.full(trace.num_steps, segment, np.uint8))
+        first_request = int(traces[-1].request_id_T.max()) + 1 if traces else 0
+        traces.append(replace(trace, step_table=table, request_id_T=trace.request_id_T + first_request))
         if device.type == "cuda":
             report["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        (out / "training.json").write_text(json.dumps(report, indent=1))
+        write_trace(concat(traces), out / f"{NAME}.parquet")
+        (out / f"{NAME}.training.json").write_text(json.dumps(report, indent=1))
 
 
 def main() -> None:

@@ -11,7 +11,12 @@ import tarfile
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+
+from expertslice.traces.check import check_block
+from expertslice.traces.schema import Provenance
+from expertslice.traces.store import open_trace
 
 torch = pytest.importorskip("torch")
 
@@ -25,7 +30,7 @@ from expertslice.experiments.own_model.model import (  # noqa: E402
     router_losses,
     serving_copy,
 )
-from expertslice.experiments.own_model.record import Server, record  # noqa: E402
+from expertslice.experiments.own_model.record import HostEvent, Server, record  # noqa: E402
 from expertslice.experiments.own_model.schedule import RecordConfig, plan  # noqa: E402
 
 CONFIG = ModelConfig(num_layers=2, num_experts=8, top_k=3, d_model=32, d_ff=24, num_heads=2)
@@ -84,7 +89,7 @@ def test_no_training_sequence_touches_heldout_text(corpus):
     sampler = Sampler(corpus, SPLIT, length=length, power=0.5, seed=1)
     for domain, text_N in enumerate(texts):
         held = SPLIT.heldout_starts(len(text_N))
-        starts = np.array([sampler.start(domain, d) for d in range(sampler.num_starts(domain))])
+        starts = sampler.starts[domain]
         apart = (starts[:, None] + length <= held) | (starts[:, None] >= held + SPLIT.window_bytes)
         assert apart.all()
         assert len(set(starts)) == len(starts)
@@ -167,7 +172,7 @@ def test_served_tokens_route_as_in_one_full_forward(model, corpus):
     prompts = [SPLIT.chunks(t, RECORDING.prompt_len) for t in corpus.values()]
     requests, steps = plan(prompts, RECORDING)
     server = Server(model, requests, RECORDING)
-    ids, _ = server.run(steps)
+    ids = server.run(steps)
     request_T = np.concatenate([s.request_T for s in steps])
     position_T = np.concatenate([s.position_T for s in steps])
     for request in set(request_T):
@@ -189,24 +194,28 @@ def test_sampling_at_low_temperature_is_greedy(model, corpus):
     torch.testing.assert_close(server.tokens[0, cfg.prompt_len : end + 1], ref)
 
 
-def test_record_holds_both_workloads_in_step_order(model, corpus):
-    prompts = [SPLIT.chunks(t, RECORDING.prompt_len) for t in corpus.values()]
-    columns = record(serving_copy(model), prompts, RECORDING)
-    num_tokens, num_steps = len(columns["step"]), len(columns["held"])
-    assert columns["expert_ids"].shape == (num_tokens, CONFIG.num_layers, CONFIG.top_k)
-    assert (np.diff(columns["step"]) >= 0).all()
-    assert columns["step"][-1] == num_steps - 1
-    assert columns["moe_ns"].shape == columns["other_ns"].shape == (num_steps, CONFIG.num_layers)
-    assert (columns["moe_ns"] > 0).all()
-    assert (np.diff(columns["step_start_ns"]) > 0).all()
-    phases = [set(columns["phase"][columns["step"] == s]) for s in range(num_steps)]
+def test_record_holds_both_workloads_in_step_order(model, corpus, monkeypatch):
+    # As if a device had waited until each step was in its queue.
+    monkeypatch.setattr(HostEvent, "query", lambda event: False)
+    prompts = {name: SPLIT.chunks(t, RECORDING.prompt_len) for name, t in corpus.items()}
+    trace = record(serving_copy(model), prompts, RECORDING, Provenance(source="test"))
+    check_block(trace)
+    assert trace.expert_ids_TLK.shape == (trace.num_tokens, CONFIG.num_layers, CONFIG.top_k)
+    assert (np.diff(trace.step_T) >= 0).all()
+    assert trace.step_T[-1] == trace.num_steps - 1
+    table = trace.step_table
+    assert table.moe_ns_SL.shape == table.other_ns_SL.shape == (trace.num_steps, CONFIG.num_layers)
+    assert (table.moe_ns_SL > 0).all()
+    assert table.start_ns_S[0] == 0
+    assert (np.diff(table.start_ns_S) >= (table.moe_ns_SL + table.other_ns_SL).sum(axis=1)[:-1]).all()
+    phases = [set(trace.phase_T[trace.step_T == s]) for s in range(trace.num_steps)]
     assert phases[:4] == [{0}] * 4
     assert phases[4 : 4 + RECORDING.wave_outputs] == [{1}] * RECORDING.wave_outputs
     assert {0, 1} in phases[4 + RECORDING.wave_outputs :]
-    wave = columns["request_id"] < RECORDING.num_slots
-    np.testing.assert_array_equal(columns["domain"][wave], columns["request_id"][wave] % 3)
-    pairs = np.stack([columns["request_id"], columns["position"]])
-    assert np.unique(pairs, axis=1).shape[1] == num_tokens
+    wave = trace.request_id_T < RECORDING.num_slots
+    np.testing.assert_array_equal(trace.domain_T[wave], trace.request_id_T[wave] % 3)
+    pairs = np.stack([trace.request_id_T, trace.position_T])
+    assert np.unique(pairs, axis=1).shape[1] == trace.num_tokens
 
 
 @pytest.mark.slow
@@ -214,12 +223,16 @@ def test_the_entry_writes_three_recordings_and_a_report_without_text(tmp_path, c
     out, texts = tmp_path / "out", {name: np.tile(corpus[name], 40) for name in sorted(corpus)}
     cfg = train.TrainConfig(steps=20, num_sequences=8, sequence_len=128, eval_sequences=2)
     train.run(texts, out, CONFIG, cfg, RECORDING, commit="unknown")
-    report = json.loads((out / "training.json").read_text())
+    report = json.loads((out / f"{train.NAME}.training.json").read_text())
+    stored = open_trace(out / f"{train.NAME}.parquet")
+    assert stored.segments == tuple(report["checkpoints"]) == train.SEGMENTS
+    assert stored.domains == tuple(sorted(corpus))
+    assert not {"tokens", "token_ids", "text"} & set(pq.read_schema(out / f"{train.NAME}.parquet").names)
     for name, at in report["checkpoints"].items():
-        with np.load(out / f"{name}.npz") as columns:
-            assert len(columns["step"]) == at["recorded_tokens"]
-            assert list(columns["domain_names"]) == sorted(corpus)
-            assert not {"tokens", "token_ids", "text"} & set(columns)
+        assert stored.select(segment=name).num_tokens == at["recorded_tokens"]
+    trace = stored.read()
+    pairs = np.stack([trace.request_id_T, trace.position_T])
+    assert np.unique(pairs, axis=1).shape[1] == trace.num_tokens
     assert [at["step"] for at in report["checkpoints"].values()] == [10, 10, 20]
     assert report["curve"][-1]["step"] == 20
 
