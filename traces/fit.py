@@ -7,15 +7,15 @@ bins, N sampled tokens, C columns of a design matrix, W windows of steps, Q leng
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .choice import F32, NUM_BINS, Ids, LayerChoice, gumbel, log_weight, top_k
-from .likelihood import Blocks, Sample, most_likely
+from .likelihood import MAX_REQUESTS, Blocks, Panel, Sample, evenly, layer_sample, most_likely, panel_of
 from .matching import match, noise_tape, with_trusted_profile
 from .moments import Moments, moments
-from .panel import MAX_REQUESTS, Panel, evenly, layer_sample, panel_of
 from .requests import group_requests, prompt_lengths
 from .schema import StepSource
 from .spec import SynthSpec, logits_of_load, plain_layer
@@ -52,17 +52,14 @@ def _layer(blocks: Blocks, sample: Sample, num_experts: int) -> LayerChoice:
     profile_BE, *below = np.split(weight_CE, range(NUM_BINS, len(weight_CE), num_experts))
     shift_JE = [mean_CE @ weight for mean_CE, weight in zip(np.split(mean_C[NUM_BINS:], 2), below, strict=False)]
     marks_J = (1, max(sample.ids_NK.shape[1] - 1, 1))
+    names = ("below_first_EE", "below_rest_EE")
     centred = [weight - shift_E / marks for weight, shift_E, marks in zip(below, shift_JE, marks_J, strict=False)]
-    first_EE, rest_EE = centred or (np.zeros((num_experts, num_experts)),) * 2
-    return LayerChoice(
-        logit_E=(logit_E + tilt_RE.mean(axis=0) + sum(shift_JE)).astype(np.float32),
+    return replace(
+        plain_layer((logit_E + tilt_RE.mean(axis=0) + sum(shift_JE)).astype(np.float32)),
         first_E=first_E.astype(np.float32),
-        sharpness=1.0,
         profile_BE=profile_BE.astype(np.float32),
         memory_HE=memory_HE.astype(np.float32),
-        below_first_EE=first_EE.astype(np.float32),
-        below_rest_EE=rest_EE.astype(np.float32),
-        lead_EE=np.zeros((num_experts, num_experts), np.float32),
+        **{name: weight.astype(np.float32) for name, weight in zip(names, centred, strict=False)},
     )
 
 
@@ -153,9 +150,10 @@ def _match_layers(
         below_PRK: Ids | None = None
         for level, layer in enumerate(layers):
             tilt_RE = tilt_RLE[:, level] * scale_LE[level]
-            matched = match(layer, tilt_RE, drawn.shape, below_PRK, wanted[level], gains, num_across, noise)
-            layers[level], below_PRK = matched.layer, matched.ids_PRK
-            scale_LE[level] *= matched.tilt_scale_E
+            layers[level], below_PRK, factor_E = match(
+                layer, tilt_RE, drawn.shape, below_PRK, wanted[level], gains, num_across, noise
+            )
+            scale_LE[level] *= factor_E
             report((turn + (level + 1) / num_layers) / len(ROUNDS))
     return layers, scale_LE
 

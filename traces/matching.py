@@ -7,7 +7,7 @@ Shape letters: P positions, R requests, E experts, K top-k, G lags, H memories.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,15 +139,6 @@ def noise_tape(length: int) -> Noise:
     return read
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matched:
-    """A layer whose drawn moments match, what was drawn last, and the factor on its tilt."""
-
-    layer: LayerChoice
-    ids_PRK: Ids
-    tilt_scale_E: F32
-
-
 def match(
     layer: LayerChoice,
     tilt_RE: F32,
@@ -157,8 +148,12 @@ def match(
     gains: tuple[float, ...],
     num_across: int,
     noise: Noise,
-) -> Matched:
-    """Correct a layer once per gain; `tilt_RE` and `below_PRK` stay the same, the noise is drawn anew each time."""
+) -> tuple[LayerChoice, Ids, F32]:
+    """Correct a layer once per gain; `tilt_RE` and `below_PRK` stay the same, the noise is drawn anew each time.
+
+    Returns:
+        The layer, what was drawn of it last, and the factor on its tilt, float32 [E].
+    """
     k = round(float(wanted.inside_E.sum()))
     scale_E, load_gain_E = np.ones(tilt_RE.shape[1], np.float32), np.full(tilt_RE.shape[1], LOAD_GAIN)
     error_E = np.zeros(tilt_RE.shape[1])
@@ -169,5 +164,4 @@ def match(
         load_gain_E = _calmed(load_gain_E, error_E, before_E)
         layer = _corrected(layer, wanted, seen, gain, load_gain_E)
         scale_E = np.clip(scale_E * _tilt_step(wanted, seen, gain), 0.02, 10).astype(np.float32)
-    ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, noise)
-    return Matched(layer=layer, ids_PRK=ids_PRK, tilt_scale_E=scale_E)
+    return layer, choose(layer, tilt_RE * scale_E, shape, below_PRK, k, noise), scale_E

@@ -28,25 +28,6 @@ BLOCK_ENTRIES = 6_000_000
 """Logits held at once: bounds memory while blocks of requests are drawn."""
 
 
-def draw_tilt(spec: SynthSpec, domain_R: NDArray[np.int64], factor_RF: F32, own_RLE: F32) -> F32:
-    """Return the tilt of requests from their domain and their standard normal draws, float32 [R, L, E]."""
-    tilt_RLE = np.tensordot(factor_RF, spec.factor_FLE, axes=1)
-    tilt_RLE += spec.own_LE * own_RLE
-    tilt_RLE += spec.domain_DLE[domain_R]
-    return tilt_RLE
-
-
-def choose_layers(spec: SynthSpec, tilt_RLE: F32, shape: Shape, key: list[int]) -> Ids:
-    """Draw all layers of some requests, longest first, each layer with its own random stream."""
-    below_PRK: Ids | None = None
-    chosen: list[Ids] = []
-    for level, layer in enumerate(spec.layers):
-        noise = partial(gumbel, np.random.default_rng([*key, level]))
-        below_PRK = choose(layer, tilt_RLE[:, level], shape, below_PRK, spec.top_k, noise)
-        chosen.append(below_PRK)
-    return np.stack(chosen, axis=2)
-
-
 def _bursts(spec: SynthSpec, num_requests: int, rng: np.random.Generator) -> NDArray[np.bool_]:
     """Say for each request whether it arrives with the one before it, so that `burst_share` are in bursts."""
     if spec.burst_size == 1 or not spec.burst_share:
@@ -89,12 +70,15 @@ def _topics(spec: SynthSpec, seed: int, block: int, num_requests: int) -> _Topic
     domain_R = rng.choice(len(spec.weight_D), num_requests, p=spec.weight_D / spec.weight_D.sum())[lead_R]
     factor_RF = rng.standard_normal((num_requests, len(spec.factor_FLE)), np.float32)[lead_R]
     own_RLE = rng.standard_normal((num_requests, spec.num_layers, spec.num_experts), np.float32)[lead_R]
+    tilt_RLE = np.tensordot(factor_RF, spec.factor_FLE, axes=1)
+    tilt_RLE += spec.own_LE * own_RLE
+    tilt_RLE += spec.domain_DLE[domain_R]
     return _Topics(
         prompt_R=spec.prompt_tokens_Q[pair_R],
         tokens_R=spec.tokens[pair_R],
         domain_R=domain_R,
         with_previous_R=with_previous_R,
-        tilt_RLE=draw_tilt(spec, domain_R, factor_RF, own_RLE),
+        tilt_RLE=tilt_RLE,
     )
 
 
@@ -106,10 +90,16 @@ def _walk(spec: SynthSpec, tokens_R: NDArray[np.int64], key: list[int]) -> F32:
 
 
 def _token_ids(spec: SynthSpec, topics: _Topics, tilt_RLE: F32, key: list[int]) -> Iterator[NDArray[np.integer]]:
-    """Yield each request's ids [T, L, K], in the order of `topics`."""
+    """Yield each request's ids [T, L, K], in the order of `topics`; each layer has a random stream of its own."""
     order_R = np.argsort(-topics.tokens_R, kind="stable")
     shape = Shape(tokens_R=topics.tokens_R[order_R], prompt_R=topics.prompt_R[order_R])
-    ids_PRLK = choose_layers(spec, tilt_RLE[order_R], shape, key)
+    below_PRK: Ids | None = None
+    chosen: list[Ids] = []
+    for level, layer in enumerate(spec.layers):
+        noise = partial(gumbel, np.random.default_rng([*key, level]))
+        below_PRK = choose(layer, tilt_RLE[order_R, level], shape, below_PRK, spec.top_k, noise)
+        chosen.append(below_PRK)
+    ids_PRLK = np.stack(chosen, axis=2)
     for column, tokens in zip(np.argsort(order_R), topics.tokens_R, strict=True):
         yield ids_PRLK[:tokens, column].astype(id_dtype(spec.num_experts))
 

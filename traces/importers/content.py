@@ -6,6 +6,7 @@ import json
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -71,11 +72,11 @@ def _load_npz(path: Path) -> dict[str, NDArray[Any]]:
         return {name: arrays[name] for name in arrays.files}
 
 
-def _load_npy(path: Path) -> NDArray[Any]:
-    return np.load(path, allow_pickle=False)
-
-
-READERS: dict[Kind, Callable[[Path], object]] = {"npz": _load_npz, "npy": _load_npy, "torch": read_torch_file}
+READERS: dict[Kind, Callable[[Path], object]] = {
+    "npz": _load_npz,
+    "npy": partial(np.load, allow_pickle=False),
+    "torch": read_torch_file,
+}
 
 
 def _open_text(path: Path) -> Content:

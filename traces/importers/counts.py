@@ -10,12 +10,12 @@ import numpy as np
 
 from ..check import TraceError
 from .content import Content, as_dict, as_floats, as_ints, only
-from .result import ImportOptions, ImportResult, finish_counts
+from .result import Imported, ImportOptions, finish_counts
 
 ARCHIVE_KEY = re.compile(r"(?P<model>.+)__expert_counts__(?P<domain>.+)")
 
 
-def sglang_stat(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
+def sglang_stat(contents: Sequence[Content], options: ImportOptions) -> Imported:
     """Import `logical_count` [S, L, E] of SGLang's modes stat and stat_approx, or of an initial expert location."""
     value = as_dict(only(contents, "each recording is of a run of its own").value)["logical_count"]
     counts = as_ints(value, "logical_count", 2 if np.ndim(value) == 2 else 3)
@@ -26,19 +26,19 @@ def sglang_stat(contents: Sequence[Content], options: ImportOptions) -> ImportRe
         notes.append(f"{len(counts_SLE) - len(used)} buffer rows without a count (unused or idle) dropped")
     elif len(used) > 1:
         notes.append("the ring buffer is full: if it wrapped, its first step is unknown and the order is rotated")
-    return finish_counts(counts_SLE[used], options, format="sglang-stat", notes=notes)
+    return finish_counts(counts_SLE[used], options, notes=notes)
 
 
-def moe_infinity(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
+def moe_infinity(contents: Sequence[Content], options: ImportOptions) -> Imported:
     """Import MoE-Infinity's counts [sequences, L, E], kept as floats; each sequence becomes a step."""
     counts_SLE = np.concatenate([as_floats(content.value, "the array") for content in contents])
     if (counts_SLE != np.rint(counts_SLE)).any() or np.abs(counts_SLE).max(initial=0) > 1 << 31:
         raise TraceError("its values are no whole counts; give the array that ExpertTracer saved")
     labels = tuple(f"sequence {number}" for number in range(len(counts_SLE)))
-    return finish_counts(counts_SLE.astype(np.int64), options, format="moe-infinity", labels=labels)
+    return finish_counts(counts_SLE.astype(np.int64), options, labels=labels)
 
 
-def count_archive(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
+def count_archive(contents: Sequence[Content], options: ImportOptions) -> Imported:
     """Import an archive of arrays MODEL__expert_counts__DOMAIN [L, E]; each domain becomes a step."""
     arrays = {key: array for content in contents for key, array in as_dict(content.value).items()}
     matches = [match for match in map(ARCHIVE_KEY.fullmatch, arrays) if match]
@@ -53,4 +53,4 @@ def count_archive(contents: Sequence[Content], options: ImportOptions) -> Import
     if first is not None and first.sum():
         said["top_k"] = int(counts_SLE[0].sum() // first.sum())
     said |= options
-    return finish_counts(counts_SLE, said, format="count-archive", notes=["no order"], labels=tuple(domains))
+    return finish_counts(counts_SLE, said, notes=["no order"], labels=tuple(domains))

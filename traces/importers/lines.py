@@ -11,12 +11,12 @@ import numpy as np
 
 from ..check import TraceError
 from .content import Content, as_floats, as_ints, only
-from .result import DECODE, PREFILL, ImportOptions, ImportResult, Rows, finish_tokens
+from .result import DECODE, PREFILL, Imported, ImportOptions, Rows, finish_tokens
 
 CACHE_LAB = "moe-cache-lab.routing-jsonl"
 
 
-def cache_lab(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
+def cache_lab(contents: Sequence[Content], options: ImportOptions) -> Imported:
     """Import moe-cache-lab's routing JSON lines, version 1; positions that start again begin a request."""
     meta, *records = only(contents, "each log numbers its tokens on its own").records
     if meta.get("format_version") != 1:
@@ -26,10 +26,10 @@ def cache_lab(contents: Sequence[Content], options: ImportOptions) -> ImportResu
     opens_T = np.diff(rows.request_id_T, prepend=-1) != 0
     rows = replace(rows, step_T=np.cumsum(opens_T | (rows.phase_T == DECODE)))
     known = {"num_experts": meta.get("num_experts"), "top_k": meta.get("experts_per_token"), "model": meta["model_id"]}
-    return finish_tokens(rows, _filled(options, known), format="moe-cache-lab")
+    return finish_tokens(rows, _filled(options, known))
 
 
-def vllm_log(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
+def vllm_log(contents: Sequence[Content], options: ImportOptions) -> Imported:
     """Import vLLM routing loggers' JSON lines: `token_idx` starts again with each forward pass, which is a step.
 
     Requests are guessed from the passes: several tokens open one, a single token continues the last.
@@ -49,7 +49,7 @@ def vllm_log(contents: Sequence[Content], options: ImportOptions) -> ImportResul
     )
     known = {"num_experts": meta.get("num_experts"), "top_k": meta.get("top_k"), "model": meta.get("model_id")}
     notes = ["requests are not named: a pass of several tokens is taken as a prompt, of one token as its continuation"]
-    return finish_tokens(rows, _filled(options, known), format="vllm-log", notes=notes)
+    return finish_tokens(rows, _filled(options, known), notes=notes)
 
 
 def _filled(options: ImportOptions, known: dict[str, Any]) -> ImportOptions:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from ..check import TraceError
 from .content import Content, as_dict, as_floats, as_ints, as_list
-from .result import PREFILL, ImportOptions, ImportResult, Rows, finish_tokens, stack_rows
+from .result import PREFILL, Imported, ImportOptions, Rows, finish_tokens, stack_rows
 
 
-def router_logits(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
+def router_logits(contents: Sequence[Content], options: ImportOptions) -> Imported:
     """Import logits [T, E] per layer, before softmax; each file is one forward pass over whole sequences.
 
     `attention_mask` [B, T / B] in the file tells padding; `e_score_correction_bias` [L, E] is used when the option
@@ -44,7 +44,7 @@ def router_logits(contents: Sequence[Content], options: ImportOptions) -> Import
         pieces.append(piece)
         first += len(real_BT)
         options = {**options, "num_experts": logits_LTE.shape[2]}
-    return finish_tokens(stack_rows(pieces), options, format="router-logits", notes=notes)
+    return finish_tokens(stack_rows(pieces), options, notes=notes)
 
 
 def choose_experts(

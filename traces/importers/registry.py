@@ -8,9 +8,10 @@ from typing import Unpack
 import numpy as np
 
 from ..check import TraceError, reading
+from ..trace import ExpertLoad, RoutingTrace
 from . import counts, lines, logits, requests, sglang
 from .content import Content, open_content
-from .result import ImportOptions, ImportResult
+from .result import Imported, ImportOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,16 @@ class Format:
 
     about: str
     matches: Callable[[Content], bool]
-    build: Callable[[Sequence[Content], ImportOptions], ImportResult] | str
+    build: Callable[[Sequence[Content], ImportOptions], Imported] | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportResult:
+    """A trace, which format it came in, and what was dropped or assumed, a sentence each."""
+
+    trace: RoutingTrace | ExpertLoad
+    format: str
+    notes: tuple[str, ...]
 
 
 def _first_record(content: Content) -> dict[str, object]:
@@ -151,15 +161,16 @@ def import_trace(path: str | Path, *, format: str | None = None, **options: Unpa
         raise TraceError(f"format {format!r} is unknown; allowed are {', '.join(FORMATS)}")
     contents = _contents(Path(path))
     with reading(Path(path)):
-        known = FORMATS[format or _detected(contents)]
+        format = format or _detected(contents)
+        known = FORMATS[format]
         for content in contents:
             if not known.matches(content):
                 raise TraceError(f"{content.path} is not {known.about}; leave the format out to have it told")
         if isinstance(known.build, str):
             raise TraceError(f"{contents[0].path} is {known.build}")
-        result = known.build(contents, options)
-    provenance = replace(result.trace.provenance, source=f"imported from {Path(path).name} ({result.format})")
-    return replace(result, trace=replace(result.trace, provenance=provenance))
+        trace, notes = known.build(contents, options)
+    provenance = replace(trace.provenance, source=f"imported from {Path(path).name} ({format})")
+    return ImportResult(trace=replace(trace, provenance=provenance), format=format, notes=tuple(notes))
 
 
 def detect(path: str | Path) -> str:

@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 
 from ..check import TraceError
 from .content import Content, as_dict, as_ints, as_list, decode_ids, only
-from .result import DECODE, PREFILL, ImportOptions, ImportResult, Rows, finish_tokens, stack_rows
+from .result import DECODE, PREFILL, Imported, ImportOptions, Rows, finish_tokens, stack_rows
 
 UNPARTED = "the prompt is not parted from the output: every row is taken as decode; pass prompt_len"
 
 
-def responses(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
+def responses(contents: Sequence[Content], options: ImportOptions) -> Imported:
     """Import `routed_experts` of saved responses: base64 of int32 (SGLang), base64 of an .npy or lists (vLLM)."""
     outputs = [output for content in contents for record in content.records for output in _outputs(record)]
     if not outputs:
         raise TraceError("no response in it has routed_experts; ask the server to return them")
     parted = "prompt_len" in options or all("prompt_tokens" in meta for _, meta in outputs)
     rows = _one_by_one(_response(value, meta, options) for value, meta in outputs)
-    return finish_tokens(rows, options, format="responses", notes=[] if parted else [UNPARTED])
+    return finish_tokens(rows, options, notes=[] if parted else [UNPARTED])
 
 
 def _one_by_one(requests: Iterator[tuple[NDArray[np.integer], int, int]]) -> Rows:
@@ -90,7 +90,7 @@ def _layers_and_width(size: int, meta: dict[str, Any], start: int, options: Impo
     return size // (rows * top_k), top_k
 
 
-def arrays(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
+def arrays(contents: Sequence[Content], options: ImportOptions) -> Imported:
     """Import `routed_experts` [T, L, K] saved as .npy, or as .npz with the ids of prompt and output tokens."""
     requests: list[tuple[NDArray[np.integer], int, int]] = []
     for content in contents:
@@ -104,10 +104,10 @@ def arrays(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
             )
         requests.append((ids_TLK, prompt_len, 0))
     notes = [] if all(prompt_len for _, prompt_len, _ in requests) else [UNPARTED]
-    return finish_tokens(_one_by_one(iter(requests)), options, format="arrays", notes=notes)
+    return finish_tokens(_one_by_one(iter(requests)), options, notes=notes)
 
 
-def request_archive(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
+def request_archive(contents: Sequence[Content], options: ImportOptions) -> Imported:
     """Import `experts` [T, L, K] of decode tokens with `request_offsets`, `prompt_len` and a JSON `meta`."""
     named = as_dict(only(contents, "several archives would mix request numbers").value)
     ids_TLK = as_ints(named["experts"], "experts", 3)
@@ -126,4 +126,4 @@ def request_archive(contents: Sequence[Content], options: ImportOptions) -> Impo
         rows = replace(rows, domain_T=domain_R.astype(np.int16)[rows.request_id_T])
         domains = tuple(names.tolist())
     notes = ["decode tokens alone, one request at a time: compose batches before simulating"]
-    return finish_tokens(rows, options, format="request-archive", notes=notes, domains=domains)
+    return finish_tokens(rows, options, notes=notes, domains=domains)

@@ -42,13 +42,8 @@ class ImportOptions(TypedDict, total=False):
     top_groups: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportResult:
-    """A trace, which format it came in, and what was dropped or assumed, a sentence each."""
-
-    trace: RoutingTrace | ExpertLoad
-    format: str
-    notes: tuple[str, ...]
+Imported = tuple[RoutingTrace | ExpertLoad, list[str]]
+"""A trace, and what was dropped or assumed, a sentence each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +74,8 @@ def stack_rows(pieces: Sequence[Rows]) -> Rows:
 
 
 def finish_tokens(
-    rows: Rows, options: ImportOptions, *, format: str, notes: Sequence[str] = (), domains: tuple[str, ...] = ()
-) -> ImportResult:
+    rows: Rows, options: ImportOptions, *, notes: Sequence[str] = (), domains: tuple[str, ...] = ()
+) -> Imported:
     """Clean token rows and make the trace.
 
     Raises:
@@ -101,7 +96,7 @@ def finish_tokens(
     phase_S = phases_of(rows.phase_T, step_T, len(steps))
     trace = RoutingTrace(
         num_experts=num_experts,
-        provenance=Provenance(source=format, model=options.get("model"), notes="; ".join(said)),
+        provenance=_provenance(options, said),
         request_id_T=rows.request_id_T.astype(np.int64),
         position_T=cast("NDArray[np.int32]", rows.position_T),
         phase_T=rows.phase_T,
@@ -115,8 +110,11 @@ def finish_tokens(
     # Narrowed after the check, so that what does not fit is refused rather than wrapped round.
     check_trace(trace)
     narrow = {"expert_ids_TLK": trace.expert_ids_TLK.astype(id_dtype(num_experts))}
-    trace = replace(trace, position_T=trace.position_T.astype(np.int32), **narrow)
-    return ImportResult(trace=trace, format=format, notes=tuple(said))
+    return replace(trace, position_T=trace.position_T.astype(np.int32), **narrow), said
+
+
+def _provenance(options: ImportOptions, said: Sequence[str]) -> Provenance:
+    return Provenance(source="imported", model=options.get("model"), notes="; ".join(said))
 
 
 def _without_padding(rows: Rows, said: list[str]) -> Rows:
@@ -180,10 +178,9 @@ def finish_counts(
     counts_SLE: NDArray[np.int64],
     options: ImportOptions,
     *,
-    format: str,
     notes: Sequence[str] = (),
     labels: tuple[str, ...] = (),
-) -> ImportResult:
+) -> Imported:
     """Clean counts and make the load: dense layers and constant steps go.
 
     Raises:
@@ -212,9 +209,9 @@ def finish_counts(
     kept = np.flatnonzero(~dummy_S)
     load = ExpertLoad(
         top_k=top_k,
-        provenance=Provenance(source=format, model=options.get("model"), notes="; ".join(said)),
+        provenance=_provenance(options, said),
         counts_SLE=counts_SLE[kept],
         labels=tuple(labels[step] for step in kept) if labels else (),
     )
     check_load(load)
-    return ImportResult(trace=load, format=format, notes=tuple(said))
+    return load, said

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..check import TraceError
 from .content import Content, as_dict, as_ints, as_list
-from .result import DECODE, PREFILL, ImportOptions, ImportResult, Rows, finish_counts, finish_tokens, stack_rows
+from .result import DECODE, PREFILL, Imported, ImportOptions, Rows, finish_counts, finish_tokens, stack_rows
 
 MIXED_MODE = 3
 """ForwardMode of a pass with prompts and decoding requests; the latter are its pieces of one token."""
@@ -42,7 +42,7 @@ def _passes(contents: Sequence[Content], options: ImportOptions) -> tuple[dict[i
     return {number: dict(sorted(passes[number].items())) for number in sorted(passes)}, layers, experts
 
 
-def sglang_per_pass(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
+def sglang_per_pass(contents: Sequence[Content], options: ImportOptions) -> Imported:
     """Import `global_physical_count` [L, P] of each forward pass, summed over ranks and over copies of an expert."""
     passes, layers, experts = _passes(contents, options)
     counts_SLE = np.zeros((len(passes), layers, experts), dtype=np.int64)
@@ -56,10 +56,10 @@ def sglang_per_pass(contents: Sequence[Content], options: ImportOptions) -> Impo
             np.add.at(counts_LE, (np.arange(layers)[:, None], map_LP), counts_LP)
     ranks = {rank for records in passes.values() for rank in records}
     notes = [f"{sum(map(len, passes.values()))} records of {len(ranks)} ranks summed by forward pass"]
-    return finish_counts(counts_SLE, options, format="sglang-per-pass", notes=notes)
+    return finish_counts(counts_SLE, options, notes=notes)
 
 
-def sglang_per_token(contents: Sequence[Content], options: ImportOptions) -> ImportResult:
+def sglang_per_token(contents: Sequence[Content], options: ImportOptions) -> Imported:
     """Import mode per_token: ids become logical, forward passes steps, requests follow from positions.
 
     Ranks that recorded the same tokens (tensor parallel) count once; others (data parallel) share the step.
@@ -77,7 +77,7 @@ def sglang_per_token(contents: Sequence[Content], options: ImportOptions) -> Imp
     notes = ["requests are joined by position: the recorder does not name them"]
     notes += [f"{repeated} records that repeat another rank's tokens dropped"] if repeated else []
     said: ImportOptions = {"num_experts": experts, **options}
-    return finish_tokens(stack_rows(pieces), said, format="sglang-per-token", notes=notes)
+    return finish_tokens(stack_rows(pieces), said, notes=notes)
 
 
 def _same_tokens(record: dict[str, Any], other: dict[str, Any]) -> bool:
