@@ -1,8 +1,11 @@
 """What is compared: options resolved to a device, a model, policies and steps, and checked before the first step."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from joblib import cpu_count
 
 from ..policies.contract import MECHANISMS, Policy
 from ..policies.data import load_device
@@ -30,16 +33,16 @@ class Options:
 
     trace: str | None = None
     device: str = "h100-sxm5-80gb"
-    policies: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
+    policies: Sequence[str] = ()
+    settings: Sequence[str] = ()
     model: str | None = None
     fit_routing: str | None = None
-    mechanisms: tuple[str, ...] = ()
+    mechanisms: Sequence[str] = ()
     segment: str | None = None
     steps: int | None = None
     batch_size: int = 64
     seed: int = 0
-    jobs: int = 1
+    jobs: int = field(default_factory=cpu_count)
     out: Path = Path("runs")
     report: bool = True
 

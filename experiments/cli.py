@@ -3,12 +3,14 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import __version__
-from . import cli_lists, cli_trace, cli_whatif
+from . import cli_lists, cli_trace
+from .cli_lists import AsJson, print_json
 from .errors import EXIT_INTERRUPT, EXIT_USER, StoppedError, sentence_of
 
 NOTHING_KEPT = "stopped; nothing was written"
@@ -30,7 +32,50 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command(name="whatif")(cli_whatif.whatif)
+
+
+@app.command()
+def whatif(
+    context: typer.Context,
+    trace: Annotated[str | None, typer.Argument(help="A routing trace; left out: the bundled one.")] = None,
+    *,
+    device: Annotated[str, typer.Option(help="See `expertslice devices`.")] = "h100-sxm5-80gb",
+    policies: Annotated[
+        list[str] | None, typer.Option("--policy", help="May be repeated; default: all built-in ones.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A name from `expertslice models`, or a config.json.")] = None,
+    fit_routing: Annotated[
+        str | None, typer.Option(help="Synthesise routing for --model, fitted to this trace; 'bundled' is one.")
+    ] = None,
+    mechanisms: Annotated[
+        list[str] | None, typer.Option("--mechanism", help="Allow only this one; may be repeated.")
+    ] = None,
+    segment: Annotated[str | None, typer.Option(help="Part of the trace; 'all' takes every step.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Take only the first steps.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at once, with --fit-routing.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of resampling, re-batching and model errors.")] = 0,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Worker processes; default: one per core.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="POLICY.NAME=VALUE", help="Set a policy's parameter.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
+    as_json: AsJson = False,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Leave out figures and the HTML report.")] = False,
+) -> None:
+    """Rank slicing policies on a routing trace: which one, by how much, how sure, and why."""
+    from .case import Options
+    from .table import print_summary
+    from .whatif import what_if
+
+    own = ("as_json", "no_report")
+    given = {name: value for name, value in context.params.items() if name not in own and value is not None}
+    _, summary, folder = what_if(Options(**given, report=not no_report))
+    if as_json:
+        print_json({**summary, "folder": str(folder), "report": None if no_report else str(folder / "report.html")})
+    else:
+        print_summary(summary, folder, report=not no_report)
+
+
 app.command(name="devices")(cli_lists.devices)
 app.command(name="models")(cli_lists.models)
 app.command(name="policies")(cli_lists.policies)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,10 +19,11 @@ def print_json(value: object) -> None:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
     """Print a table to stdout, wide enough for its rows when nobody watches."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    from .table import plain_table
+
+    table = plain_table(title)
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
@@ -37,7 +38,8 @@ def devices(as_json: AsJson = False) -> None:
 
     found = [load_device(name) for name in device_names()]
     if as_json:
-        print_json([_device_row(asdict(device)) for device in found])
+        figures = [{"sources": dict(d.sources), "rel_errors": dict(d.rel_errors)} for d in found]
+        print_json([asdict(device) | of_figures for device, of_figures in zip(found, figures, strict=True)])
         return
     rows = [
         [d.name, d.title, d.status, str(d.sm_count), f"{max(d.read_curve_bytes_per_s) / 1e12:.2f}",
@@ -46,10 +48,6 @@ def devices(as_json: AsJson = False) -> None:
     ]  # fmt: skip
     columns = ("device", "title", "status", "SMs", "read TB/s", "bf16 TFLOP/s", "limit W")
     print_table("devices", columns, rows, right=columns[3:])
-
-
-def _device_row(device: dict[str, Any]) -> dict[str, Any]:
-    return device | {"sources": dict(device["sources"]), "rel_errors": dict(device["rel_errors"])}
 
 
 def models(as_json: AsJson = False) -> None:

@@ -1,6 +1,7 @@
 """`trace info | import | compose | synth`: look at routing, read other formats, batch it, make it up."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,6 @@ from .cli_lists import AsJson, print_json, print_table
 if TYPE_CHECKING:
     from ..traces.schema import StepSource
     from ..traces.statistics import TraceStatistics
-    from .inputs import Opened
 
 app = typer.Typer(help="Look at routing traces, import, batch and synthesise them.", no_args_is_help=True)
 
@@ -35,11 +35,12 @@ def info(
     """Show what a trace holds: its shape, how skewed, how local and how dependent its routing is."""
     from .inputs import choose_segment, open_source
     from .statistics_table import rows_of
+    from .table import shape_words
     from .workload import survey
 
     opened = choose_segment(open_source(trace), segment)
     look = survey(opened.source, num_windows=1, window_steps=1)
-    stats, said = _statistics(opened.source, seed)
+    stats, notes = _statistics(opened.source, seed)
     drawn: list[str] = []
     if figures is not None:
         from .figures_trace import draw_trace
@@ -47,18 +48,29 @@ def info(
         drawn = [str(figures / f"{one.name}.svg") for one in draw_trace(stats, look.mean_LE, figures)]
     phases = {phase: n for phase, n in look.steps_of_phase.items() if n}
     facts = opened.plain() | {"num_tokens": look.num_tokens, "steps_of_phase": phases, "figures": drawn}
-    facts["notes"] = [*opened.notes, *said]
+    facts["notes"] += notes
     if as_json:
         print_json({"trace": facts, "statistics": asdict(stats)})
         return
-    _print_facts(opened, facts)
+    words = ", ".join(f"{n} {phase}" for phase, n in phases.items())
+    shown = {
+        "trace": facts["name"],
+        "shape": shape_words(facts),
+        "steps": f"{facts['num_steps']} ({words}), {facts['num_tokens']} tokens",
+        "segments": ", ".join(getattr(opened.source, "segments", ())),
+        "domains": ", ".join(getattr(opened.source, "domains", ())),
+        **{name: facts[name] for name in ("model", "device", "source", "sha256")},
+    }
+    for name, value in [*shown.items(), *(("note", note) for note in facts["notes"])]:
+        if value:
+            typer.echo(f"{name:9s} {value}")
     columns = ("median", "least", "most")
     print_table("statistics, over layers", ("", *columns), rows_of(stats), right=columns)
     for path in drawn:
         typer.echo(path)
 
 
-def _statistics(source: "StepSource", seed: int) -> "tuple[TraceStatistics, tuple[str, ...]]":
+def _statistics(source: "StepSource", seed: int) -> "tuple[TraceStatistics, list[str]]":
     from rich.console import Console
 
     from ..traces.statistics import summarise
@@ -69,31 +81,12 @@ def _statistics(source: "StepSource", seed: int) -> "tuple[TraceStatistics, tupl
         stats = summarise(tokens or source, seed=seed)
     total = getattr(source, "num_tokens", stats.num_tokens)
     partly = stats.num_tokens < total
-    return stats, (f"statistics are of the first {stats.num_tokens} of {total} tokens",) if partly else ()
-
-
-def _print_facts(opened: "Opened", facts: dict[str, Any]) -> None:
-    phases = ", ".join(f"{n} {phase}" for phase, n in facts["steps_of_phase"].items())
-    segments = ", ".join(getattr(opened.source, "segments", ()))
-    domains = ", ".join(getattr(opened.source, "domains", ()))
-    rows = {
-        "trace": facts["name"],
-        "shape": f"{facts['num_layers']} MoE layers × {facts['num_experts']} experts, top-{facts['top_k']}",
-        "steps": f"{facts['num_steps']} ({phases}), {facts['num_tokens']} tokens",
-        "segments": segments,
-        "domains": domains,
-        "model": facts["model"],
-        "device": facts["device"],
-        "source": facts["source"],
-        "sha256": facts["sha256"],
-    }
-    for name, value in [*rows.items(), *(("note", note) for note in facts["notes"])]:
-        if value:
-            typer.echo(f"{name:9s} {value}")
+    return stats, [f"statistics are of the first {stats.num_tokens} of {total} tokens"] if partly else []
 
 
 @app.command("import")
 def import_(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(help="A file of routing records of another tool.")],
     *,
     out: Out,
@@ -110,25 +103,15 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Read routing records of another tool and write them as a trace."""
-    from ..policies.data import nearest
     from ..traces.importers import FORMATS, import_trace
+    from ..traces.schema import nearest
     from ..traces.store import write_trace
 
     if form is not None and form not in FORMATS:
         raise ValueError(nearest("format", form, FORMATS))
-    options: dict[str, Any] = {
-        "top_k": top_k,
-        "num_experts": num_experts,
-        "num_layers": num_layers,
-        "prompt_len": prompt_len,
-        "member": member,
-        "score": score,
-        "num_groups": num_groups,
-        "top_groups": top_groups,
-        "model": model,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    result = import_trace(source, format=form, **given)
+    own = ("source", "out", "form", "as_json")
+    options = {name: value for name, value in context.params.items() if name not in own and value is not None}
+    result = import_trace(source, format=form, **options)
     write_trace(result.trace, out)
     _report_written(out, result.trace, [f"format {result.format}", *result.notes], as_json=as_json)
 
@@ -205,26 +188,22 @@ def synth(
         spec = zipf_spec(shape.num_layers, shape.num_experts, shape.top_k, zipf_s=zipf, prompt_tokens=prompt_tokens,
                          decode_tokens=decode_tokens, seed=seed)  # fmt: skip
     result = synthesise(spec, requests, seed)
-    if shape is not None:
+    if shape:
         result = replace(result, provenance=replace(result.provenance, model=shape.name))
     write_trace(result, out)
     _report_written(out, result, (), as_json=as_json)
 
 
-def _report_written(out: Path, trace: Any, notes: Any, *, as_json: bool) -> None:
-    facts = {
-        "path": str(out),
-        "num_steps": trace.num_steps,
-        "num_tokens": getattr(trace, "num_tokens", None),
-        "num_layers": trace.num_layers,
-        "num_experts": trace.num_experts,
-        "top_k": trace.top_k,
-        "notes": list(notes),
+def _report_written(out: Path, trace: Any, notes: Sequence[str], *, as_json: bool) -> None:
+    shape = {
+        name: getattr(trace, name, None) for name in ("num_steps", "num_tokens", "num_layers", "num_experts", "top_k")
     }
     if as_json:
-        print_json(facts)
+        print_json({"path": str(out), **shape, "notes": notes})
         return
-    shape = f"{trace.num_layers} layers × {trace.num_experts} experts, top-{trace.top_k}"
-    typer.echo(f"wrote {out}: {trace.num_steps} steps, {shape}")
+    typer.echo(
+        f"wrote {out}: {trace.num_steps} steps, {trace.num_layers} layers × {trace.num_experts} experts, "
+        f"top-{trace.top_k}"
+    )
     for note in notes:
         typer.echo(f"note: {note}")

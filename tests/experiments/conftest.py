@@ -71,8 +71,8 @@ def finished(tmp_path_factory, trace_path, config_path):
 
     with pytest.MonkeyPatch.context() as patch:
         simulate_little(patch)
-        options = Options(trace=str(trace_path), model=str(config_path), out=tmp_path_factory.mktemp("runs"))
-        return what_if(options)
+        out = tmp_path_factory.mktemp("runs")
+        return what_if(Options(trace=str(trace_path), model=str(config_path), out=out, jobs=1))
 
 
 @pytest.fixture
