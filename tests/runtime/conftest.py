@@ -1,12 +1,13 @@
 """A device that exists on a fake clock alone: it runs steps in order, draws power and counts energy in ticks."""
 
 import math
+import random
 
 import pytest
 
 MS = 1_000_000
 TICK_NS = 100 * MS
-QUERY_NS = 4_500_000
+QUERY_NS = 2 * MS, 15 * MS
 
 
 class FakeError(Exception):
@@ -89,6 +90,7 @@ class FakeNvml:
 
     def __init__(self, world):
         self.world = world
+        self.random = random.Random(world.now_ns)
         self.fails = {}
         self.calls = []
         self.counter_mj = world.energy_mj
@@ -113,9 +115,10 @@ class FakeNvml:
         return self._answer("nvmlDeviceGetHandleByPciBusId", ("pci", bus_id))
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle):
-        # The value is as old as the query: the reader sees it late.
-        at_ns = self.world.now_ns
-        self.world.now_ns += QUERY_NS
+        # Queries last unevenly, and the value is of any moment within: the reader sees a tick late.
+        begin_ns = self.world.now_ns
+        self.world.now_ns += self.random.randint(*QUERY_NS)
+        at_ns = self.random.randint(begin_ns, self.world.now_ns)
         return self._answer("nvmlDeviceGetTotalEnergyConsumption", lambda: self.counter_mj(at_ns))
 
     def nvmlDeviceGetPowerUsage(self, handle):
