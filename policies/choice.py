@@ -57,7 +57,7 @@ class Choice:
 
     setup: Setup
     plans: tuple[Plan, ...]
-    num_unsliced: int
+    num_unsliced: int = 0
     index: int = 0
     decided_step: int | None = None
     tokens: int = 0

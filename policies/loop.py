@@ -78,7 +78,13 @@ class _Decisions:
         try:
             plan = self._planned(obs)
         except PolicyError as error:
-            plan = self._unsliced(error)
+            if self.on_policy_error == "raise":
+                raise
+            self.errors += 1
+            if self.errors == 1:
+                warnings.warn(f"{error}; running unsliced", stacklevel=3)
+            plan = fallback_plan(self.setup)
+            self.backend.apply(plan)
         if self.on_decision is not None:
             self.on_decision(obs, plan)
 
@@ -93,16 +99,6 @@ class _Decisions:
         except PlanError as error:
             # Anything else that the backend raises is no fault of the policy's.
             raise PolicyError(f"{type(self.policy).__name__} {where}: {error}") from error
-        return plan
-
-    def _unsliced(self, error: PolicyError) -> Plan:
-        if self.on_policy_error == "raise":
-            raise error
-        self.errors += 1
-        if self.errors == 1:
-            warnings.warn(f"{error}; running unsliced", stacklevel=4)
-        plan = fallback_plan(self.setup)
-        self.backend.apply(plan)
         return plan
 
 

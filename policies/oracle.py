@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from .candidates import layouts_of, sharing_plans, splitting_plans, unsliced_plans
-from .choice import plan_costs_ns
+from .choice import Choice, plan_costs_ns
 from .contract import Mechanism, Observation, Pinned, Plan, Setup, SliceLayout
 from .layouts import switch_ns
 from .static import equal_layouts, round_robin
@@ -32,33 +32,23 @@ def candidate_plans(setup: Setup) -> tuple[Plan, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OracleState:
-    """The plans and the one in place."""
-
-    setup: Setup
-    plans: tuple[Plan, ...]
-    index: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Oracle:
     """Takes the cheapest of `candidate_plans` for the coming step; ties go to the earlier one."""
 
     foresees: ClassVar[bool] = True
     reads_clock: ClassVar[bool] = False
 
-    def init(self, setup: Setup) -> OracleState:
-        return OracleState(setup=setup, plans=candidate_plans(setup))
+    def init(self, setup: Setup) -> Choice:
+        return Choice(setup=setup, plans=candidate_plans(setup))
 
     def layouts(self, setup: Setup) -> tuple[SliceLayout, ...]:
         return layouts_of(candidate_plans(setup))
 
-    def plan(self, obs: Observation, state: OracleState) -> tuple[Plan, OracleState]:
+    def plan(self, obs: Observation, state: Choice) -> tuple[Plan, Choice]:
         if obs.coming_LE is not None and obs.coming_LE.any() and state.setup.belief is not None:
             costs = plan_costs_ns(state.setup, state.plans, obs.coming_LE)
             if not state.setup.control.free_switches:
-                now = state.plans[state.index].layout
-                costs += [switch_ns(now, plan.layout, state.setup.device) for plan in state.plans]
+                costs += [switch_ns(state.plan.layout, plan.layout, state.setup.device) for plan in state.plans]
             if np.isfinite(costs).any():
                 state = replace(state, index=int(costs.argmin()))
-        return state.plans[state.index], state
+        return state.plan, state

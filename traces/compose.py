@@ -35,11 +35,6 @@ class Poisson:
                 "and a step time of at least 1 ns, or no step time"
             )
 
-    @staticmethod
-    def per_second(requests_per_s: float, *, step_ns: int) -> "Poisson":
-        """Return arrivals at a rate per second, given what a step is taken to last."""
-        return Poisson(per_step=requests_per_s * step_ns / 1e9, step_ns=step_ns)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Composition:

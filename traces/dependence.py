@@ -39,11 +39,6 @@ def information_bias_bits(counts_EE: NDArray[np.integer]) -> float:
     return float(max(cells - margins + 1, 0) / (2 * max(counts_EE.sum(), 1) * np.log(2)))
 
 
-def best_k(score_NE: NDArray[np.floating], k: int) -> NDArray[np.int64]:
-    """Return the k highest of each row, in no order."""
-    return np.argpartition(-score_NE, k - 1, axis=-1)[..., :k]
-
-
 def conditional_recall(given_NC: F32, chosen_NE: F32, fold_N: NDArray[np.int64], k: int) -> float | None:
     """Return which share of the chosen experts is among the k that go most often with what is given.
 
@@ -59,7 +54,7 @@ def conditional_recall(given_NC: F32, chosen_NE: F32, fold_N: NDArray[np.int64],
     found = 0.0
     for (given_MC, chosen_ME), both_CE, marks_C in zip(parts, both, marks, strict=True):
         share_CE = (sum(both) - both_CE) / np.maximum(sum(marks) - marks_C, 1)[:, None]
-        best_MK = best_k(given_MC @ share_CE, k)
+        best_MK = np.argpartition(-(given_MC @ share_CE), k - 1, axis=-1)[:, :k]
         found += float(np.take_along_axis(chosen_ME, best_MK, axis=1).sum())
     return found / float(chosen_NE.sum())
 

@@ -6,7 +6,6 @@ Shape letters: T tokens, S steps, P positions, R requests, L MoE layers, E exper
 bins, N sampled tokens, C columns of a design matrix, W windows of steps, Q lengths.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -63,24 +62,21 @@ def _layer(blocks: Blocks, sample: Sample, num_experts: int) -> LayerChoice:
     )
 
 
-def fit(source: StepSource, *, progress: Callable[[float], None] | None = None) -> SynthSpec:
+def fit(source: StepSource) -> SynthSpec:
     """Fit a specification to a `RoutingTrace`, or to the counts of any other source.
 
-    Args:
-        source: What to fit to; of a trace at most 512 requests are used, and of each at most its first 512 tokens
-            (more where there are fewer than four requests).
-        progress: Called with the share of the work done, up to 1.
+    Of a trace at most 512 requests are used, and of each at most its first 512 tokens (more where there are fewer than
+    four requests).
     """
-    report = progress or (lambda _: None)
-    return _fit_trace(source, report) if isinstance(source, RoutingTrace) else _fit_counts(source)
+    return _fit_trace(source) if isinstance(source, RoutingTrace) else _fit_counts(source)
 
 
-def _fit_trace(trace: RoutingTrace, report: Callable[[float], None]) -> SynthSpec:
+def _fit_trace(trace: RoutingTrace) -> SynthSpec:
     panel = panel_of(trace)
-    layers, tilts = _likeliest(panel, trace.num_experts, lambda done: report(0.3 * done))
+    layers, tilts = _likeliest(panel, trace.num_experts)
     num_domains = max(len(trace.domains), 1)
     tilt = split_tilt(tilts, panel.domain_R, num_domains)
-    layers, scale_LE = _match_layers(panel, layers, tilt, lambda done: report(0.3 + 0.7 * done))
+    layers, scale_LE = _match_layers(panel, layers, tilt)
     drift = _trace_drift(trace)
     # What drift moves over the trace's steps was taken for a tilt of the requests.
     moved = drift**2 * trace.num_tokens / 6e6
@@ -101,9 +97,7 @@ def _fit_trace(trace: RoutingTrace, report: Callable[[float], None]) -> SynthSpe
     )
 
 
-def _likeliest(
-    panel: Panel, num_experts: int, report: Callable[[float], None]
-) -> tuple[list[LayerChoice], NDArray[np.float64]]:
+def _likeliest(panel: Panel, num_experts: int) -> tuple[list[LayerChoice], NDArray[np.float64]]:
     """Return each layer's most likely parameters, and the tilts of the panel's requests [R, L, E]."""
     num_layers = panel.ids_PRLK.shape[2]
     num_tokens = int(np.clip(LIKELIHOOD_ENTRIES // (num_layers * num_experts), 4_000, 12_000))
@@ -113,7 +107,6 @@ def _likeliest(
         blocks = most_likely(sample, num_experts, max_iterations=30)
         layers.append(_layer(blocks, sample, num_experts))
         tilts.append(blocks[1])
-        report((level + 1) / num_layers)
     return layers, np.stack(tilts, axis=1)
 
 
@@ -126,15 +119,13 @@ def _wanted(panel: Panel, num_experts: int, num_across: int) -> list[Moments]:
     ]
 
 
-def _match_layers(
-    panel: Panel, layers: list[LayerChoice], tilt: Tilt, report: Callable[[float], None]
-) -> tuple[list[LayerChoice], F32]:
+def _match_layers(panel: Panel, layers: list[LayerChoice], tilt: Tilt) -> tuple[list[LayerChoice], F32]:
     """Match the layers from the first up, each on what was drawn of the one below.
 
     Returns:
         The layers, and the factor on each expert's tilt, float32 [L, E].
     """
-    num_layers, num_experts = tilt.own_LE.shape
+    num_experts = tilt.own_LE.shape[1]
     num_positions, num_requests = panel.ids_PRLK.shape[:2]
     affordable = max(DRAWN_ENTRIES // (num_experts * num_positions), 16)
     num_drawn = min(affordable, max(2 * num_requests, 96), 384)
@@ -154,7 +145,6 @@ def _match_layers(
                 layer, tilt_RE, drawn.shape, below_PRK, wanted[level], gains, num_across, noise
             )
             scale_LE[level] *= factor_E
-            report((turn + (level + 1) / num_layers) / len(ROUNDS))
     return layers, scale_LE
 
 

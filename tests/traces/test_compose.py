@@ -111,7 +111,7 @@ def test_chunked_prefill_beside_decode_is_mixed():
 
 def test_arrivals_have_times_where_a_step_has_one():
     trace = ragged_trace(6)
-    timed = compose(trace, Composition(batch_size=2, arrival=Poisson.per_second(2e5, step_ns=1000)))
+    timed = compose(trace, Composition(batch_size=2, arrival=Poisson(per_step=0.2, step_ns=1000)))
     arrivals = timed.step_table.arrival_ns_S[timed.step_table.arrival_ns_S >= 0]
     assert len(arrivals) > 1
     assert (np.diff(arrivals) >= 0).all()

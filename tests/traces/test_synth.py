@@ -231,13 +231,6 @@ def test_the_smallest_traces_can_be_fitted(spec, num_requests):
         np.testing.assert_allclose(summarise(drawn).gini_L, summarise(trace).gini_L, atol=0.15)
 
 
-def test_progress_runs_up_to_one():
-    seen: list[float] = []
-    fit(synthesise(zipf_spec(2, 8, 2, decode_tokens=10), 6, 0), progress=seen.append)
-    assert seen == sorted(seen)
-    assert seen[-1] == pytest.approx(1)
-
-
 def test_impossible_specifications_are_refused():
     spec = zipf_spec(2, 8, 2)
     with pytest.raises(ValueError, match="top_k 9 of 8 experts"):
