@@ -13,7 +13,8 @@ from .spec import INTERPRET
 
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 NOTHING = tl.constexpr(-0x7FFFFFFF)
-"""Below the order of every finite score."""
+"""Below the order of every finite score, as are the 2^23 - 1 numbers after it: an expert that took slot k has
+NOTHING + 1 + k."""
 
 
 @triton.jit
@@ -26,16 +27,23 @@ def expf(x):
 
 @triton.jit
 def finite(x):
-    """Return x with NaN and infinities replaced by the outermost finite numbers."""
+    """Return x with infinities replaced by the outermost finite numbers, and NaN by the lowest."""
     x = tl.where(x != x, -FLOAT_MAX, x)  # noqa: PLR0124
     return tl.minimum(tl.maximum(x, -FLOAT_MAX), FLOAT_MAX)
 
 
 @triton.jit
+def sigmoid(x):
+    """Return the logistic function by IEEE operations."""
+    return tl.div_rn(1.0 + tl.zeros_like(x), 1.0 + expf(-x))
+
+
+@triton.jit
 def order_of(x):
     """Return int32 that sort like the floats."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    # Adding 0 makes -0 equal to 0.
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -81,41 +89,62 @@ def exact_sum(x):
 
 @triton.jit
 def choose(
-    logits_ptr, bias_ptr, ids_ptr, weights_ptr, t_T, e_E, num_tokens, num_rows, num_experts,
-    TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr, SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+    logits_ptr, bias_ptr, ids_ptr, tops_ptr, totals_ptr, first_token, num_tokens, num_rows, e_E,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Store ids and weights of a block of tokens; return the slot of each chosen expert [T, E], -1 elsewhere."""
-    known = (e_E < num_experts)[None, :]
-    live = (t_T < num_tokens)[:, None]
-    at = t_T.to(tl.int64)[:, None] * num_experts + e_E[None, :]
+    """Store the ids of a block of tokens and what their weights divide by; return which experts each chose [T, E]."""
+    t_T = tl.arange(0, BT)
+    known = (e_E < NUM_EXPERTS)[None, :]
+    live = (t_T < num_tokens - first_token)[:, None]
+    # A block's start is 64 bits wide; what is added to it fits 32.
+    at = t_T[:, None] * NUM_EXPERTS + e_E[None, :]
+    logits_ptr += first_token.to(tl.int64) * NUM_EXPERTS
     logits = finite(tl.load(logits_ptr + at, mask=live & known, other=0.0).to(tl.float32))
-    top = tl.max(tl.where(known, logits, -FLOAT_MAX), axis=1)
-    score = logits if SOFTMAX else tl.div_rn(tl.full([BT, BE], 1.0, tl.float32), 1.0 + expf(-logits))
+    score = logits if SOFTMAX else sigmoid(logits)
     choice = score
     if HAS_BIAS:
-        choice = finite(score + tl.load(bias_ptr + e_E, mask=e_E < num_experts, other=0.0)[None, :])
+        choice = finite(score + tl.load(bias_ptr + e_E, mask=e_E < NUM_EXPERTS, other=0.0)[None, :])
     order = tl.where(known, order_of(choice), NOTHING)
+    # Of softmax, which is never biased: the highest score is the highest logit, and always among the chosen.
+    top = score_of(tl.max(order, axis=1))
     if GROUPS > 1:
         order = keep_best_groups(order, SOFTMAX, GROUPS, TOP_GROUPS, BT, BE)
     # Whatever is chosen stays where its expert is: moving it into rows of K would cost a barrier for each slot.
-    slot = tl.full([BT, BE], -1, tl.int32)
     total = tl.zeros([BT], tl.float32)
     for k in range(TOP_K):
         best, expert = best_of(order, e_E[None, :], 1)
         hit = e_E[None, :] == expert[:, None]
-        weight = tl.sum(tl.where(hit, score, 0.0), axis=1) if HAS_BIAS else score_of(best)
-        total += expf(weight - top) if SOFTMAX else weight
-        slot = tl.where(hit, k, slot)
-        order = tl.where(hit, NOTHING, order)
-    picked = expf(logits - top[:, None]) if SOFTMAX else score
-    if RENORMALISE:
-        picked = tl.div_rn(picked, tl.broadcast_to((total if SOFTMAX else total + 1e-20)[:, None], [BT, BE]))
-    elif SOFTMAX:
-        whole = exact_sum(tl.where(known, picked, 0.0))
-        picked = tl.div_rn(picked, tl.broadcast_to(whole[:, None], [BT, BE]))
-    out = t_T.to(tl.int64)[:, None] * TOP_K + slot
-    inside = (t_T < num_rows)[:, None] & (slot >= 0)
-    tl.store(ids_ptr + out, tl.where(live, tl.broadcast_to(e_E[None, :], [BT, BE]), -1), mask=inside)
-    tl.store(weights_ptr + out, tl.where(live, picked * SCALE, 0.0), mask=inside)
-    return tl.where(live, slot, -1)
+        if RENORMALISE:
+            weight = tl.sum(tl.where(hit, score, 0.0), axis=1) if HAS_BIAS else score_of(best)
+            total += expf(weight - top) if SOFTMAX else weight
+        order = tl.where(hit, NOTHING + 1 + k, order)
+    slot = order - (NOTHING + 1)
+    chosen = (slot >= 0) & (slot < TOP_K)
+    # Not so, but the mask keeps stores apart, and without this they would move to another layout through shared memory.
+    out = tl.max_contiguous(tl.multiple_of(t_T[:, None] * TOP_K + slot, [1, 4]), [1, 4])
+    inside = t_T < num_rows - first_token
+    ids_ptr += first_token.to(tl.int64) * TOP_K
+    tl.store(ids_ptr + out, tl.where(live, tl.broadcast_to(e_E[None, :], [BT, BE]), -1), mask=inside[:, None] & chosen)
+    if SOFTMAX:
+        tl.store(tops_ptr + first_token + t_T, top, mask=inside)
+        if not RENORMALISE:
+            total = exact_sum(tl.where(known, expf(logits - top[:, None]), 0.0))
+    if SOFTMAX or RENORMALISE:
+        tl.store(totals_ptr + first_token + t_T, total if SOFTMAX else total + 1e-20, mask=inside)
+    return live & chosen
+
+
+@triton.jit
+def weigh(
+    logits_ptr, tops_ptr, totals_ptr, expert_N, token_N,
+    NUM_EXPERTS: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Return the weights of routed rows, 0 where the expert is -1."""
+    live = expert_N >= 0
+    at_N = token_N.to(tl.int64) * NUM_EXPERTS + expert_N
+    logit_N = finite(tl.load(logits_ptr + at_N, mask=live, other=0.0).to(tl.float32))
+    weight_N = expf(logit_N - tl.load(tops_ptr + token_N, mask=live, other=0.0)) if SOFTMAX else sigmoid(logit_N)
+    if SOFTMAX or RENORMALISE:
+        weight_N = tl.div_rn(weight_N, tl.load(totals_ptr + token_N, mask=live, other=1.0))
+    return tl.where(live, weight_N * SCALE, 0.0)

@@ -107,6 +107,7 @@ def expert_tile(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # A zero that the compiler does not know: else it would add fp32 products one by one to the whole sum.
     nothing = tl.full([BLOCK_M, BLOCK_N], (k_dim >> 31).to(tl.float32), tl.float32)
+    lost = nothing
     for k in range(0, k_dim, BLOCK_K):
         if A_DESC:
             x = a.load([row, k])
@@ -124,7 +125,11 @@ def expert_tile(
         if INTERPRET:
             x, w = x.to(tl.float32), w.to(tl.float32)
         if OUT.is_fp32():
-            acc += tl.dot(x, w, nothing, input_precision=PRECISION)
+            # What rounding loses of the sum so far goes into the next addition (Kahan): the error stays that of a step.
+            part = tl.dot(x, w, nothing, input_precision=PRECISION) - lost
+            total = acc + part
+            lost = (total - acc) - part
+            acc = total
         else:
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
     if HAS_BIAS:

@@ -29,22 +29,32 @@ def tile_capacity(num_rows: int, num_experts: int, block_m: int) -> int:
 
 
 @triton.jit
-def load_plan(plan_ptr, e_E, num_experts):
-    """Return a plan's tile order, number of bounds and pinned slices [E]: early, they cost nothing."""
-    num_bounds = tl.load(plan_ptr + NUM_BOUNDS_AT)
-    pinned_E = tl.load(plan_ptr + PINNED_AT + e_E, mask=e_E < num_experts, other=0)
-    return tl.load(plan_ptr + ORDER_AT), num_bounds, pinned_E
+def load_plan(plan_ptr, sizes_ptr, e_E, NUM_EXPERTS: tl.constexpr):
+    """Return a plan: tile order, number of bounds, bounds [S], slice ids [S], pinned slices [E], block_m [S] of lists.
+
+    Loaded before a kernel chooses experts, they cost nothing.
+    """
+    s_S = tl.arange(0, SLICES)
+    bounds_S = tl.load(plan_ptr + BOUNDS_AT + s_S)
+    slice_ids_S = tl.load(plan_ptr + SLICE_IDS_AT + s_S)
+    pinned_E = tl.load(plan_ptr + PINNED_AT + e_E, mask=e_E < NUM_EXPERTS, other=0)
+    up_m_S = tl.load(sizes_ptr + BLOCK_M_AT + s_S)
+    down_m_S = tl.load(sizes_ptr + BLOCK_M_AT + SLICES + s_S)
+    return (
+        tl.load(plan_ptr + ORDER_AT), tl.load(plan_ptr + NUM_BOUNDS_AT), bounds_S, slice_ids_S, pinned_E, up_m_S,
+        down_m_S,
+    )  # fmt: skip
 
 
 @triton.jit
-def slice_of_experts(counts_E, num_bounds, pinned_E, num_slices, plan_ptr):
+def slice_of_experts(counts_E, num_bounds, bounds_S, slice_ids_S, pinned_E, num_slices):
     """Return the slice of each expert: pinned by the plan, or found from its tokens; the last one if it is too high."""
-    slices_E = pinned_E
-    if num_bounds >= 0:
-        place_E = tl.zeros_like(counts_E)
-        for j in range(num_bounds):
-            place_E += (counts_E >= tl.load(plan_ptr + BOUNDS_AT + j)).to(tl.int32)
-        slices_E = tl.load(plan_ptr + SLICE_IDS_AT + place_E)
+    slices_E = tl.zeros_like(counts_E)
+    if num_slices > 1:
+        slices_E = pinned_E
+        if num_bounds >= 0:
+            reached = (counts_E[:, None] >= bounds_S[None, :]) & (tl.arange(0, SLICES) < num_bounds)[None, :]
+            slices_E = tl.gather(slice_ids_S, tl.sum(reached.to(tl.int32), axis=1), 0)
     return tl.minimum(slices_E, num_slices - 1)
 
 
@@ -65,20 +75,20 @@ def order_experts(counts_E, slices_E, e_E, order):
 
 @triton.jit
 def build_queues(
-    counts_E, e_E, order, num_bounds, pinned_E, num_slices, plan_ptr, sizes_ptr, tiles_ptr, begins_ptr, tickets_ptr,
-    ready_ptr, capacity, part, num_parts, NUM_LISTS: tl.constexpr, BJ: tl.constexpr,
+    counts_E, e_E, plan, num_slices, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, capacity, part, num_parts,
+    NUM_LISTS: tl.constexpr, ONE_PASS: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """Write the lists of row tiles [Q, capacity] and where each slice's run begins [Q, S + 1]; clear the counters.
 
     Part `part` of `num_parts` writes its share of the entries; each part works out the whole order for itself.
     """
-    slices_E = slice_of_experts(counts_E, num_bounds, pinned_E, num_slices, plan_ptr)
+    order, num_bounds, bounds_S, slice_ids_S, pinned_E, up_m_S, down_m_S = plan
+    slices_E = slice_of_experts(counts_E, num_bounds, bounds_S, slice_ids_S, pinned_E, num_slices)
     counts_E, slices_E, e_E = order_experts(counts_E, slices_E, e_E, order)
     if part == 0:
         tl.store(tickets_ptr + tl.arange(0, COUNTERS * SLICES), tl.zeros([COUNTERS * SLICES], tl.int32))
     for q in tl.static_range(NUM_LISTS):
-        block_m_E = tl.load(sizes_ptr + BLOCK_M_AT + q * SLICES + slices_E)
-        num_E = tl.cdiv(counts_E, block_m_E)
+        num_E = tl.cdiv(counts_E, tl.gather(up_m_S if q == 0 else down_m_S, slices_E, 0))
         first_E = tl.zeros_like(num_E)
         begin = 0
         for s in range(num_slices):
@@ -89,14 +99,23 @@ def build_queues(
                 tl.store(begins_ptr + q * (SLICES + 1) + s + 1, begin)
         if part == 0:
             tl.store(begins_ptr + q * (SLICES + 1), 0)
-        for start in range(part * BJ, tl.max(num_E), num_parts * BJ):
-            j_JE = start + tl.arange(0, BJ)[:, None] + 0 * e_E[None, :]
-            ours = j_JE < num_E[None, :]
-            place = q * capacity + first_E[None, :] + j_JE
-            tl.store(tiles_ptr + place, (first_E[None, :] << EXPERT_BITS) | (e_E[None, :] + 0 * j_JE), mask=ours)
-            if q == 0:
-                tl.store(ready_ptr + place, 0 * j_JE, mask=ours)
-                tl.store(ready_ptr + capacity + place, 0 * j_JE, mask=ours)
+        if ONE_PASS:
+            write_tiles(num_E, first_E, e_E, q, 0, tiles_ptr, ready_ptr, capacity, BJ)
+        else:
+            for start in range(part * BJ, tl.max(num_E), num_parts * BJ):
+                write_tiles(num_E, first_E, e_E, q, start, tiles_ptr, ready_ptr, capacity, BJ)
+
+
+@triton.jit
+def write_tiles(num_E, first_E, e_E, q: tl.constexpr, start, tiles_ptr, ready_ptr, capacity, BJ: tl.constexpr):
+    """Write row tiles `start` to `start + BJ` of every expert to a list, and that nothing of them is ready."""
+    j_JE = start + tl.arange(0, BJ)[:, None] + 0 * e_E[None, :]
+    ours = j_JE < num_E[None, :]
+    place = q * capacity + first_E[None, :] + j_JE
+    tl.store(tiles_ptr + place, (first_E[None, :] << EXPERT_BITS) | (e_E[None, :] + 0 * j_JE), mask=ours)
+    if q == 0:
+        tl.store(ready_ptr + place, 0 * j_JE, mask=ours)
+        tl.store(ready_ptr + capacity + place, 0 * j_JE, mask=ours)
 
 
 @triton.jit

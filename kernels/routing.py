@@ -1,12 +1,13 @@
 """Routing on the device: logits to experts, weights, counts, a stable order of rows, and tile queues.
 
-A batch that fits one block (64 tokens of up to 128 experts) takes one launch of one CTA, larger ones take two launches.
-Nothing is counted with atomics and nothing is read back, so that order and bits depend on the logits and the plan
-alone. `reference.route`, `dispatch` and `queues` define the result.
+A batch of up to 64 tokens takes one launch, whose last CTA to arrive counts and places what all of them chose; larger
+ones take two launches. Nothing is read back, and what CTAs add up commutes, so that order and bits depend on the logits
+and the plan alone. `reference.route`, `dispatch` and `queues` define the result.
 
-Shape letters: T tokens, E experts, K top-k, N routed rows, B blocks of tokens.
+Shape letters: T tokens of a block, E experts, K top-k, N routed rows, B blocks of tokens.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import triton
@@ -15,18 +16,26 @@ from torch import Tensor
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .choice import choose
+from .choice import choose, weigh
 from .queues import build_queues, load_plan
-from .spec import INTERPRET, LayerLaunch, RouterSpec
+from .spec import INTERPRET, SMALLEST_BLOCK_M, LayerLaunch, RouterSpec
 
 if TYPE_CHECKING:
     from .workspace import Workspace
 
-MAX_BLOCK_TOKENS = 64
-BLOCK_SCORES = 8192
-"""Scores that one CTA holds at once: 64 tokens of 128 experts."""
-QUEUE_PARTS = 8
-SCORES_PER_WARP = 512
+MASK_TOKENS = 64
+"""Tokens whose experts one int64 a expert can name: the most of a block, and of a batch that takes one launch."""
+WARP_SCORES = 128
+"""Scores that a warp holds at once: four a lane, so that rows load in 16 bytes and no row spans two warps."""
+SMALL_WARPS = 2
+LARGE_WARPS = 16
+PLACE_WARPS = 8
+MIN_BLOCK_TOKENS = 16
+"""Of a batch that takes two launches."""
+WAVE_BLOCKS = 128
+"""Blocks that a large batch is cut into if it can be: about one for each SM."""
+COUNTS_AT_ONCE = 8192
+QUEUE_PARTS = 4
 ENTRIES = 1024
 """Entries of a queue that one CTA writes at once."""
 
@@ -46,27 +55,39 @@ def popcount(x):
 
 
 @triton.jit
-def members_of(slot, BT: tl.constexpr):
+def members_of(chosen, BT: tl.constexpr):
     """Return each expert's tokens of a block [E], a bit each in int64."""
     bit_T = tl.full([BT], 1, tl.int64) << tl.arange(0, BT).to(tl.int64)
-    return tl.sum(tl.where(slot >= 0, bit_T[:, None], 0), axis=0)
+    return tl.sum(tl.where(chosen, bit_T[:, None], 0), axis=0)
 
 
 @triton.jit
-def place_rows(slot, members_E, first_token, starts_E, row_slot_ptr, TOP_K: tl.constexpr, BT: tl.constexpr):
-    """Store each routed row's place t * K + slot, expert by expert, tokens in order."""
-    t_T = tl.arange(0, BT)
-    below_T = (tl.full([BT], 1, tl.int64) << t_T.to(tl.int64)) - 1
-    rank = popcount(members_E[None, :] & below_T[:, None])
-    token_T = first_token + t_T
-    tl.store(row_slot_ptr + starts_E[None, :] + rank, token_T[:, None] * TOP_K + slot, mask=slot >= 0)
+def place_rows(
+    logits_ptr, tops_ptr, totals_ptr, ids_ptr, weights_ptr, row_slot_ptr, members_E, starts_E, first_token, tokens_stop,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr,
+    SCALE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Store the place t * K + slot of each routed row of a block's tokens, expert by expert, and the rows' weights."""
+    n_N = tl.arange(0, BN)
+    place_N = first_token * TOP_K + n_N
+    inside = place_N < tokens_stop * TOP_K
+    expert_N = tl.load(ids_ptr + place_N, mask=inside, other=-1)
+    token_N = first_token + n_N // TOP_K
+    weight_N = weigh(
+        logits_ptr, tops_ptr, totals_ptr, expert_N, token_N, NUM_EXPERTS, SOFTMAX, RENORMALISE, SCALE,
+    )  # fmt: skip
+    tl.store(weights_ptr + place_N, weight_N, mask=inside)
+    at_N = tl.maximum(expert_N, 0)
+    below_N = (tl.full([BN], 1, tl.int64) << (token_N - first_token).to(tl.int64)) - 1
+    rank_N = popcount(tl.gather(members_E, at_N, 0) & below_N)
+    tl.store(row_slot_ptr + tl.gather(starts_E, at_N, 0) + rank_N, place_N, mask=expert_N >= 0)
 
 
 @triton.jit
-def store_counts(counts_E, ends_E, e_E, num_experts, counts_ptr, offsets_ptr):
+def store_counts(counts_E, ends_E, e_E, counts_ptr, offsets_ptr, NUM_EXPERTS: tl.constexpr):
     """Store tokens per expert [E] and where each expert's rows start [E + 1]."""
-    tl.store(counts_ptr + e_E, counts_E, mask=e_E < num_experts)
-    tl.store(offsets_ptr + 1 + e_E, ends_E, mask=e_E < num_experts)
+    tl.store(counts_ptr + e_E, counts_E, mask=e_E < NUM_EXPERTS)
+    tl.store(offsets_ptr + 1 + e_E, ends_E, mask=e_E < NUM_EXPERTS)
     tl.store(offsets_ptr, 0)
 
 
@@ -78,65 +99,77 @@ def live_tokens(num_tokens_ptr, num_rows, PADDED: tl.constexpr):
     return num_rows
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "num_slices", "capacity"])
-def route_small_kernel(
-    logits_ptr, bias_ptr, num_tokens_ptr, plan_ptr, sizes_ptr, ids_ptr, weights_ptr, counts_ptr, offsets_ptr,
-    row_slot_ptr, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, num_rows, num_experts, num_slices, capacity,
-    PADDED: tl.constexpr, DEPENDENT: tl.constexpr, NUM_LISTS: tl.constexpr,
+@triton.jit
+def arrive_last(arrivals_ptr):
+    """Return whether every other CTA of the launch arrived before, and their stores can be read; clear the counter."""
+    # All warps have stored before one thread says so.
+    tl.debug_barrier()
+    last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if last:
+        tl.store(arrivals_ptr, 0)
+    return last
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_slices", "capacity"])
+def route_kernel(
+    logits_ptr, bias_ptr, num_tokens_ptr, plan_ptr, sizes_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, counts_ptr,
+    offsets_ptr, row_slot_ptr, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, members_ptr, block_counts_ptr,
+    arrivals_ptr, num_rows, num_slices, capacity, block_pitch,
+    PADDED: tl.constexpr, DEPENDENT: tl.constexpr, PLACES: tl.constexpr, ALONE: tl.constexpr,
+    NUM_LISTS: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr, SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BT: tl.constexpr, BE: tl.constexpr, BJ: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    """Route a small batch in one CTA."""
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
-    num_tokens = live_tokens(num_tokens_ptr, num_rows, PADDED)
-    t_T, e_E = tl.arange(0, BT), tl.arange(0, BE)
-    order, num_bounds, pinned_E = load_plan(plan_ptr, e_E, num_experts)
-    slot = choose(
-        logits_ptr, bias_ptr, ids_ptr, weights_ptr, t_T, e_E, num_tokens, num_rows, num_experts,
-        TOP_K, SOFTMAX, RENORMALISE, GROUPS, TOP_GROUPS, SCALE, HAS_BIAS, BT, BE,
-    )  # fmt: skip
-    members_E = members_of(slot, BT)
-    counts_E = popcount(members_E)
-    ends_E = tl.cumsum(counts_E, axis=0)
-    place_rows(slot, members_E, 0, ends_E - counts_E, row_slot_ptr, TOP_K, BT)
-    store_counts(counts_E, ends_E, e_E, num_experts, counts_ptr, offsets_ptr)
-    build_queues(
-        counts_E, e_E, order, num_bounds, pinned_E, num_slices, plan_ptr, sizes_ptr, tiles_ptr, begins_ptr,
-        tickets_ptr, ready_ptr, capacity, 0, 1, NUM_LISTS, BJ,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_experts"])
-def route_block_kernel(
-    logits_ptr, bias_ptr, num_tokens_ptr, ids_ptr, weights_ptr, slots_ptr, block_counts_ptr, num_rows, num_experts,
-    PADDED: tl.constexpr, DEPENDENT: tl.constexpr,
-    TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr, SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
-):  # fmt: skip
-    """Route one block of tokens and count its experts [B, BE]."""
+    """Route one block of tokens; the last CTA of a small batch goes on to place rows and write queues."""
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
     block = tl.program_id(0)
     num_tokens = live_tokens(num_tokens_ptr, num_rows, PADDED)
-    t_T, e_E = block * BT + tl.arange(0, BT), tl.arange(0, BE)
-    slot = choose(
-        logits_ptr, bias_ptr, ids_ptr, weights_ptr, t_T, e_E, num_tokens, num_rows, num_experts,
-        TOP_K, SOFTMAX, RENORMALISE, GROUPS, TOP_GROUPS, SCALE, HAS_BIAS, BT, BE,
+    e_E = tl.arange(0, BE)
+    if PLACES:
+        plan = load_plan(plan_ptr, sizes_ptr, e_E, NUM_EXPERTS)
+    chosen = choose(
+        logits_ptr, bias_ptr, ids_ptr, tops_ptr, totals_ptr, block * BT, num_tokens, num_rows, e_E,
+        NUM_EXPERTS, TOP_K, SOFTMAX, RENORMALISE, GROUPS, TOP_GROUPS, HAS_BIAS, BT, BE,
     )  # fmt: skip
-    tl.store(slots_ptr + t_T.to(tl.int64)[:, None] * BE + e_E[None, :], slot.to(tl.int16))
-    tl.store(block_counts_ptr + block * BE + e_E, popcount(members_of(slot, BT)))
+    members_E = members_of(chosen, BT)
+    if PLACES:
+        last = True
+        if ALONE:
+            tl.debug_barrier()
+        else:
+            tl.atomic_or(members_ptr + e_E, members_E << (block * BT), mask=members_E != 0, sem="relaxed")
+            last = arrive_last(arrivals_ptr)
+        if last:
+            if not ALONE:
+                members_E = tl.load(members_ptr + e_E)
+                tl.store(members_ptr + e_E, tl.zeros([BE], tl.int64))
+            counts_E = popcount(members_E)
+            ends_E = tl.cumsum(counts_E, axis=0)
+            place_rows(
+                logits_ptr, tops_ptr, totals_ptr, ids_ptr, weights_ptr, row_slot_ptr, members_E, ends_E - counts_E,
+                0, num_rows, NUM_EXPERTS, TOP_K, SOFTMAX, RENORMALISE, SCALE, BN,
+            )  # fmt: skip
+            store_counts(counts_E, ends_E, e_E, counts_ptr, offsets_ptr, NUM_EXPERTS)
+            build_queues(
+                counts_E, e_E, plan, num_slices, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, capacity, 0, 1,
+                NUM_LISTS, True, BJ,
+            )  # fmt: skip
+    else:
+        tl.store(members_ptr + (1 + block) * BE + e_E, members_E)
+        tl.store(block_counts_ptr + e_E.to(tl.int64) * block_pitch + block, popcount(members_E).to(tl.uint8))
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_slices", "num_blocks", "capacity"])
-def place_block_kernel(
-    plan_ptr, sizes_ptr, slots_ptr, block_counts_ptr, counts_ptr, offsets_ptr, row_slot_ptr,
-    tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, num_experts, num_slices, num_blocks, capacity,
-    DEPENDENT: tl.constexpr, NUM_LISTS: tl.constexpr, NUM_PARTS: tl.constexpr,
-    TOP_K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BLOCK_B: tl.constexpr, BJ: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows", "num_slices", "num_blocks", "capacity"])
+def place_kernel(
+    logits_ptr, plan_ptr, sizes_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, counts_ptr, offsets_ptr, row_slot_ptr,
+    tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, members_ptr, block_counts_ptr,
+    num_rows, num_slices, num_blocks, capacity, block_pitch,
+    DEPENDENT: tl.constexpr, NUM_LISTS: tl.constexpr, NUM_PARTS: tl.constexpr, NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, SCALE: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """Place one block's rows; the programs before the blocks write the queues. Each adds up all blocks for itself."""
     if DEPENDENT:
@@ -144,30 +177,30 @@ def place_block_kernel(
         gdc_wait()
     block = tl.program_id(0) - NUM_PARTS
     e_E = tl.arange(0, BE)
-    order, num_bounds, pinned_E = load_plan(plan_ptr, e_E, num_experts)
+    plan = load_plan(plan_ptr, sizes_ptr, e_E, NUM_EXPERTS)
     counts_E = tl.zeros([BE], tl.int32)
     before_E = tl.zeros([BE], tl.int32)
-    for start in range(0, num_blocks, BLOCK_B):
-        b_B = (start + tl.arange(0, BLOCK_B))[:, None]
-        part = tl.load(block_counts_ptr + b_B * BE + e_E[None, :], mask=b_B < num_blocks, other=0)
-        # Both sums at once: no count reaches 2^31.
-        both = part.to(tl.int64) + (tl.where(b_B < block, part, 0).to(tl.int64) << 32)
-        both_E = tl.sum(both, axis=0)
-        counts_E += both_E.to(tl.int32)
-        before_E += (both_E >> 32).to(tl.int32)
+    for start in range(0, num_blocks, BB):
+        b_B = (start + tl.arange(0, BB))[None, :]
+        at = e_E.to(tl.int64)[:, None] * block_pitch + b_B
+        part = tl.load(block_counts_ptr + at, mask=b_B < num_blocks, other=0).to(tl.int32)
+        counts_E += tl.sum(part, axis=1)
+        before_E += tl.sum(tl.where(b_B < block, part, 0), axis=1)
     ends_E = tl.cumsum(counts_E, axis=0)
     if block >= 0:
-        t_T = block * BT + tl.arange(0, BT)
-        slot = tl.load(slots_ptr + t_T.to(tl.int64)[:, None] * BE + e_E[None, :]).to(tl.int32)
-        starts_E = ends_E - counts_E + before_E
-        place_rows(slot, members_of(slot, BT), block * BT, starts_E, row_slot_ptr, TOP_K, BT)
+        members_E = tl.load(members_ptr + (1 + block) * BE + e_E)
+        place_rows(
+            logits_ptr, tops_ptr, totals_ptr, ids_ptr, weights_ptr, row_slot_ptr, members_E,
+            ends_E - counts_E + before_E, block * BT, tl.minimum(num_rows, (block + 1) * BT),
+            NUM_EXPERTS, TOP_K, SOFTMAX, RENORMALISE, SCALE, BN,
+        )  # fmt: skip
     else:
         build_queues(
-            counts_E, e_E, order, num_bounds, pinned_E, num_slices, plan_ptr, sizes_ptr, tiles_ptr, begins_ptr,
-            tickets_ptr, ready_ptr, capacity, block + NUM_PARTS, NUM_PARTS, NUM_LISTS, BJ,
+            counts_E, e_E, plan, num_slices, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, capacity,
+            block + NUM_PARTS, NUM_PARTS, NUM_LISTS, False, BJ,
         )  # fmt: skip
         if block + NUM_PARTS == 0:
-            store_counts(counts_E, ends_E, e_E, num_experts, counts_ptr, offsets_ptr)
+            store_counts(counts_E, ends_E, e_E, counts_ptr, offsets_ptr, NUM_EXPERTS)
 
 
 def padded_experts(num_experts: int) -> int:
@@ -175,9 +208,29 @@ def padded_experts(num_experts: int) -> int:
     return max(16, triton.next_power_of_2(num_experts))
 
 
-def block_tokens(num_experts: int) -> int:
-    """Return the most tokens that one CTA routes at once."""
-    return min(MAX_BLOCK_TOKENS, BLOCK_SCORES // padded_experts(num_experts))
+@dataclass(frozen=True, slots=True)
+class Blocking:
+    """How a batch is cut: tokens and warps of a CTA, and how many CTAs."""
+
+    block_t: int
+    num_warps: int
+    num_blocks: int
+    one_launch: bool
+
+
+def blocking(num_rows: int, num_experts: int) -> Blocking:
+    """Return how a batch is cut into blocks of tokens."""
+    block_e, padded = padded_experts(num_experts), triton.next_power_of_2(max(1, num_rows))
+    one_launch = num_rows <= MASK_TOKENS
+    if one_launch:
+        # A row of 64 scores fills a warp by two a lane: reductions over whole warps are single instructions.
+        rows_of_warp = 1 if block_e >= 64 else WARP_SCORES // block_e
+        block_t, most_warps = min(padded, SMALL_WARPS * rows_of_warp), SMALL_WARPS
+    else:
+        rows_of_warp = max(1, WARP_SCORES // block_e)
+        block_t, most_warps = min(MASK_TOKENS, max(MIN_BLOCK_TOKENS, padded // WAVE_BLOCKS)), LARGE_WARPS
+    num_warps = min(most_warps, max(1, block_t // rows_of_warp))
+    return Blocking(block_t, num_warps, max(1, triton.cdiv(num_rows, block_t)), one_launch)
 
 
 def route(
@@ -194,42 +247,39 @@ def route(
     `num_tokens`, one int32 on the device, says how many leading rows are tokens; None: all of them.
     """
     num_rows, block_e = logits_TE.shape[0], padded_experts(router.num_experts)
-    block_t = min(triton.next_power_of_2(max(num_rows, 1)), block_tokens(router.num_experts))
-    num_blocks = max(1, triton.cdiv(num_rows, block_t))
-    choice = {
-        "PADDED": num_tokens is not None,
-        "DEPENDENT": launch.dependent and not INTERPRET.value,
+    cut = blocking(num_rows, router.num_experts)
+    dependent = launch.dependent and not INTERPRET.value
+    tokens_placed = triton.next_power_of_2(max(1, num_rows)) if cut.one_launch else cut.block_t
+    shared = {
+        "DEPENDENT": dependent,
+        "NUM_LISTS": launch.num_lists,
+        "NUM_EXPERTS": router.num_experts,
         "TOP_K": router.top_k,
         "SOFTMAX": router.score == "softmax",
         "RENORMALISE": router.renormalise,
-        "GROUPS": router.num_groups,
-        "TOP_GROUPS": router.top_groups,
         "SCALE": router.scale,
-        "HAS_BIAS": bias_E is not None,
-        "BT": block_t,
+        "BT": cut.block_t,
         "BE": block_e,
-        "num_warps": min(32, max(4, block_t * block_e // SCORES_PER_WARP)),
+        "BN": tokens_placed * triton.next_power_of_2(router.top_k),
+        "BJ": max(1, tokens_placed // SMALLEST_BLOCK_M if cut.one_launch else ENTRIES // block_e),
+        "launch_pdl": dependent,
         "enable_fp_fusion": False,
-        "launch_pdl": launch.dependent and not INTERPRET.value,
     }
-    plan = (ws.plan, ws.tile_sizes(launch))
-    rows = (ws.counts_E, ws.offsets_E1, ws.row_slot_N)
+    plan, block_pitch = (ws.plan, ws.tile_sizes(launch)), ws.block_counts_EB.stride(0)
+    rows = (ws.ids_TK, ws.weights_TK, ws.tops_T, ws.totals_T, ws.counts_E, ws.offsets_E1, ws.row_slot_N)
     queues = (ws.tiles_QC, ws.begins_QS, ws.tickets, ws.ready_2C)
-    inputs = (logits_TE, bias_E, num_tokens)
-    sizes = (num_rows, router.num_experts)
-    block_j = max(1, ENTRIES // block_e)
-    num_slices, num_lists = len(launch.slices), launch.num_lists
-    if num_blocks == 1:
-        route_small_kernel[(1,)](
-            *inputs, *plan, ws.ids_TK, ws.weights_TK, *rows, *queues, *sizes, num_slices, ws.capacity,
-            NUM_LISTS=num_lists, BJ=block_j, **choice,
-        )  # fmt: skip
-        return
-    route_block_kernel[(num_blocks,)](
-        *inputs, ws.ids_TK, ws.weights_TK, ws.slots_TE, ws.block_counts_BE, *sizes, **choice,
+    blocks = (ws.members_BE, ws.block_counts_EB)
+    route_kernel[(cut.num_blocks,)](
+        logits_TE, bias_E, num_tokens, *plan, *rows, *queues, *blocks, ws.arrivals,
+        num_rows, len(launch.slices), ws.capacity, block_pitch, PADDED=num_tokens is not None, PLACES=cut.one_launch,
+        ALONE=cut.num_blocks == 1, GROUPS=router.num_groups, TOP_GROUPS=router.top_groups, HAS_BIAS=bias_E is not None,
+        num_warps=cut.num_warps, **shared,
     )  # fmt: skip
-    place_block_kernel[(num_blocks + QUEUE_PARTS,)](
-        *plan, ws.slots_TE, ws.block_counts_BE, *rows, *queues, router.num_experts, num_slices, num_blocks,
-        ws.capacity, NUM_LISTS=num_lists, NUM_PARTS=QUEUE_PARTS, BLOCK_B=min(64, BLOCK_SCORES // block_e), BJ=block_j,
-        **{k: choice[k] for k in ("DEPENDENT", "TOP_K", "BT", "BE", "num_warps", "launch_pdl")},
+    if cut.one_launch:
+        return
+    place_kernel[(cut.num_blocks + QUEUE_PARTS,)](
+        logits_TE, *plan, *rows, *queues, *blocks,
+        num_rows, len(launch.slices), cut.num_blocks, ws.capacity, block_pitch, NUM_PARTS=QUEUE_PARTS,
+        BB=min(max(16, triton.next_power_of_2(cut.num_blocks)), COUNTS_AT_ONCE // block_e),
+        num_warps=min(PLACE_WARPS, cut.num_warps), **shared,
     )  # fmt: skip

@@ -21,6 +21,7 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter, which computes bf16 wrongly and knows no inline assembly."""
 
 MAX_SLICES = 16
+SMALLEST_BLOCK_M = 16
 MAX_BLOCK_M = 256
 MAX_EXPERTS = 512
 FP32_COLUMNS = 32
@@ -57,9 +58,9 @@ class LaunchSpec:
 
     def __post_init__(self) -> None:
         blocks = (self.block_m, self.block_n, self.block_k)
-        if any(not 16 <= block <= MAX_BLOCK_M or block & (block - 1) for block in blocks):
+        if any(not SMALLEST_BLOCK_M <= block <= MAX_BLOCK_M or block & (block - 1) for block in blocks):
             tile = "x".join(map(str, blocks))
-            raise ValueError(f"tile {tile}: each side must be a power of two from 16 to {MAX_BLOCK_M}")
+            raise ValueError(f"tile {tile}: each side must be a power of two from {SMALLEST_BLOCK_M} to {MAX_BLOCK_M}")
         if self.num_ctas < 1 or self.num_stages < 1 or self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(
                 f"launch of {self.num_ctas} CTAs, {self.num_warps} warps, {self.num_stages} stages: CTAs and stages "

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from ..traces.schema import MoeSpec
 from .queues import MAX_TILES, NUM_COUNTERS, tile_capacity
-from .routing import block_tokens, padded_experts
-from .spec import MAX_BLOCK_M, MAX_SLICES, TORCH_DTYPE, LayerLaunch, encode_tiles, plan_words
+from .routing import MIN_BLOCK_TOKENS, padded_experts
+from .spec import MAX_BLOCK_M, MAX_SLICES, SMALLEST_BLOCK_M, TORCH_DTYPE, LayerLaunch, encode_tiles, plan_words
 from .weights import ALIGN
-
-SMALLEST_BLOCK_M = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,14 +33,21 @@ class Workspace:
     ids_TK: Tensor
     """int32, -1 for padding rows."""
     weights_TK: Tensor
+    tops_T: Tensor
+    """The highest logit of each token, and what its weights divide by, next."""
+    totals_T: Tensor
     counts_E: Tensor
     offsets_E1: Tensor
     """[E + 1] int32: where each expert's rows start."""
     row_slot_N: Tensor
     """Place t * K + slot of each row, expert by expert, in token order, and a tile more."""
-    slots_TE: Tensor
-    """int16, of whole blocks of tokens and a power of two of experts: which slot of the token an expert took, or -1."""
-    block_counts_BE: Tensor
+    members_BE: Tensor
+    """int64, a power of two of experts: which tokens of a block chose an expert, a bit each. The
+    first row is a small batch's, which leaves it zero."""
+    block_counts_EB: Tensor
+    """uint8: how many; the pitch is a multiple of 16."""
+    arrivals: Tensor
+    """How many CTAs of a small batch's routing have arrived: zero between launches."""
     tiles_QC: Tensor
     begins_QS: Tensor
     """[Q, MAX_SLICES + 1]: where each slice's run of tiles begins."""
@@ -65,7 +70,7 @@ class Workspace:
         capacity = tile_capacity(num_rows, spec.num_experts, SMALLEST_BLOCK_M)
         if max_tokens < 0 or capacity > MAX_TILES:
             raise ValueError(f"workspace for {max_tokens} tokens; give 0 to {MAX_TILES // spec.top_k * 15} or so")
-        num_blocks = triton.cdiv(max(1, max_tokens), block_tokens(spec.num_experts))
+        block_e, num_blocks = padded_experts(spec.num_experts), triton.cdiv(max(1, max_tokens), MIN_BLOCK_TOKENS)
         dtype = TORCH_DTYPE[spec.dtype]
 
         def ints(*shape: int) -> Tensor:
@@ -81,16 +86,14 @@ class Workspace:
             plan=ints(plan_words(spec.num_experts)),
             ids_TK=ints(max(1, max_tokens), spec.top_k),
             weights_TK=torch.zeros(max(1, max_tokens), spec.top_k, dtype=torch.float32, device=device),
+            tops_T=torch.empty(max(1, max_tokens), dtype=torch.float32, device=device),
+            totals_T=torch.empty(max(1, max_tokens), dtype=torch.float32, device=device),
             counts_E=ints(spec.num_experts),
             offsets_E1=ints(spec.num_experts + 1),
             row_slot_N=ints(num_rows + MAX_BLOCK_M),
-            slots_TE=torch.empty(
-                num_blocks * block_tokens(spec.num_experts),
-                padded_experts(spec.num_experts),
-                dtype=torch.int16,
-                device=device,
-            ),
-            block_counts_BE=ints(num_blocks, padded_experts(spec.num_experts)),
+            members_BE=torch.zeros(1 + num_blocks, block_e, dtype=torch.int64, device=device),
+            block_counts_EB=torch.empty(block_e, -(-num_blocks // 16) * 16, dtype=torch.uint8, device=device),
+            arrivals=ints(1),
             tiles_QC=ints(2, capacity),
             begins_QS=ints(2, MAX_SLICES + 1),
             tickets=ints(NUM_COUNTERS, MAX_SLICES),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from expertslice.kernels import reference, routing
+from expertslice.kernels import reference
 from expertslice.kernels.queues import EXPERT_BITS, EXPERT_MASK
 from expertslice.kernels.routing import route
 from expertslice.kernels.spec import (
@@ -53,11 +53,10 @@ ROUTERS = [
 
 
 @pytest.mark.parametrize("router", ROUTERS, ids=lambda r: f"{r.score}-{r.num_experts}-{r.top_k}-{r.num_groups}")
-@pytest.mark.parametrize("num_tokens", [1, 7, 19])
-def test_routing_is_its_definition(router, num_tokens, two_slices, monkeypatch):
-    # Blocks of 8 tokens: 1 and 7 take the single launch, 19 takes two launches.
-    monkeypatch.setattr(routing, "MAX_BLOCK_TOKENS", 8)
-    launch, ws = two_slices(), workspace(router, 19)
+@pytest.mark.parametrize("num_tokens", [1, 7, 45, 70])
+def test_routing_is_its_definition(router, num_tokens, two_slices):
+    # 7 fit one CTA; the last of two CTAs finishes 45; 70 take two launches.
+    launch, ws = two_slices(), workspace(router, 70)
     ws.plan.copy_(encode_plan(len(launch.slices), router.num_experts, [e % 2 for e in range(router.num_experts)]))
     logits_TE = torch.randn(num_tokens, router.num_experts, generator=torch.Generator().manual_seed(num_tokens)) * 3
     bias_E = torch.linspace(-0.2, 0.2, router.num_experts) if router.score == "sigmoid" else None
@@ -88,13 +87,13 @@ def test_bad_logits_give_valid_experts_and_finite_weights(score, two_slices):
         torch.testing.assert_close(ws.weights_TK.sum(1), torch.ones(6))
 
 
+@pytest.mark.parametrize("num_rows", [20, 50, 66])
 @pytest.mark.parametrize("live", [0, 1, 12, 20])
-def test_padding_activates_no_expert(live, two_slices, monkeypatch):
-    monkeypatch.setattr(routing, "MAX_BLOCK_TOKENS", 8)
+def test_padding_activates_no_expert(live, num_rows, two_slices):
     router, launch = RouterSpec(num_experts=6, top_k=2), two_slices()
-    ws = workspace(router, 20)
+    ws = workspace(router, num_rows)
     ws.plan.copy_(encode_plan(len(launch.slices), 6))
-    logits_TE = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
+    logits_TE = torch.randn(num_rows, 6, generator=torch.Generator().manual_seed(1))
     route(logits_TE, router, launch, ws, num_tokens=torch.tensor([live], dtype=torch.int32))
     ids_TK, weights_TK = reference.route(logits_TE, router, num_tokens=live)
     assert torch.equal(ws.ids_TK, ids_TK)
