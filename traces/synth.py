@@ -38,11 +38,6 @@ def _bursts(spec: SynthSpec, num_requests: int, rng: np.random.Generator) -> NDA
     return ~leads_R
 
 
-def requests_per_block(spec: SynthSpec) -> int:
-    """Return how many requests are drawn side by side."""
-    return int(np.clip(BLOCK_ENTRIES // (int(spec.tokens.max()) * spec.num_experts), 8, 512))
-
-
 def _pairs(spec: SynthSpec, seed: int, first: int, num_requests: int) -> NDArray[np.int64]:
     """Return the lengths' indices of consecutive requests: each pair comes once in every round of all pairs."""
     num_pairs = len(spec.tokens)
@@ -62,11 +57,11 @@ class _Topics:
     tilt_RLE: F32
 
 
-def _topics(spec: SynthSpec, seed: int, block: int, num_requests: int) -> _Topics:
+def _topics(spec: SynthSpec, seed: int, block: int, first: int, num_requests: int) -> _Topics:
     rng = np.random.default_rng([seed, block, 0])
     with_previous_R = _bursts(spec, num_requests, rng)
     lead_R = np.maximum.accumulate(np.where(with_previous_R, 0, np.arange(num_requests)))
-    pair_R = _pairs(spec, seed, block * requests_per_block(spec), num_requests)
+    pair_R = _pairs(spec, seed, first, num_requests)
     domain_R = rng.choice(len(spec.weight_D), num_requests, p=spec.weight_D / spec.weight_D.sum())[lead_R]
     factor_RF = rng.standard_normal((num_requests, len(spec.factor_FLE)), np.float32)[lead_R]
     own_RLE = rng.standard_normal((num_requests, spec.num_layers, spec.num_experts), np.float32)[lead_R]
@@ -107,13 +102,14 @@ def _token_ids(spec: SynthSpec, topics: _Topics, tilt_RLE: F32, key: list[int]) 
 def synth_requests(spec: SynthSpec, seed: int, *, num_requests: int | None = None) -> Iterator[Request]:
     """Yield requests, without end unless `num_requests` is given."""
     walk_LE = np.zeros((spec.num_layers, spec.num_experts), np.float32)
-    per_block = requests_per_block(spec)
-    for first in itertools.count(0, per_block):
+    per_block = int(np.clip(BLOCK_ENTRIES // (int(spec.tokens.max()) * spec.num_experts), 8, 512))
+    for block in itertools.count():
+        first = block * per_block
         here = per_block if num_requests is None else min(per_block, num_requests - first)
         if here <= 0:
             return
-        block = first // per_block
-        topics, tilt_RLE = (drawn := _topics(spec, seed, block, here)), drawn.tilt_RLE
+        topics = _topics(spec, seed, block, first, here)
+        tilt_RLE = topics.tilt_RLE
         if spec.drift_per_million:
             walk_RLE = walk_LE + _walk(spec, topics.tokens_R, [seed, block, 3]).cumsum(axis=0)
             walk_LE, tilt_RLE = walk_RLE[-1], tilt_RLE + walk_RLE
@@ -126,11 +122,6 @@ def synth_requests(spec: SynthSpec, seed: int, *, num_requests: int | None = Non
                 domain=int(topics.domain_R[r]) if spec.domains else UNKNOWN,
                 with_previous=bool(topics.with_previous_R[r]),
             )
-
-
-def synth_provenance(spec: SynthSpec, seed: int) -> Provenance:
-    """Return where synthetic routing comes from."""
-    return Provenance(source="synthesised", seed=seed, notes=spec.source)
 
 
 def _step_of_tokens(requests: list[Request]) -> NDArray[np.int64]:
@@ -158,7 +149,7 @@ def synthesise(spec: SynthSpec, num_requests: int, seed: int) -> RoutingTrace:
     num_steps = int(step_T.max()) + 1
     return RoutingTrace(
         num_experts=spec.num_experts,
-        provenance=synth_provenance(spec, seed),
+        provenance=Provenance(source="synthesised", seed=seed, notes=spec.source),
         request_id_T=np.repeat(np.arange(num_requests), lengths)[order_T],
         position_T=position_T[order_T].astype(np.int32),
         phase_T=phase_T[order_T].astype(np.uint8),
@@ -205,7 +196,7 @@ class SynthSource:
 
     @property
     def provenance(self) -> Provenance:
-        return composed_provenance(synth_provenance(self.spec, self.seed), self.composition)
+        return composed_provenance(Provenance(source="synthesised", notes=self.spec.source), self.composition)
 
     def steps(self) -> Iterator[RoutedStep]:
         """Yield the steps in order; each call starts anew and gives the same steps."""
