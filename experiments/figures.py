@@ -3,17 +3,18 @@
 Shape letters: P policies, L MoE layers, E experts, S slices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..policies.contract import StepRecord
 from .plotting import GRID, INK, PALETTE, Drawn, Sketch, axes, finish, styled
 from .ranking import REFERENCE
 from .records import read_records
-from .summary import Result
+from .simulate import Outcome
 from .table import effect_words, rank_words, share_words, signed
 
 TERMS = (
@@ -34,28 +35,42 @@ def unit_of(ns: float) -> tuple[float, str]:
     return (1e6, "ms") if ns >= 1e7 else (1e3, "µs")
 
 
-def draw_all(result: Result, summary: dict[str, Any], folder: Path) -> list[Drawn]:
+def draw_all(
+    summary: dict[str, Any],
+    main: Mapping[str, Outcome],
+    mean_LE: NDArray[np.float64],
+    records: Mapping[str, Path],
+    folder: Path,
+) -> list[Drawn]:
     """Draw every figure of a run and save it in the run's folder."""
+    names = [row["policy"] for row in summary["ranking"]]
     with styled():
-        made = [_ranking(result, summary["ranking"]), _layers(result), _load(result), _timeline(result), _times(result)]
-        return [finish(*one, folder) for one in made if one is not None]
+        made = [
+            _ranking(summary),
+            _layers(summary["why"]),
+            _load(mean_LE),
+            _timeline(names, main, records),
+            _times(main),
+        ]
+        drawn = []
+        for figure, name, title, caption in filter(None, made):
+            # The load is the trace's, whatever models the device.
+            tag = " (provisional device model)" if summary["provisional"] and name != "load" else ""
+            drawn.append(finish(figure, name, title + tag, caption, folder))
+    return drawn
 
 
-def _tagged(title: str, result: Result) -> str:
-    return title + (" (provisional device model)" if result.provisional else "")
-
-
-def _ranking(result: Result, rows: Sequence[dict[str, Any]]) -> Sketch:
+def _ranking(summary: dict[str, Any]) -> Sketch:
     """Draw each policy's effect with its two intervals apart."""
-    ranking = result.ranking
+    rows = summary["ranking"]
     figure, ax = axes(0.9 + 0.42 * len(rows))
     for y, row in enumerate(rows):
         if row["policy"] != REFERENCE:
             for kind, lift, colour in (("workload", -0.12, PALETTE[0]), ("model", 0.12, PALETTE[1])):
                 ends = row[f"{kind}_interval_percent"]
                 ax.plot(ends, [y + lift] * 2, color=colour, lw=3, solid_capstyle="butt")
-            others_C = ranking.composition_CP[:, ranking.names.index(row["policy"])]
-            ax.plot(others_C, [y - 0.3] * len(others_C), "|", color=PALETTE[0], ms=5)
+            others = [effects[row["policy"]] for effects in summary["compositions"]]
+            ax.plot(others, [y - 0.3] * len(others), "|", color=PALETTE[0], ms=5)
         ax.plot([row["effect_percent"]], [y], "o" if row["deployable"] else "D", color=INK, ms=4.5, zorder=3)
         text = f"{effect_words(row)}   {'rank ' if row['deployable'] else ''}{rank_words(row)}"
         ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
@@ -71,23 +86,23 @@ def _ranking(result: Result, rows: Sequence[dict[str, Any]]) -> Sketch:
         "Policies whose bars lie left of the line are faster than the unsliced launch; where a bar reaches over the "
         "line, the workload or the device model's error could reverse the verdict."
     )
-    return figure, "ranking", _tagged("Who wins, and how sure", result), caption
+    return figure, "ranking", "Who wins, and how sure", caption
 
 
-def _layers(result: Result) -> Sketch:
+def _layers(why: dict[str, Any]) -> Sketch:
     """Draw where each layer's time goes under an unsliced launch."""
-    terms, best = result.why.terms, result.why.best
-    scale, unit = unit_of(10 * max(t.ns for t in terms))
+    terms, best = why["layers"], why["best"]
+    scale, unit = unit_of(10 * max(t["ns"] for t in terms))
     figure, ax = axes(1.0 + (0.24 if len(terms) <= 16 else 0.15) * len(terms))
     y, left = np.arange(len(terms)), np.zeros(len(terms))
     for name, label, colour in TERMS:
-        width = np.array([getattr(t, name) * t.ns / scale for t in terms])
+        width = np.array([t[name] * t["ns"] / scale for t in terms])
         if width.any():
             ax.barh(y, width, left=left, color=colour, height=0.72, lw=0, label=label)
             left += width
-    for t, total, gain in zip(terms, left, result.why.layer_gain_percent, strict=True):
-        said = f"{signed(gain)} %" if best else ""
-        ax.annotate(said, (total, t.layer), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
+    for t, total in zip(terms, left, strict=True):
+        said = f"{signed(t['gain_percent'])} %" if best else ""
+        ax.annotate(said, (total, t["layer"]), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
     ax.set(yticks=y[:: 1 + len(terms) // 20], ylim=(len(terms) - 0.4, -0.6), xlim=(0, left.max() * 1.12))
     ax.set(xlabel=f"time of the layer, unsliced, {unit}", ylabel="MoE layer")
     ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
@@ -95,12 +110,11 @@ def _layers(result: Result) -> Sketch:
         "Slices can overlap memory-bound with arithmetic-bound experts of a layer, and fill waves better; no slice "
         "shortens the rest" + (f". Behind each bar: how much faster {best} is there." if best else ".")
     )
-    return figure, "layers", _tagged("Where the time goes", result), caption
+    return figure, "layers", "Where the time goes", caption
 
 
-def _load(result: Result) -> Sketch:
+def _load(mean_LE: NDArray[np.float64]) -> Sketch:
     """Draw the load of every expert of every layer, against an even load."""
-    mean_LE = result.case.survey.mean_LE
     even_LE = mean_LE / np.maximum(mean_LE.mean(axis=1, keepdims=True), 1e-12)
     num_layers, num_experts = even_LE.shape
     figure, ax = axes(min(6.0, 1.1 + 0.2 * num_layers))
@@ -118,14 +132,13 @@ def _load(result: Result) -> Sketch:
     return figure, "load", "Load of every expert", caption
 
 
-def _times(result: Result) -> Sketch:
+def _times(main: Mapping[str, Outcome]) -> Sketch:
     """Draw the distribution of step times of every policy."""
-    main = result.evidence.main
     figure, ax = axes(2.9)
     share = np.linspace(0, 1, ECDF_POINTS)
     top = max(float(np.quantile(o.times(), 0.985)) for o in main.values())
     scale, unit = unit_of(top)
-    for i, name in enumerate(result.ranking.names):
+    for i, name in enumerate(sorted(main, key=lambda name: name != REFERENCE)):
         colour = PALETTE[(i - 1) % len(PALETTE)] if name != REFERENCE else GREY
         # Curves may lie on each other: dashes of different lengths let both be seen.
         dashes = ("-", "--", "-.", ":")[i % 4]
@@ -138,15 +151,16 @@ def _times(result: Result) -> Sketch:
     caption = (
         "A curve further left is faster at that quantile; curves that cross trade a better median for a worse tail."
     )
-    return figure, "times", _tagged("Step times, each policy", result), caption
+    return figure, "times", "Step times, each policy", caption
 
 
-def _timeline(result: Result) -> Sketch | None:
+def _timeline(names: Sequence[str], main: Mapping[str, Outcome], records: Mapping[str, Path]) -> Sketch | None:
     """Draw one step of the best policy that slices, beside the same step unsliced; None when none slices."""
-    found = sliced_step(result)
+    found = sliced_step(names, main)
     if found is None:
         return None
-    name, ours, theirs = found
+    name, step = found
+    ours, theirs = (next(read_records(records[one], step, step)) for one in (name, REFERENCE))
     pair = ((REFERENCE, theirs), (name, ours))
     heights = [record.busy_ns_LS.shape[1] + 0.6 for _, record in pair]
     ratios = {"height_ratios": heights}
@@ -164,7 +178,7 @@ def _timeline(result: Result) -> Sketch | None:
         f"Step {ours.step}, typical of {name}: each bar is a slice busy in one layer, numbered; the step ends {when} "
         "than unsliced, and gaps between bars are idle SMs."
     )
-    return figure, "timeline", _tagged("One step, unsliced and sliced", result), caption
+    return figure, "timeline", "One step, unsliced and sliced", caption
 
 
 def _draw_slices(ax: Any, record: StepRecord, scale: float) -> None:
@@ -186,18 +200,11 @@ def _draw_slices(ax: Any, record: StepRecord, scale: float) -> None:
     ax.grid(axis="x", color=GRID)
 
 
-def sliced_step(result: Result) -> tuple[str, StepRecord, StepRecord] | None:
-    """Return the best policy that slices and one of its typical sliced steps, with the same step unsliced.
-
-    Typical is the sliced step whose gain is the median of all. A bound is shown only when nothing deployable slices.
-    """
-    main, ranking = result.evidence.main, result.ranking
-    for name in ranking.best_first():
+def sliced_step(names: Sequence[str], main: Mapping[str, Outcome]) -> tuple[str, int] | None:
+    """Return the first policy that slices, and the one of its sliced steps whose gain is the median of all."""
+    for name in names:
         sliced_N = np.flatnonzero(main[name].sliced())
-        if name == REFERENCE or not len(sliced_N):
-            continue
-        ratio_N = main[name].times()[sliced_N] / main[REFERENCE].times()[sliced_N]
-        step = int(sliced_N[np.argsort(ratio_N, kind="stable")[len(sliced_N) // 2]])
-        ours, theirs = (next(read_records(result.records[n], step, step)) for n in (name, REFERENCE))
-        return name, ours, theirs
+        if name != REFERENCE and len(sliced_N):
+            ratio_N = main[name].times()[sliced_N] / main[REFERENCE].times()[sliced_N]
+            return name, int(sliced_N[np.argsort(ratio_N, kind="stable")[len(sliced_N) // 2]])
     return None

@@ -1,14 +1,20 @@
 """From outcomes to a ranking: effects against unsliced, their uncertainty from workload and model, ties.
 
-Shape letters: P policies, N steps, B bootstrap draws, M draws of the model's parameters, C compositions.
+What it gives is plain: `--json` prints it, `summary.json` holds it, the report shows it.
+
+Shape letters: P policies, the reference first, N steps, B bootstrap draws, M draws of the model, C compositions.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..policies.contract import Slice
+from ..traces.schema import PHASES
 from . import paired
 from .simulate import Outcome
 
@@ -26,40 +32,61 @@ class Evidence:
     """The sampled steps under the nominal model: what draws are compared with."""
     draws: Sequence[Mapping[str, Outcome]]
     """Bounds, which are slow, are left out of the later draws."""
+    bounds: frozenset[str]
+    """The policies that foresee: they take no place."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranking:
-    """Effects in percent of the reference's mean step time, negative is faster; P in the order of `names`."""
+def rank(evidence: Evidence, *, seed: int) -> tuple[dict[str, Any], str | None]:
+    """Rank the policies by mean step time on the trace's own steps, as plain values; name the slowest if it surely is.
 
-    names: tuple[str, ...]
-    """The reference first."""
-    effect_P: Floats
-    workload_2P: Floats
-    """Low and high ends of the interval of the workload alone."""
-    model_2P: Floats
-    both_2P: Floats
-    comparison: paired.Comparison
-    ranks: tuple[paired.Rank | None, ...]
-    """None for policies that foresee: a bound takes no place."""
-    told_P: NDArray[np.bool_]
-    """Whether a deployable policy can be told from the reference."""
-    composition_CP: Floats
-    nominal_P: Floats
-    """Effect on the sampled steps under the nominal model."""
-    draw_MP: Floats
-    """The same under each draw of its errors; NaN where a policy was left out."""
-    block_steps: int
-
-    @property
-    def surely_faster(self) -> NDArray[np.bool_]:
-        """Return whether each deployable policy is faster than the reference by more than noise."""
-        return self.told_P & (self.effect_P < 0)
-
-    def best_first(self) -> list[str]:
-        """Return the policies by effect, bounds behind what can be deployed."""
-        order = sorted(range(len(self.names)), key=lambda p: (self.ranks[p] is None, self.effect_P[p]))
-        return [self.names[p] for p in order]
+    Effects are in percent of the reference's mean step time, negative is faster.
+    """
+    names = sorted(evidence.main, key=lambda name: name != REFERENCE)
+    times_PN = times_of(evidence.main, names)
+    effect_P = paired.effect_percent(times_PN, 0)
+    block = paired.common_block_length(times_PN, 0)
+    others = [times_of(one, names) for one in evidence.compositions]
+    composition_CP = np.array([paired.effect_percent(one_PN, 0) for one_PN in others]).reshape(-1, len(names))
+    nominal_P = _effects(evidence.nominal, names)
+    draw_MP = np.array([_effects(one, names) for one in evidence.draws])
+    workload_BP = paired.block_bootstrap(times_PN, 0, seed=seed, length=block)
+    within = [paired.block_bootstrap(one_PN, 0, seed=seed, num_draws=200).std(axis=0) for one_PN in others]
+    between_CP = paired.between_compositions(composition_CP, np.array(within).reshape(-1, len(names)))
+    workload_BP += paired.t_draws(between_CP, seed=seed + 1)
+    model_BP = paired.t_draws(draw_MP - nominal_P, seed=seed + 2, about_mean=True)
+    parts = {"effect": workload_BP + model_BP, "workload": workload_BP, "model": model_BP}
+    intervals = {f"{part}_interval_percent": paired.interval(effect_P, of_BP).T for part, of_BP in parts.items()}
+    places, told_P = _places(names, effect_P, parts["effect"], evidence.bounds)
+    rows = [
+        {
+            "policy": names[p],
+            "deployable": names[p] not in evidence.bounds,
+            "rank": places[p].rank if p in places else None,
+            "tied": p in places and places[p].tied,
+            "surely_faster": bool(told_P[p] and effect_P[p] < 0),
+            "effect_percent": float(effect_P[p]),
+            **{name: ends_P2[p].tolist() for name, ends_P2 in intervals.items()},
+            **metrics(evidence.main[names[p]]),
+        }
+        for p in sorted(range(len(names)), key=lambda p: (p not in places, effect_P[p]))
+    ]
+    slowest = max(places, key=lambda p: effect_P[p])
+    return {
+        "statistics": {
+            "effect": "mean step time against unsliced on the same steps, percent; negative is faster",
+            "level": paired.LEVEL,
+            "block_steps": block,
+            "compositions": len(composition_CP),
+            "model_draws": len(draw_MP),
+            "sampled_steps": len(evidence.nominal[REFERENCE].step_ns),
+        },
+        "ranking": rows,
+        "phases": phase_effects(evidence, names, seed),
+        "compositions": [_by_name(names, effects_P) for effects_P in composition_CP],
+        "sampled": _by_name(names, nominal_P),
+        "draws": [_by_name(names, effects_P) for effects_P in draw_MP],
+        "pairs": _pairs(names, paired.compare_all(effect_P, parts["effect"])),
+    }, names[slowest] if told_P[slowest] and effect_P[slowest] > 0 else None
 
 
 def _effects(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> Floats:
@@ -74,39 +101,93 @@ def times_of(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> Floats:
     return np.stack([outcomes[name].times() for name in names])
 
 
-def rank(evidence: Evidence, foresees: Mapping[str, bool], *, seed: int) -> Ranking:
-    """Rank the policies by mean step time on the trace's own steps."""
-    names = sorted(evidence.main, key=lambda name: name != REFERENCE)
-    times_PN = times_of(evidence.main, names)
-    effect_P = paired.effect_percent(times_PN, 0)
-    block = paired.common_block_length(times_PN, 0)
-    blocks_BP = paired.block_bootstrap(times_PN, 0, seed=seed, length=block)
-    others = [times_of(one, names) for one in evidence.compositions]
-    within = [paired.block_bootstrap(one_PN, 0, seed=seed, num_draws=200).std(axis=0) for one_PN in others]
-    composition_CP = np.array([paired.effect_percent(one_PN, 0) for one_PN in others]).reshape(-1, len(names))
-    between_CP = paired.between_compositions(composition_CP, np.array(within).reshape(-1, len(names)))
-    workload_BP = blocks_BP + paired.t_draws(between_CP, seed=seed + 1)
-    draw_MP = np.array([_effects(one, names) for one in evidence.draws])
-    nominal_P = _effects(evidence.nominal, names)
-    model_BP = paired.t_draws(draw_MP - nominal_P, seed=seed + 2, about_mean=True)
-    both_BP = workload_BP + model_BP
-    # Only what can be deployed is ranked and corrected for, so bounds cost no power. The reference is first of both.
-    placed = [p for p, name in enumerate(names) if not foresees[name]]
+def _places(
+    names: Sequence[str], effect_P: Floats, both_BP: Floats, bounds: frozenset[str]
+) -> tuple[dict[int, paired.Rank], NDArray[np.bool_]]:
+    """Return the places of what can be deployed, and whether each can be told from the reference.
+
+    Only those comparisons are corrected for, so bounds cost no power.
+    """
+    placed = [p for p, name in enumerate(names) if name not in bounds]
     differ_PP = paired.compare_all(effect_P[placed], both_BP[:, placed]).differ_PP
-    place_of = dict(zip(placed, paired.ranks_with_ties(effect_P[placed], differ_PP), strict=True))
     told_P = np.zeros(len(names), dtype=bool)
     told_P[placed] = differ_PP[:, 0]
-    return Ranking(
-        names=tuple(names),
-        effect_P=effect_P,
-        workload_2P=paired.interval(effect_P, workload_BP),
-        model_2P=paired.interval(effect_P, model_BP),
-        both_2P=paired.interval(effect_P, both_BP),
-        comparison=paired.compare_all(effect_P, both_BP),
-        ranks=tuple(place_of.get(p) for p in range(len(names))),
-        told_P=told_P,
-        composition_CP=composition_CP,
-        nominal_P=nominal_P,
-        draw_MP=draw_MP,
-        block_steps=block,
-    )
+    return dict(zip(placed, paired.ranks_with_ties(effect_P[placed], differ_PP), strict=True)), told_P
+
+
+def _by_name(names: Sequence[str], effect_P: Floats) -> dict[str, float | None]:
+    return {name: None if np.isnan(effect) else float(effect) for name, effect in zip(names, effect_P, strict=True)}
+
+
+def _pairs(names: Sequence[str], c: paired.Comparison) -> list[dict[str, Any]]:
+    return [
+        {
+            "a": names[i], "b": names[j], "difference_percent": float(c.difference_PP[i, j]),
+            "interval_percent": [float(c.low_PP[i, j]), float(c.high_PP[i, j])], "differ": bool(c.differ_PP[i, j]),
+        }
+        for i, j in itertools.combinations(range(len(names)), 2)
+    ]  # fmt: skip
+
+
+def metrics(outcome: Outcome) -> dict[str, Any]:
+    """Return what one run cost and reached."""
+    times_N = outcome.times()
+    energy = [window.energy_uj for window in outcome.energy]
+    energy_uj = sum(energy) if energy and None not in energy else None
+    return {
+        "steps": len(times_N),
+        "step_mean_ns": float(times_N.mean()),
+        **{f"step_p{percent}_ns": float(np.quantile(times_N, percent / 100)) for percent in (50, 95, 99)},
+        "tokens_per_s": outcome.tokens / (outcome.makespan_ns / 1e9),
+        "energy_j_per_1k_tokens": None if energy_uj is None else energy_uj / 1e6 / outcome.tokens * 1000,
+        "hbm_bytes_per_step": outcome.hbm_bytes / len(times_N),
+        "reconfigurations": outcome.reconfigurations,
+        "reconfigure_share": outcome.reconfigure_ns / outcome.makespan_ns,
+        "captures": outcome.captures,
+        "capture_ns": outcome.capture_ns,
+        "control_stall_share": outcome.stall_ns / outcome.makespan_ns,
+        "unsliced_share": outcome.unsliced_share(),
+        "fallback_steps": outcome.fallback_steps,
+        "layouts": layouts_of(outcome),
+    }
+
+
+def layouts_of(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return the layouts by use, each slice with the share of its time that it was busy."""
+    used = sorted(outcome.layouts.items(), key=lambda item: (-item[1].steps, repr(item[0])))
+    return [
+        {
+            "steps": use.steps,
+            "slices": [
+                {"slice": slice_words(one), "busy_share": share}
+                for one, share in zip(layout.slices, (use.busy_ns_S / use.step_ns).tolist(), strict=True)
+            ],
+        }
+        for layout, use in used
+    ]
+
+
+def slice_words(one: Slice) -> str:
+    """Return a slice in words."""
+    tiles = one.up if one.up == one.down else f"{one.up} and {one.down}"
+    return f"{one.mechanism} {one.sm_count} SMs, {one.num_ctas} CTAs, {tiles}"
+
+
+def phase_effects(evidence: Evidence, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """Return each phase's effects and their workload half-widths, for phases of at least 8 steps."""
+    times_PN = times_of(evidence.main, names)
+    phase_N = np.array(evidence.main[names[0]].phases)
+    rows: list[dict[str, Any]] = []
+    for index, phase in enumerate(PHASES):
+        part_PN = times_PN[:, phase_N == index]
+        if part_PN.shape[1] < 8:
+            continue
+        effect_P = paired.effect_percent(part_PN, 0)
+        half_P = paired.half_width(paired.block_bootstrap(part_PN, 0, seed=seed, num_draws=500))
+        effects = [
+            {"policy": n, "effect_percent": float(e), "workload_half_percent": float(h)}
+            for n, e, h in zip(names, effect_P, half_P, strict=True)
+        ]
+        share = float(part_PN[0].sum() / times_PN[0].sum())
+        rows.append({"phase": phase, "steps": part_PN.shape[1], "time_share": share, "effects": effects})
+    return rows

@@ -8,12 +8,9 @@ from typing import Any
 import jinja2
 
 from .. import __version__
-from .case import Options
-from .figures import draw_all
+from .case import Case, Options
 from .plotting import Drawn
 from .report_tables import tables
-from .runs import RunFolder
-from .summary import Result
 from .table import effect_words, headline
 
 PROVISIONAL = (
@@ -22,13 +19,7 @@ PROVISIONAL = (
 )
 
 
-def write_report(result: Result, summary: dict[str, Any], folder: RunFolder) -> None:
-    """Draw the figures and write report.html into the run's folder."""
-    figures = draw_all(result, summary, folder.path)
-    folder.write_text("report.html", render(result, summary, figures))
-
-
-def render(result: Result, summary: dict[str, Any], figures: Sequence[Drawn]) -> str:
+def render(case: Case, summary: dict[str, Any], figures: Sequence[Drawn]) -> str:
     """Return the report as one HTML document."""
     source = (files(__package__) / "templates" / "report.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
@@ -37,11 +28,11 @@ def render(result: Result, summary: dict[str, Any], figures: Sequence[Drawn]) ->
         provisional=PROVISIONAL if summary["provisional"] else "",
         headline=headline(summary),
         verdict=verdict(summary),
-        tables=tables(summary, result.case.world.device),
+        tables=tables(summary, case.world.device),
         figures={figure.name: figure for figure in figures},
         why=summary["why"]["sentences"],
         trust=trust(summary),
-        next_steps=next_steps(result.case.options, summary),
+        next_steps=next_steps(case.options, summary),
         footer=f"expertslice {__version__}, seed {summary['seed']}; manifest.json beside this page holds all else.",
     )
 

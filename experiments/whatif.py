@@ -18,7 +18,6 @@ from .errors import StoppedError
 from .ranking import REFERENCE, Evidence, rank
 from .runs import RunFolder, provenance
 from .simulate import Outcome
-from .summary import Result, summarise
 from .tasks import Task, run_tasks
 from .why import explain
 from .workload import FixedSteps, rebatched
@@ -31,8 +30,8 @@ COMPOSITION_LAYERS = 512
 LEAST_STEPS = 16
 
 
-def what_if(options: Options) -> tuple[Result, dict[str, Any], Path]:
-    """Compare policies; return the result, its summary and the run folder.
+def what_if(options: Options) -> tuple[Case, dict[str, Any], Path]:
+    """Compare policies; return what was compared, the outcome as `--json` prints it, and the run folder.
 
     Raises:
         ValueError: the input cannot be used.
@@ -42,14 +41,16 @@ def what_if(options: Options) -> tuple[Result, dict[str, Any], Path]:
     case = prepare(options)
     folder = RunFolder(options.out, "whatif", _manifest(case))
     try:
-        result = _simulate(case, folder)
-        summary = summarise(result)
+        evidence, records = _simulate(case, folder.path)
+        summary = summarise(case, evidence)
         folder.write_json("summary.json", summary)
         if options.report:
-            from .report import write_report
+            from .figures import draw_all
+            from .report import render
 
-            write_report(result, summary, folder)
-        return result, summary, folder.finish()
+            figures = draw_all(summary, evidence.main, case.survey.mean_LE, records, folder.path)
+            folder.write_text("report.html", render(case, summary, figures))
+        return case, summary, folder.finish()
     except KeyboardInterrupt:
         kept = folder.keep_partial("stopped by the user")
         where = f"finished policies are kept in {kept}" if kept else "no policy had finished, nothing is kept"
@@ -122,17 +123,36 @@ def plan_tasks(case: Case, records: Mapping[str, Path]) -> list[Task]:
     ]
 
 
-def _simulate(case: Case, folder: RunFolder) -> Result:
-    records = {name: folder.path / f"steps-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.parquet" for name in case.policies}
+def _simulate(case: Case, folder: Path) -> tuple[Evidence, dict[str, Path]]:
+    records = {name: folder / f"steps-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.parquet" for name in case.policies}
     found: dict[str, dict[int, dict[str, Outcome]]] = defaultdict(lambda: defaultdict(dict))
     for task, outcome in run_tasks(plan_tasks(case, records), case.world, jobs=case.options.jobs):
         found[task.kind][task.index][task.name] = outcome
     compositions, draws = ([one for _, one in sorted(found[kind].items())] for kind in ("composition", "draw"))
-    evidence = Evidence(main=found["trace"][0], compositions=compositions, nominal=found["nominal"][0], draws=draws)
-    foresees = {name: policy.foresees for name, policy in case.policies.items()}
-    ranking = rank(evidence, foresees, seed=case.options.seed)
+    bounds = frozenset(name for name, policy in case.policies.items() if policy.foresees)
+    evidence = Evidence(
+        main=found["trace"][0], compositions=compositions, nominal=found["nominal"][0], draws=draws, bounds=bounds
+    )
+    return evidence, records
+
+
+def summarise(case: Case, evidence: Evidence) -> dict[str, Any]:
+    """Return the outcome as plain values: what `--json` prints and the report shows."""
+    seed, device, look = case.options.seed, case.world.device, case.survey
+    ranked, loser = rank(evidence, seed=seed)
     truth, layouts = case.world.truth(), evidence.main[REFERENCE].layouts
     usual = one_slice_plan(max(layouts, key=lambda layout: layouts[layout].steps))
     controls = unsliced_plans(case.world.setup(foresees=False, truth=truth))
-    why = explain(ranking, evidence, truth, usual, case.survey.windows.kept, controls)
-    return Result(case=case, evidence=evidence, ranking=ranking, why=why, records=records)
+    workload = ("num_steps", "num_tokens", "steps_of_phase", "tokens_of_phase")
+    return {
+        "kind": "whatif",
+        "provisional": device.status == "provisional",
+        "device": {"name": device.name, "title": device.title, "status": device.status},
+        "model": asdict(case.world.model),
+        "trace": case.opened.plain(),
+        "workload": {name: getattr(look, name) for name in workload},
+        "seed": seed,
+        **ranked,
+        "why": explain(ranked["ranking"], loser, evidence, truth, usual, look.windows.kept, controls),
+        "notes": list(case.notes),
+    }

@@ -3,16 +3,16 @@
 Shape letters: L MoE layers.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..policies.contract import Plan
 from ..policies.cost import CostModel
 from ..traces.schema import RoutedStep
-from .ranking import REFERENCE, Evidence, Ranking
-from .simulate import other_work_of
-from .table import interval_words, share_words
+from .ranking import REFERENCE, Evidence
+from .simulate import Outcome, other_work_of
+from .table import effect_words, share_words
 from .terms import LayerTerms, layer_terms, mean, weighted
 
 BESIDE = 0.1
@@ -24,47 +24,45 @@ CONTROL_WORTH = 0.005
 """Part of a step that a better tile of the control must save to be told."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Why:
-    """The reasons, as figures and as sentences."""
-
-    terms: tuple[LayerTerms, ...]
-    best: str | None
-    """The fastest policy that is surely faster than unsliced, else the fastest but unsliced itself."""
-    layer_gain_percent: tuple[float, ...]
-    """How much faster the best policy is in each layer."""
-    sentences: tuple[str, ...]
-
-    def plain(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        both = zip(self.terms, self.layer_gain_percent, strict=True)
-        layers = [asdict(t) | {"bound": t.bound, "gain_percent": gain} for t, gain in both]
-        return {"best": self.best, "sentences": list(self.sentences), "layers": layers}
+Row = Mapping[str, Any]
+"""A policy's row of the ranking."""
 
 
 def explain(
-    ranking: Ranking,
+    rows: Sequence[Row],
+    loser: str | None,
     evidence: Evidence,
     truth: CostModel,
     plan: Plan,
     steps: Sequence[RoutedStep],
     controls: Sequence[Plan],
-) -> Why:
+) -> dict[str, Any]:
     """Return why the ranking is as it is, from the runs behind it and the simulator's truth on a sample of steps.
 
-    `plan` is what the unsliced policy ran most, `controls` are all the unsliced plans that it could have run.
+    `plan` is what the unsliced policy ran most, `controls` are all the unsliced plans that it could have run. Plain
+    values come back: the best policy, sentences, and each layer's terms with how much faster the best policy is there.
+    Best is the fastest policy that is surely faster than unsliced, else the fastest but unsliced itself.
     """
     terms = layer_terms(truth, plan, steps)
-    best = _best(ranking)
-    ours, theirs = evidence.main[best or REFERENCE].layer_ns_L, evidence.main[REFERENCE].layer_ns_L
+    others = [row for row in rows if row["deployable"] and row["policy"] != REFERENCE]
+    best = min(others, key=lambda row: not row["surely_faster"], default=None)
+    name = best["policy"] if best else None
+    ours, theirs = evidence.main[name or REFERENCE].layer_ns_L, evidence.main[REFERENCE].layer_ns_L
     gain_L = [float(100 * (1 - a / b)) if b else 0.0 for a, b in zip(ours, theirs, strict=True)]
-    sentences = [_where_time_goes(terms), _room(terms), *_outcome(ranking, evidence, best, terms, gain_L)]
-    sentences += [_loser(ranking, evidence), _control(truth, plan, steps, controls)]
-    said = tuple(s for s in sentences if s)
-    return Why(terms=tuple(terms), best=best, layer_gain_percent=tuple(gain_L), sentences=said)
+    sentences = [_where_time_goes(terms), _room(terms)]
+    if best is None:
+        sentences += ["No other deployable policy was asked for."]
+    elif best["surely_faster"]:
+        sentences += _gain(best, evidence, terms, gain_L)
+    else:
+        sentences += [_no_gain(rows, best), f"{_dominant(terms)}."]
+    sentences += [_loss(row, evidence.main[loser]) for row in rows if row["policy"] == loser]
+    sentences += _control(truth, plan, steps, controls)
+    layers = [asdict(t) | {"bound": t.bound, "gain_percent": gain} for t, gain in zip(terms, gain_L, strict=True)]
+    return {"best": name, "sentences": sentences, "layers": layers}
 
 
-def _control(truth: CostModel, plan: Plan, steps: Sequence[RoutedStep], controls: Sequence[Plan]) -> str:
+def _control(truth: CostModel, plan: Plan, steps: Sequence[RoutedStep], controls: Sequence[Plan]) -> list[str]:
     """Say how far the unsliced policy's tile is from the best it could have run: that is no merit of slicing."""
 
     def ns(one: Plan) -> int:
@@ -73,18 +71,12 @@ def _control(truth: CostModel, plan: Plan, steps: Sequence[RoutedStep], controls
     ran_ns, best_ns, best = ns(plan), *min(((ns(one), one) for one in controls), key=lambda found: found[0])
     lost = 1 - best_ns / ran_ns
     if lost < CONTROL_WORTH:
-        return ""
+        return []
     ran, could = (f"{one.layout.slices[0].up}, {one.layout.slices[0].ctas_per_sm} an SM" for one in (plan, best))
-    return (
+    return [
         f"Unsliced mostly runs tile {ran}; on the sampled steps {could}, would save {share_words(lost, 1)}: so much of "
         "any gain is the control's choice of tile, not slicing."
-    )
-
-
-def _best(ranking: Ranking) -> str | None:
-    others = [p for p, place in enumerate(ranking.ranks) if place is not None and ranking.names[p] != REFERENCE]
-    best = min(others, key=lambda p: (not ranking.surely_faster[p], ranking.effect_P[p]), default=None)
-    return None if best is None else ranking.names[best]
+    ]
 
 
 def _where_time_goes(terms: Sequence[LayerTerms]) -> str:
@@ -130,46 +122,32 @@ def _and(words: Sequence[str]) -> str:
     return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
-def _outcome(
-    ranking: Ranking, evidence: Evidence, best: str | None, terms: Sequence[LayerTerms], gain_L: Sequence[float]
-) -> list[str]:
-    if best is None:
-        return ["No other deployable policy was asked for."]
-    p = ranking.names.index(best)
-    if not ranking.surely_faster[p]:
-        return [_no_gain(ranking, evidence, p), f"{_dominant(terms)}."]
-
+def _gain(best: Row, evidence: Evidence, terms: Sequence[LayerTerms], gain_L: Sequence[float]) -> list[str]:
     def bound_by(layers: Sequence[int]) -> str:
         return f"bound by {' or '.join(sorted({terms[layer].bound for layer in layers}))}"
 
     gained = [layer for layer, gain in enumerate(gain_L) if gain >= GAIN_WORTH]
     flat = [layer for layer, gain in enumerate(gain_L) if gain < GAIN_WORTH]
-    sliced = 1 - evidence.main[best].unsliced_share()
-    said = f"{best} lies at {_effect(ranking, p)}, slicing {share_words(sliced)} of the steps"
+    sliced = share_words(1 - best["unsliced_share"])
+    said = f"{best['policy']} lies at {effect_words(best)}, slicing {sliced} of the steps"
     if gained:
         average = sum(gain_L[layer] for layer in gained) / len(gained)
         said += f": it is {average:.1f} % faster in {layer_words(gained)}, {bound_by(gained)}"
     # At which rate the same bytes move is what a gain amounts to where memory binds.
-    ours, theirs = (evidence.main[name].hbm_bytes / evidence.main[name].makespan_ns / 1e3 for name in (best, REFERENCE))
+    runs = (evidence.main[name] for name in (best["policy"], REFERENCE))
+    ours, theirs = (run.hbm_bytes / run.makespan_ns / 1e3 for run in runs)
     rates = f"Over the whole run it moves its bytes at {ours:.2f} TB/s, unsliced at {theirs:.2f} TB/s."
     nothing = [f"Nothing to gain in {layer_words(flat)} ({bound_by(flat)})."] if flat and gained else []
     return [f"{said}.", rates, *nothing]
 
 
-def _effect(ranking: Ranking, p: int) -> str:
-    return interval_words(float(ranking.effect_P[p]), *ranking.both_2P[:, p].tolist())
-
-
-def _no_gain(ranking: Ranking, evidence: Evidence, best: int) -> str:
-    name = ranking.names[best]
-    said = f"Nothing to gain that can be told from noise: {name} lies at {_effect(ranking, best)}"
-    if not evidence.main[name].sliced().any():
+def _no_gain(rows: Sequence[Row], best: Row) -> str:
+    said = f"Nothing to gain that can be told from noise: {best['policy']} lies at {effect_words(best)}"
+    if best["unsliced_share"] == 1:
         said += ", never finding a slice worth it"
-    bounds = [p for p, place in enumerate(ranking.ranks) if place is None]
-    if bounds:
-        p = min(bounds, key=lambda q: ranking.effect_P[q])
+    for bound in [row for row in rows if not row["deployable"]][:1]:
         known = "who knows the coming step and is not deployable"
-        said += f"; {ranking.names[p]}, {known}, lies at {_effect(ranking, p)}"
+        said += f"; {bound['policy']}, {known}, lies at {effect_words(bound)}"
     return said + "."
 
 
@@ -186,15 +164,8 @@ def _dominant(terms: Sequence[LayerTerms]) -> str:
     return f"{takes[name]} {share_words(share)} of the time{changed}"
 
 
-def _loser(ranking: Ranking, evidence: Evidence) -> str:
-    """Say why the slowest policy loses, when it does."""
-    placed = [p for p, place in enumerate(ranking.ranks) if place is not None]
-    p = max(placed, key=lambda q: ranking.effect_P[q])
-    outcome = evidence.main[ranking.names[p]]
-    if not ranking.told_P[p] or ranking.effect_P[p] <= 0 or not outcome.layouts:
-        return ""
-    use = max(outcome.layouts.values(), key=lambda u: u.steps)
-    busy = ", ".join(share_words(share) for share in use.busy_ns_S / use.step_ns)
-    lost = (outcome.reconfigure_ns + outcome.capture_ns + outcome.stall_ns) / outcome.makespan_ns
+def _loss(loser: Row, run: Outcome) -> str:
+    busy = ", ".join(share_words(one["busy_share"]) for one in loser["layouts"][0]["slices"])
+    lost = (run.reconfigure_ns + run.capture_ns + run.stall_ns) / run.makespan_ns
     changes = f", and changing plans costs {share_words(lost, 1)}" if lost >= 0.001 else ""
-    return f"{ranking.names[p]} loses, at {_effect(ranking, p)}: its slices are busy {busy} of the time{changes}."
+    return f"{loser['policy']} loses, at {effect_words(loser)}: its slices are busy {busy} of the time{changes}."

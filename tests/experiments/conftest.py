@@ -65,7 +65,7 @@ def simulate_little(patch):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, trace_path, config_path):
-    """Return the result, the summary and the folder of one run with every policy and its report."""
+    """Return what was compared, the summary and the folder of one run with every policy and its report."""
     from expertslice.experiments.case import Options
     from expertslice.experiments.whatif import what_if
 

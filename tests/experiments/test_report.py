@@ -79,11 +79,11 @@ def test_provisional_stands_where_it_matters(finished, page):
 
 
 def test_strings_of_users_are_escaped(finished):
-    result, summary, _ = finished
+    case, summary, _ = finished
     evil = '<script>alert("x")</script>'
     summary = summary | {"trace": summary["trace"] | {"name": evil}, "notes": [evil]}
     drawn = Drawn(name="ranking", title=evil, caption=evil, svg=inline_svg("<svg><g/></svg>", "ranking", evil, evil))
-    page = report.render(result, summary, [drawn])
+    page = report.render(case, summary, [drawn])
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert") >= 4
 
@@ -108,8 +108,8 @@ def test_suggested_commands_exist(finished):
 
     from expertslice.experiments import cli
 
-    result, summary, _ = finished
-    for said, command in report.next_steps(result.case.options, summary):
+    case, summary, _ = finished
+    for said, command in report.next_steps(case.options, summary):
         words = shlex.split(command)[1:]
         if "runtime" not in said:
             path = words[:2] if words[0] == "trace" else words[:1]
@@ -142,10 +142,10 @@ def test_the_verdict_names_what_is_surely_faster(ranks, expected):
 
 
 def test_a_calibrated_device_is_not_called_provisional(finished):
-    result, summary, _ = finished
-    device = replace(result.case.world.device, status="calibrated")
-    result = replace(result, case=replace(result.case, world=replace(result.case.world, device=device)))
+    case, summary, _ = finished
+    device = replace(case.world.device, status="calibrated")
+    case = replace(case, world=replace(case.world, device=device))
     summary = summary | {"provisional": False, "device": summary["device"] | {"status": "calibrated"}}
-    page = report.render(result, summary, [])
+    page = report.render(case, summary, [])
     assert "<strong>Provisional" not in page
     assert "PROVISIONAL" not in page

@@ -29,7 +29,7 @@ def priced():
 def test_a_badly_tuned_control_is_told_with_what_it_loses(priced):
     truth, steps, controls, cost = priced
     best, worst = controls[0], controls[-1]
-    said = _control(truth, worst, steps, controls)
+    (said,) = _control(truth, worst, steps, controls)
     lost = 1 - cost[best.plan_id] / cost[worst.plan_id]
     assert lost > 0.05
     assert worst.layout.slices[0].up in said
@@ -39,4 +39,4 @@ def test_a_badly_tuned_control_is_told_with_what_it_loses(priced):
 
 def test_a_well_tuned_control_is_not_spoken_of(priced):
     truth, steps, controls, _ = priced
-    assert _control(truth, controls[0], steps, controls) == ""
+    assert _control(truth, controls[0], steps, controls) == []
