@@ -1,4 +1,4 @@
-"""Paired statistics: which differences between policies are real. Pure numpy; knows no trace, device or file.
+"""Paired statistics: which differences between policies are real. Knows no trace, device or file.
 
 Everything rests on deviations: a bootstrap of the workload, and draws of the model's parameters, each give rows of
 "how far every policy's effect might lie from its estimate", drawn jointly so that what policies share cancels in
@@ -7,11 +7,13 @@ their differences. An interval need not be symmetric: who is tuned to the nomina
 Shape letters: P policies, N steps of a series, B bootstrap draws, M draws of the model's parameters, C compositions.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import kendalltau
 
 Floats = NDArray[np.float64]
 Statistic = Literal["mean", "median"]
@@ -24,30 +26,23 @@ EXACT_PERCENT = 1e-9
 """Differences below this are rounding, not effects."""
 
 
-def _correlations(series_N: Floats) -> Floats:
-    """Return the autocorrelation at lags 0 .. sqrt(n) + 5; empty for a constant or very short series."""
+def _memory(series_N: Floats) -> tuple[Floats, NDArray[np.int64], Floats]:
+    """Return the autocorrelation by lag, and the lags at which a series remembers itself with their weights.
+
+    Lags reach to twice the last one before a run of five correlations that are all inside the noise; the first half
+    counts whole, the second fades. There are none for a constant, a forgetful or a very short series.
+    """
     n = len(series_N)
     centred_N = series_N - series_N.mean()
     variance = float(centred_N @ centred_N)
     if n < 8 or variance == 0:
-        return np.zeros(0)
+        return np.ones(1), np.arange(0), np.zeros(0)
     max_lag = min(n - 1, int(np.ceil(np.sqrt(n))) + 5)
-    return np.array([float(centred_N[lag:] @ centred_N[: n - lag]) for lag in range(max_lag + 1)]) / variance
-
-
-def _window(rho: Floats, n: int) -> int:
-    """Return twice the last lag before a run of five correlations that are all inside the noise."""
+    rho = np.array([float(centred_N[lag:] @ centred_N[: n - lag]) for lag in range(max_lag + 1)]) / variance
     quiet = np.abs(rho[1:]) < 2 * np.sqrt(np.log10(n) / n)
-    for lag in range(len(quiet)):
-        if quiet[lag : lag + 5].all():
-            return 2 * lag
-    return 2 * len(quiet)
-
-
-def _flat_top(rho: Floats, window: int) -> tuple[NDArray[np.int64], Floats]:
-    """Return lags and weights that keep the first half of the window whole and let the second half fade."""
-    lags = np.arange(1, min(window, len(rho) - 1) + 1)
-    return lags, np.minimum(1.0, 2.0 - 2.0 * lags / max(1, window))
+    window = 2 * next((lag for lag in range(len(quiet)) if quiet[lag : lag + 5].all()), len(quiet))
+    lags = np.arange(1, min(window, max_lag) + 1)
+    return rho, lags, np.minimum(1.0, 2.0 - 2.0 * lags / max(1, window))
 
 
 def block_length(series_N: Floats) -> int:
@@ -56,14 +51,10 @@ def block_length(series_N: Floats) -> int:
     A half is added, because blocks that are too short find differences that are not there; a quarter of the series
     is the most, so that at least four blocks remain.
     """
-    n, rho = len(series_N), _correlations(series_N)
-    window = _window(rho, n) if len(rho) else 0
-    if window == 0:
-        return 1
-    lags, weight = _flat_top(rho, window)
+    n, (rho, lags, weight) = len(series_N), _memory(series_N)
     spread = 1 + 2 * float(weight @ rho[lags])
     slope = 2 * float(weight @ (lags * rho[lags]))
-    if spread <= 0:
+    if not len(lags) or spread <= 0:
         return 1
     length = 1.5 * (1.5 * (slope / spread) ** 2 * n) ** (1 / 3)
     return int(np.clip(np.ceil(length), 1, max(1, n // 4)))
@@ -74,11 +65,9 @@ def _widening(series_N: Floats, length: int) -> float:
 
     Blocks cut correlations at their ends, which weights lags like a triangle; the flat-top window does not.
     """
-    n, rho = len(series_N), _correlations(series_N)
-    window = _window(rho, n) if len(rho) else 0
-    if window == 0:
+    rho, lags, weight = _memory(series_N)
+    if not len(lags):
         return 1.0
-    lags, weight = _flat_top(rho, window)
     whole = 1 + 2 * float(weight @ rho[lags])
     inside = np.arange(1, min(length, len(rho) - 1) + 1)
     cut = 1 + 2 * float((1 - inside / length) @ rho[inside])
@@ -245,21 +234,16 @@ class Rank:
 
 def ranks_with_ties(effect_P: Floats, differ_PP: NDArray[np.bool_]) -> list[Rank]:
     """Rank policies, fastest first; who cannot be told from the best of a group shares its rank (1, 1, 3, ...)."""
-    order = [int(p) for p in np.argsort(effect_P, kind="stable")]
-    leader_of: dict[int, int] = {}
-    leader = order[0] if order else 0
-    for p in order:
-        leader = p if differ_PP[leader, p] else leader
-        leader_of[p] = leader
-    place = {p: index + 1 for index, p in enumerate(order)}
-    sizes = [list(leader_of.values()).count(leader_of[p]) for p in range(len(effect_P))]
-    return [Rank(rank=place[leader_of[p]], tied=sizes[p] > 1) for p in range(len(effect_P))]
+    places: dict[int, int] = {}
+    leader, first = 0, 1
+    for place, p in enumerate(np.argsort(effect_P, kind="stable").tolist(), 1):
+        if place == 1 or differ_PP[leader, p]:
+            leader, first = p, place
+        places[p] = first
+    shared = Counter(places.values())
+    return [Rank(rank=places[p], tied=shared[places[p]] > 1) for p in range(len(effect_P))]
 
 
 def kendall_tau_b(a_P: Floats, b_P: Floats) -> float:
     """Return the agreement of two rankings with ties, -1..1; NaN when one of them ties everything."""
-    upper = np.triu_indices(len(a_P), 1)
-    sign_a = np.sign(a_P[upper[0]] - a_P[upper[1]])
-    sign_b = np.sign(b_P[upper[0]] - b_P[upper[1]])
-    norm = np.sqrt(float(np.abs(sign_a).sum()) * float(np.abs(sign_b).sum()))
-    return float(sign_a @ sign_b) / norm if norm else float("nan")
+    return float(kendalltau(a_P, b_P).statistic)
