@@ -12,7 +12,8 @@ Shape letters: L layers, E experts, S slices.
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+
+from ..traces.schema import F64, I16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,13 +79,7 @@ def release(pool: SlicePool, expert_id: int) -> SlicePool:
     return replace(pool, allocations=tuple(a for a in pool.allocations if a.expert_id != expert_id))
 
 
-def place_longest_first(
-    load_LE: NDArray[np.float64],
-    speed_S: NDArray[np.float64],
-    *,
-    capacity: int | None = None,
-    busy_LS: NDArray[np.float64] | None = None,
-) -> NDArray[np.int16]:
+def place_longest_first(load_LE: F64, speed_S: F64, *, capacity: int | None = None, busy_LS: F64 | None = None) -> I16:
     """Return the slice of each expert, placing the heaviest first where it would finish first.
 
     With equal speeds this is `allocate` of one slice per expert in order of falling load, each slice charged with

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..traces.schema import F64, I32
 from .contract import Observation, Plan, Setup, SliceLayout
 
 CLOSE = 0.03
 """Plans this close to the best on one step are priced on others as well."""
 
 
-def sampled_steps(counts_HLE: NDArray[np.int32], num_samples: int) -> list[NDArray[np.int32]]:
+def sampled_steps(counts_HLE: I32, num_samples: int) -> list[I32]:
     """Return up to `num_samples` steps of the history, newest first and evenly back.
 
     Whole steps rather than their mean: the mean of sparse counts makes every expert look active.
@@ -25,7 +25,7 @@ def sampled_steps(counts_HLE: NDArray[np.int32], num_samples: int) -> list[NDArr
     return [counts_HLE[pick] for pick in dict.fromkeys(picks.tolist()) if counts_HLE[pick].any()]
 
 
-def plan_costs_ns(setup: Setup, plans: Sequence[Plan], counts_LE: NDArray[np.int32]) -> NDArray[np.float64]:
+def plan_costs_ns(setup: Setup, plans: Sequence[Plan], counts_LE: I32) -> F64:
     """Return what the belief says each plan takes for one step; infinity for a plan that leaves a slice without work.
 
     A plan with fewer slices does the same. Plans of one layout that place the step's experts alike are priced once.
@@ -43,7 +43,7 @@ def plan_costs_ns(setup: Setup, plans: Sequence[Plan], counts_LE: NDArray[np.int
     return np.asarray(costs)
 
 
-def suitable_tile(setup: Setup, names: Sequence[str], counts_LE: NDArray[np.int32]) -> str:
+def suitable_tile(setup: Setup, names: Sequence[str], counts_LE: I32) -> str:
     """Return the first of the tiles whose rows suit the experts as an average row sees them, or the last."""
     rows = float((counts_LE.astype(np.float64) ** 2).sum() / max(1, counts_LE.sum()))
     # Tiles of too few rows read the weights again, of too many they are padding.
@@ -102,9 +102,7 @@ def choose(choice: Choice, obs: Observation, *, num_samples: int, min_gain: floa
     return replace(choice, index=index, decided_step=obs.step, tokens=int(obs.counts_HLE[-1].sum()))
 
 
-def _costs_of_close(
-    choice: Choice, first: NDArray[np.float64], rest: Sequence[NDArray[np.int32]]
-) -> NDArray[np.float64]:
+def _costs_of_close(choice: Choice, first: F64, rest: Sequence[I32]) -> F64:
     """Return costs over all samples of the plans that the first found close to the best of their kind."""
     split = choice.num_unsliced
     best = np.concatenate([np.full(part.size, part.min(initial=np.inf)) for part in (first[:split], first[split:])])

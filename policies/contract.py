@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..traces.schema import MoeSpec, RoutedStep
+from ..traces.schema import I16, I32, I64, Ints, MoeSpec, RoutedStep
 
 if TYPE_CHECKING:
     from .cost import CostModel
@@ -179,12 +178,12 @@ class SliceLayout:
 class Pinned:
     """The policy names the slice of every expert of every layer."""
 
-    slice_of_expert_LE: NDArray[np.int16]
+    slice_of_expert_LE: I16
 
     def __post_init__(self) -> None:
         self.slice_of_expert_LE.flags.writeable = False
 
-    def owner_LE(self, counts_LE: NDArray[np.integer], first_layer: int = 0) -> NDArray[np.int16]:
+    def owner_LE(self, counts_LE: Ints, first_layer: int = 0) -> I16:
         """Return the slice of every expert of the layers given, which start at `first_layer`, whatever its load."""
         return self.slice_of_expert_LE[first_layer : first_layer + len(counts_LE)]
 
@@ -200,7 +199,7 @@ class ByTokens:
     bounds: tuple[int, ...]
     slice_ids: tuple[int, ...]
 
-    def owner_LE(self, counts_LE: NDArray[np.integer], first_layer: int = 0) -> NDArray[np.int16]:
+    def owner_LE(self, counts_LE: Ints, first_layer: int = 0) -> I16:
         """Return the slice of every expert under true counts; one rule serves every layer."""
         del first_layer
         index_LE = np.searchsorted(np.asarray(self.bounds, dtype=np.int64), counts_LE, side="right")
@@ -280,18 +279,18 @@ class Observation:
     """What a policy sees at a step."""
 
     step: int
-    counts_HLE: NDArray[np.int32]
+    counts_HLE: I32
     """Up to step - count_lag_steps, newest last; H is shorter than history_steps at the start, and may be 0."""
     now_ns: int
     plan_id: str
     """Of the plan in effect."""
     step_ns: int
     """Duration of the newest completed step; 0 before any."""
-    busy_ns_LS: NDArray[np.int64]
+    busy_ns_LS: I64
     """Of the newest completed step, under the layout it ran with; [L, 0] before any."""
     power_w: float | None
     queued_tokens: int | None
-    coming_LE: NDArray[np.int32] | None = None
+    coming_LE: I32 | None = None
     """True counts of the coming step, only for policies that foresee."""
 
 
@@ -306,8 +305,8 @@ class StepRecord:
     submit_ns: int
     start_ns: int
     end_ns: int
-    start_ns_LS: NDArray[np.int64]
-    busy_ns_LS: NDArray[np.int64]
+    start_ns_LS: I64
+    busy_ns_LS: I64
     reconfigure_ns: int
     capture_ns: int
     control_stall_ns: int

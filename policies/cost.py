@@ -13,9 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..traces.schema import MoeSpec, OtherWork
+from ..traces.schema import Ints, MoeSpec, OtherWork
 from .contract import DeviceSpec, Plan, SliceLayout, TileVariant
 from .roofline import roofs_ns
 from .shares import Shares, shares_of
@@ -48,11 +47,7 @@ class CostModel:
     )
 
     def step_ns(
-        self,
-        plan: Plan,
-        counts_LE: NDArray[np.integer],
-        other_L: Sequence[Sequence[OtherWork]] = (),
-        first_layer: int = 0,
+        self, plan: Plan, counts_LE: Ints, other_L: Sequence[Sequence[OtherWork]] = (), first_layer: int = 0
     ) -> int:
         """Return what all layers given take; `first_layer` says which they are when the plan pins experts."""
         if self.detail == "roofline":
@@ -61,16 +56,12 @@ class CostModel:
         work = self.work(plan, counts_LE, other_L, first_layer)
         return sum(work.layer_times(layer).ns for layer in range(len(counts_LE)))
 
-    def layer_ns(self, plan: Plan, layer: int, counts_E: NDArray[np.integer], other: Sequence[OtherWork] = ()) -> int:
+    def layer_ns(self, plan: Plan, layer: int, counts_E: Ints, other: Sequence[OtherWork] = ()) -> int:
         """Return what one layer takes."""
         return self.step_ns(plan, counts_E[None], (other,) if other else (), layer)
 
     def work(
-        self,
-        plan: Plan,
-        counts_LE: NDArray[np.integer],
-        other_L: Sequence[Sequence[OtherWork]] = (),
-        first_layer: int = 0,
+        self, plan: Plan, counts_LE: Ints, other_L: Sequence[Sequence[OtherWork]] = (), first_layer: int = 0
     ) -> StepWork:
         """Return what one step under a plan consists of, whatever the detail."""
         return StepWork(self.shares(plan.layout), plan, counts_LE, other_L, first_layer)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..traces.schema import F64, I16, I64, Bools
 from .allocator import Allocation, SlicePool, allocate, place_longest_first, release
 from .contract import Mechanism, Observation, Pinned, Plan, Setup, SliceLayout
 from .static import equal_layouts, round_robin, suited_layout
@@ -22,11 +22,11 @@ class DynamicState:
     setup: Setup
     plan: Plan
     placed: bool
-    busy_ns_LS: NDArray[np.float64]
+    busy_ns_LS: F64
     """Smoothed; 0 until a layer was seen under its present placement."""
-    moving_L: NDArray[np.bool_]
+    moving_L: Bools
     """Whether a layer's imbalance has passed `enter` and not yet fallen below `leave`."""
-    held_until_L: NDArray[np.int64]
+    held_until_L: I64
     """Step before which a layer stays as it is."""
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class Dynamic:
     def _correct(self, obs: Observation, state: DynamicState) -> DynamicState:
         rests_L = obs.step < state.held_until_L
         fresh_LS = np.where(state.busy_ns_LS > 0, state.busy_ns_LS, obs.busy_ns_LS)
-        busy_LS: NDArray[np.float64] = np.asarray(fresh_LS + self.smoothing * (obs.busy_ns_LS - fresh_LS), np.float64)
+        busy_LS: F64 = np.asarray(fresh_LS + self.smoothing * (obs.busy_ns_LS - fresh_LS), np.float64)
         # While a layer rests its times may still be those of the placement before.
         busy_LS[rests_L] = 0.0
         most_L, gap_L = busy_LS.max(axis=1), np.ptp(busy_LS, axis=1)
@@ -111,7 +111,7 @@ class Dynamic:
         return replace(state, plan=plan, held_until_L=held_L)
 
 
-def _move(load_E: NDArray[np.float64], busy_S: NDArray[np.float64], ids_E: NDArray[np.int16]) -> Allocation | None:
+def _move(load_E: F64, busy_S: F64, ids_E: I16) -> Allocation | None:
     """Return what the allocator gives the expert of the busiest slice whose move evens it best with the idlest.
 
     None when every move hurts. A slice's time is shared among its experts by load. Ties: the heavier expert, then the

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..traces.schema import F64, I16, Bools, Floats
 from .allocator import place_longest_first
 from .candidates import auto_tiles, exclusive_slice, snap_sms
 from .contract import Observation, Pinned, Plan, Setup, SliceLayout
@@ -31,7 +31,7 @@ class Weights:
     width_E: tuple[float, ...]
     """Each expert's width as a multiple of the mean."""
 
-    def of(self, counts_LE: NDArray[np.floating]) -> NDArray[np.float64]:
+    def of(self, counts_LE: Floats) -> F64:
         """Return the weight of every expert; 0 without tokens."""
         beyond_LE = np.maximum(counts_LE - TOKENS[-1], 0.0) * (self.weights[-1] / TOKENS[-1])
         return (np.interp(counts_LE, TOKENS, self.weights) + beyond_LE) * np.asarray(self.width_E)
@@ -116,7 +116,7 @@ class Proportional:
         return tuple(sorted(splits.items()))
 
 
-def _pin(weight_LE: NDArray[np.float64], hot_LE: NDArray[np.bool_], layout: SliceLayout) -> NDArray[np.int16]:
+def _pin(weight_LE: F64, hot_LE: Bools, layout: SliceLayout) -> I16:
     speed_S = np.asarray([one.sm_count for one in layout.slices], dtype=np.float64)
     busy_LS = np.zeros((len(weight_LE), layout.num_slices))
     busy_LS[:, 0] = (weight_LE * hot_LE).sum(axis=1) / speed_S[0]

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..traces.schema import MoeSpec
+from ..traces.schema import F64, I64, MoeSpec
 from .contract import EXCLUSIVE, DeviceSpec, Slice, SliceLayout, TileVariant
 from .layouts import fits_together
 from .mig import profile_of
@@ -61,10 +60,10 @@ class Shares:
     """Of the whole device in a burst."""
     l2_bytes_per_ns: float
     """Of the whole device at the burst clock."""
-    l2_per_ns_S: NDArray[np.float64]
+    l2_per_ns_S: F64
     """L2 bytes per ns that each slice gets alone."""
-    ctas_S: NDArray[np.int64]
-    sms_S: NDArray[np.int64]
+    ctas_S: I64
+    sms_S: I64
     weights: list[float]
     """Of the slices, wherever requests compete: their reach."""
     _read_caps: dict[int, float] = field(default_factory=dict[int, float], repr=False, compare=False)
@@ -96,7 +95,7 @@ class Shares:
         return fits
 
     @cached_property
-    def read_per_ns_SC(self) -> NDArray[np.float64]:
+    def read_per_ns_SC(self) -> F64:
         """Return DRAM bytes per ns of each slice [S, C + 1] by its active CTAs."""
         most = max(share.ctas for share in self.slices)
         table = np.ones((len(self.slices), most + 1))

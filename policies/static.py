@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..traces.schema import I16, I32
 from .allocator import place_longest_first
 from .candidates import auto_tiles, exclusive_slice
 from .choice import suitable_tile
@@ -91,13 +91,13 @@ def equal_layouts(setup: Setup, num_slices: int, mechanism: Mechanism, tile: str
     )
 
 
-def suited_layout(setup: Setup, layouts: tuple[SliceLayout, ...], counts_LE: NDArray[np.int32]) -> SliceLayout:
+def suited_layout(setup: Setup, layouts: tuple[SliceLayout, ...], counts_LE: I32) -> SliceLayout:
     """Return the layout whose tile suits a load."""
     by_tile = {layout.slices[0].up: layout for layout in layouts}
     return by_tile[suitable_tile(setup, tuple(by_tile), counts_LE)]
 
 
-def round_robin(setup: Setup, num_slices: int) -> NDArray[np.int16]:
+def round_robin(setup: Setup, num_slices: int) -> I16:
     """Return the paper's rule for every layer: expert_id % num_slices."""
     ids_E = np.arange(setup.model.num_experts, dtype=np.int16) % np.int16(num_slices)
     return np.tile(ids_E, (setup.model.num_layers, 1))

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..traces.schema import DTYPE_BYTES, MoeSpec, OtherWork
+from ..traces.schema import DTYPE_BYTES, Ints, MoeSpec, OtherWork
 from .contract import Plan
 from .fluid import Fluid, Theft
 from .rates import Segment, gap
@@ -74,12 +73,7 @@ class StepWork:
     """What a step consists of; times are those of the device, launch and control plane apart."""
 
     def __init__(
-        self,
-        shares: Shares,
-        plan: Plan,
-        counts_LE: NDArray[np.integer],
-        other_L: Sequence[Sequence[OtherWork]],
-        first_layer: int,
+        self, shares: Shares, plan: Plan, counts_LE: Ints, other_L: Sequence[Sequence[OtherWork]], first_layer: int
     ) -> None:
         self.shares = shares
         self._plan, self._other_L = plan, other_L

@@ -18,9 +18,8 @@ from functools import cache
 from typing import Any, ClassVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..traces.schema import MoeSpec
+from ..traces.schema import I32, Ints, MoeSpec
 from .contract import ByTokens, Observation, Pinned, Plan, Policy, Setup
 from .cost import CostModel
 from .data import load_device, load_variants
@@ -37,7 +36,7 @@ class Case:
 
     name: str
     setup: Setup
-    counts_NLE: NDArray[np.int32]
+    counts_NLE: I32
     """Past loads, newest last; N may be 0."""
 
 
@@ -78,7 +77,7 @@ def setups() -> tuple[tuple[str, Setup], ...]:
     return (*found, (f"{name}, no belief", replace(setup, belief=None)))
 
 
-def loads(model: MoeSpec, tokens: int, rng: np.random.Generator) -> dict[str, NDArray[np.int32]]:
+def loads(model: MoeSpec, tokens: int, rng: np.random.Generator) -> dict[str, I32]:
     """Return past loads [N, L, E] by name: nothing, one expert, few, all alike, skewed."""
     rows, shape = tokens * model.top_k, (4, model.num_layers, model.num_experts)
     single, few = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -226,7 +225,7 @@ class PolicyContract:
                 assert is_relabelled(plan, other, to_LE), f"{name}: renaming experts changed more than their names"
 
 
-def is_relabelled(plan: Plan, other: Plan, to_LE: NDArray[np.integer]) -> bool:
+def is_relabelled(plan: Plan, other: Plan, to_LE: Ints) -> bool:
     """Return whether `other` is `plan` with expert e of layer l called to_LE[l, e]."""
     if plan.layout != other.layout or (plan.tile_order, plan.steal) != (other.tile_order, other.steal):
         return False

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..traces.schema import DTYPE_BYTES, MoeSpec, Product
+from ..traces.schema import DTYPE_BYTES, F64, I64, MoeSpec, Product
 from .contract import DeviceSpec, TileVariant
 
 WGMMA_CAPABILITY = 90
@@ -121,15 +120,15 @@ def tile_cost(
 class Tables:
     """What every tile of a layout and model costs."""
 
-    rows_PS: NDArray[np.int64]
-    columns_PSD: NDArray[np.int64]
+    rows_PS: I64
+    columns_PSD: I64
     """Tiles across the columns."""
-    tile_PSD: NDArray[np.float64]
+    tile_PSD: F64
     """[3, P, S, D]: pipe ns, wait ns and FLOP of a tile."""
-    weight_bytes_PD: NDArray[np.float64]
-    row_bytes_PD: NDArray[np.float64]
+    weight_bytes_PD: F64
+    row_bytes_PD: F64
     """Of one row, in and out."""
-    in_bytes_PD: NDArray[np.float64]
+    in_bytes_PD: F64
 
 
 def tables_of(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..traces.schema import F64, I64, Ints
 from .contract import TileOrder
 from .rates import Segment
 from .shares import Shares
@@ -24,7 +25,7 @@ FIELDS = ("scaled_ns", "fixed_ns", "dram_ns", "pipe_ns", "l2_bytes", "flops", "d
 time over all its SMs, L2 bytes, FLOP as executed, and DRAM bytes."""
 
 
-def queue_order(counts_LE: NDArray[np.integer], owner_LE: NDArray[np.integer], order: TileOrder) -> NDArray[np.intp]:
+def queue_order(counts_LE: Ints, owner_LE: Ints, order: TileOrder) -> NDArray[np.intp]:
     """Return the experts of each layer by slice, and within a slice in the order of its queue; ties by expert."""
     key_LE = owner_LE.astype(np.int64) << 40
     if order != "expert":
@@ -32,9 +33,7 @@ def queue_order(counts_LE: NDArray[np.integer], owner_LE: NDArray[np.integer], o
     return np.argsort(key_LE, axis=1, kind="stable")
 
 
-def demands(
-    tokens: NDArray[np.integer], owner: NDArray[np.integer], width: NDArray[np.integer], tables: Tables
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def demands(tokens: Ints, owner: Ints, width: Ints, tables: Tables) -> tuple[I64, F64]:
     """Return what experts ask for, each with its tokens on its slice; `width`, its place in D, may broadcast.
 
     Returns:
@@ -55,18 +54,12 @@ def demands(
 class _Queue(NamedTuple):
     """Experts with tokens, in queue order, once per product; `columns_CN` as `demands` has them."""
 
-    group_N: NDArray[np.int64]
-    tiles_N: NDArray[np.int64]
-    columns_CN: NDArray[np.float64]
+    group_N: I64
+    tiles_N: I64
+    columns_CN: F64
 
 
-def _queue(
-    counts_LE: NDArray[np.integer],
-    owner_LE: NDArray[np.integer],
-    order: TileOrder,
-    tables: Tables,
-    cost_slice: int | None,
-) -> _Queue:
+def _queue(counts_LE: Ints, owner_LE: Ints, order: TileOrder, tables: Tables, cost_slice: int | None) -> _Queue:
     num_layers, num_experts = counts_LE.shape
     num_products, num_slices = tables.rows_PS.shape
     place_LE = queue_order(counts_LE, owner_LE, order) + np.arange(num_layers)[:, None] * num_experts
@@ -83,12 +76,8 @@ def _queue(
 
 
 def segment_sums(
-    counts_LE: NDArray[np.integer],
-    owner_LE: NDArray[np.integer],
-    order: TileOrder,
-    shares: Shares,
-    cost_slice: int | None = None,
-) -> NDArray[np.float64]:
+    counts_LE: Ints, owner_LE: Ints, order: TileOrder, shares: Shares, cost_slice: int | None = None
+) -> F64:
     """Return the sums that make each slice's segments when experts with `counts_LE` tokens run on `owner_LE`.
 
     With `cost_slice` all tiles, CTAs and bandwidth are priced as that slice's instead of the owner's.
@@ -110,7 +99,7 @@ def segment_sums(
 
 def _waves(
     queue: _Queue, shares: Shares, num_slices: int, num_groups: int, cost_slice: int | None
-) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.intp], I64, F64]:
     """Return (groups with tiles, the first wave of each, `FIELDS` of each wave)."""
     total_G = np.bincount(queue.group_N, queue.tiles_N, num_groups).astype(np.int64)
     group_G = np.nonzero(total_G)[0]
@@ -139,7 +128,7 @@ def _waves(
     return group_G, first_G, fields_7W
 
 
-def _between(queue: _Queue, end_W: NDArray[np.int64]) -> NDArray[np.float64]:
+def _between(queue: _Queue, end_W: I64) -> F64:
     """Return the columns of the queue that fall into each wave, an expert's spread evenly over its tiles."""
     tile_N = np.cumsum(queue.tiles_N)
     at_W = np.searchsorted(tile_N, end_W)

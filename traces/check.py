@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .schema import PHASES
+from .schema import PHASES, Ints
 from .trace import STEP_COLUMNS, UNKNOWN, ExpertLoad, RoutingTrace, StepTable
 
 MAX_COUNT = np.iinfo(np.int32).max
@@ -99,14 +98,14 @@ def _check_columns(trace: RoutingTrace) -> None:
         _check_range(name, getattr(trace, name), low, high)
 
 
-def _check_range(name: str, values: NDArray[np.integer], low: int, high: int | None) -> None:
+def _check_range(name: str, values: Ints, low: int, high: int | None) -> None:
     """Refuse values outside low..high-1 (None: no upper end)."""
     if values.size and (values.min() < low or (high is not None and values.max() >= high)):
         allowed = f"at least {low}" if high is None else f"{low} to {high - 1}"
         raise TraceError(f"{name} spans {values.min()} to {values.max()}; allowed is {allowed}")
 
 
-def _check_ids(expert_ids_TLK: NDArray[np.integer], num_experts: int) -> None:
+def _check_ids(expert_ids_TLK: Ints, num_experts: int) -> None:
     if not expert_ids_TLK.size:
         return
     _check_range("expert ids", expert_ids_TLK, 0, num_experts)
@@ -126,7 +125,7 @@ def _check_step_table(table: StepTable, num_layers: int) -> None:
         raise TraceError("the trace has no steps; record at least one")
     highest: dict[str, int] = {"phase_S": len(PHASES), "segment_S": len(table.segments)}
     for name in STEP_COLUMNS:
-        values: NDArray[np.integer] | None = getattr(table, name)
+        values: Ints | None = getattr(table, name)
         shape = (steps, num_layers) if name.endswith("_SL") else (steps,)
         if values is not None and values.shape != shape:
             raise TraceError(f"{name} has shape {values.shape}; the step table needs {shape}")

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-F32 = NDArray[np.float32]
-Ids = NDArray[np.int32]
+from .schema import F32, F64, I32, I64, Bools, Ints
+
+Ids = I32
 Noise = Callable[[tuple[int, ...]], F32]
 """Gives standard Gumbel noise of a shape; not to be written to."""
 
@@ -33,15 +33,15 @@ PAD = -1
 class Shape:
     """Requests side by side, longest first: entries beyond a request's length are `PAD`."""
 
-    tokens_R: NDArray[np.int64]
-    prompt_R: NDArray[np.int64]
+    tokens_R: I64
+    prompt_R: I64
 
     @property
-    def alive(self) -> NDArray[np.bool_]:
+    def alive(self) -> Bools:
         return np.arange(self.tokens_R[0])[:, None] < self.tokens_R
 
     @property
-    def bins(self) -> NDArray[np.int64]:
+    def bins(self) -> I64:
         """The profile bin of each token: counted from the prompt's start, then from the first decode token."""
         index_P1 = np.arange(self.tokens_R[0])[:, None]
         decode_PR = index_P1 >= self.prompt_R
@@ -68,14 +68,14 @@ class LayerChoice:
     """[first choice below, expert]: added for the first choice alone."""
 
 
-def multi_hot(ids_NK: NDArray[np.integer], num_experts: int) -> F32:
+def multi_hot(ids_NK: Ints, num_experts: int) -> F32:
     """Mark each row's experts with 1; `PAD` marks nothing."""
     hot_NE = np.zeros((len(ids_NK), num_experts + 1), np.float32)
     np.put_along_axis(hot_NE, np.where(ids_NK < 0, num_experts, ids_NK).astype(np.int64), 1, axis=1)
     return hot_NE[:, :num_experts]
 
 
-def log_weight(inside_E: NDArray[np.float64]) -> NDArray[np.float64]:
+def log_weight(inside_E: F64) -> F64:
     """Return logits under which Gumbel top-k chooses experts with about these probabilities.
 
     Drawing without replacement is a race of exponential clocks stopped at the k-th ring: an expert is in with about
@@ -125,13 +125,7 @@ def choose(layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | None
 
 
 def _run(
-    layer: LayerChoice,
-    standing_PRE: F32,
-    lead_PRE: F32,
-    memory_HRE: F32,
-    alive_P: NDArray[np.int64],
-    k: int,
-    noise: Noise,
+    layer: LayerChoice, standing_PRE: F32, lead_PRE: F32, memory_HRE: F32, alive_P: I64, k: int, noise: Noise
 ) -> Ids:
     """Draw position after position; `memory_HRE` is where the memories stand, before and after."""
     noise_PRE, lead_PRE = noise(standing_PRE.shape), lead_PRE + noise(standing_PRE.shape)
@@ -156,7 +150,7 @@ def _pick(lead_RE: F32, score_RE: F32, k: int) -> Ids:
     return ids_RK
 
 
-def remember(memory_HRE: F32, ids_RK: NDArray[np.integer]) -> None:
+def remember(memory_HRE: F32, ids_RK: Ints) -> None:
     """Fade the memories in place and add what was just chosen."""
     hot_RE = np.zeros(memory_HRE.shape[1:], np.float32)
     hot_RE[np.arange(len(ids_RK))[:, None], ids_RK] = 1

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .check import TraceError
 from .header import NARROW, Header
+from .schema import I16, I64, Bools, Ints
 from .trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable, id_dtype, step_column
 
 DICTIONARY = ["domain", "phase", "step_phase", "segment", "label", "layer"]
@@ -58,7 +59,7 @@ def _token_table(trace: RoutingTrace, first_step: int) -> ArrowTable:
     return pa.table(columns | _step_columns(trace.step_table, trace.num_layers, first_R))
 
 
-def _step_columns(table: StepTable, num_layers: int, first_R: NDArray[np.bool_]) -> dict[str, ArrowColumn]:
+def _step_columns(table: StepTable, num_layers: int, first_R: Bools) -> dict[str, ArrowColumn]:
     columns: dict[str, ArrowColumn] = {
         name: _nullable(step_column(table, field, num_layers), first_R, NARROW.get(field, "<i8"))
         for name, field in STEP_FIELDS.items()
@@ -66,21 +67,21 @@ def _step_columns(table: StepTable, num_layers: int, first_R: NDArray[np.bool_])
     offsets_R = np.concatenate([[0], np.cumsum(first_R)]).astype(np.int32) * np.int32(num_layers)
     for name in ("moe_ns", "other_ns"):
         # A column that nobody recorded is empty everywhere: no null to store for each layer of each step.
-        recorded: NDArray[np.int64] | None = getattr(table, f"{name}_SL")
+        recorded: I64 | None = getattr(table, f"{name}_SL")
         flat = np.empty(0, np.int64) if recorded is None else recorded.ravel()
         values = pa.array(flat, pa.int64(), mask=flat == UNKNOWN)
         columns[name] = pa.ListArray.from_arrays(pa.array(offsets_R * np.int32(recorded is not None)), values)
     return columns
 
 
-def _spread(values: NDArray[np.generic], on_R: NDArray[np.bool_], dtype: str) -> NDArray[Any]:
+def _spread(values: NDArray[np.generic], on_R: Bools, dtype: str) -> NDArray[Any]:
     """Return values on the rows where `on_R` is true, zeros elsewhere."""
     spread_R = np.zeros((len(on_R), *values.shape[1:]), dtype=dtype)
     spread_R[on_R] = values
     return spread_R
 
 
-def _nullable(values: NDArray[np.integer], on_R: NDArray[np.bool_], dtype: str) -> ArrowColumn:
+def _nullable(values: Ints, on_R: Bools, dtype: str) -> ArrowColumn:
     spread_R = _spread(values, on_R, dtype)
     return pa.array(spread_R, mask=~on_R | (spread_R == UNKNOWN))
 
@@ -95,9 +96,9 @@ def _id_code(num_experts: int) -> str:
     return np.dtype(id_dtype(num_experts)).newbyteorder("<").str
 
 
-def read_steps(table: ArrowTable, header: Header) -> tuple[int, NDArray[np.int64], StepTable]:
+def read_steps(table: ArrowTable, header: Header) -> tuple[int, I64, StepTable]:
     """Return the number of the table's first step, the tokens of each step, and what the columns given say of each."""
-    step_R = cast("NDArray[np.int64]", _numpy(table, "step"))
+    step_R = cast("I64", _numpy(table, "step"))
     token_R = table.column("request_id").is_valid().to_numpy()
     first_R = np.diff(step_R, prepend=step_R[:1] - 1) != 0
     step_S = step_R[first_R]
@@ -151,7 +152,7 @@ def _numpy(table: ArrowTable, name: str) -> NDArray[Any]:
     return column.fill_null(UNKNOWN).to_numpy() if column.null_count else column.to_numpy()
 
 
-def _lists(table: ArrowTable, name: str, shape: tuple[int, int]) -> NDArray[np.int64] | None:
+def _lists(table: ArrowTable, name: str, shape: tuple[int, int]) -> I64 | None:
     if name not in table.column_names:
         return None
     values = table.column(name).combine_chunks().flatten()
@@ -171,7 +172,7 @@ def _layers(table: ArrowTable, name: str, dtype: str, header: Header) -> NDArray
     return values_RLK
 
 
-def _domains(table: ArrowTable, header: Header) -> NDArray[np.int16]:
+def _domains(table: ArrowTable, header: Header) -> I16:
     column = table.column("domain").combine_chunks()
     names = cast("list[str]", column.dictionary.to_pylist())
     place = np.array([*(header.domains.index(name) for name in names), UNKNOWN], dtype=np.int16)

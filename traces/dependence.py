@@ -5,41 +5,41 @@ B requests of a batch.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .choice import F32, multi_hot
+from .choice import multi_hot
 from .requests import Grouping
+from .schema import F32, F64, I64, Ints
 from .trace import counts_by
 
 
-def entropy_bits(share: NDArray[np.float64]) -> NDArray[np.float64]:
+def entropy_bits(share: F64) -> F64:
     """Return the entropy over the last axis, in bits; shares sum to 1 there."""
     logs = np.log2(share, where=share > 0, out=np.zeros_like(share))
     return -(share * logs).sum(axis=-1)
 
 
-def jsd_bits(counts_RE: NDArray[np.integer] | F32) -> NDArray[np.float64]:
+def jsd_bits(counts_RE: Ints | F32) -> F64:
     """Return each row's Jensen-Shannon divergence from the load of all rows together, in bits."""
     row_RE = counts_RE / counts_RE.sum(axis=1, keepdims=True)
     whole_E = counts_RE.sum(axis=0) / counts_RE.sum()
     return entropy_bits((row_RE + whole_E) / 2) - (entropy_bits(row_RE) + entropy_bits(whole_E)) / 2
 
 
-def mutual_information_bits(counts_EE: NDArray[np.integer]) -> float:
+def mutual_information_bits(counts_EE: Ints) -> float:
     """Return the plug-in mutual information of a table of counts: biased upwards, see `information_bias_bits`."""
     joint_EE = counts_EE / max(counts_EE.sum(), 1)
     marginals = entropy_bits(joint_EE.sum(axis=0)) + entropy_bits(joint_EE.sum(axis=1))
     return float(marginals - entropy_bits(joint_EE.ravel()))
 
 
-def information_bias_bits(counts_EE: NDArray[np.integer]) -> float:
+def information_bias_bits(counts_EE: Ints) -> float:
     """Return by how much the plug-in estimate is too high on average (Miller and Madow; from the cells in use)."""
     cells = np.count_nonzero(counts_EE)
     margins = np.count_nonzero(counts_EE.sum(axis=0)) + np.count_nonzero(counts_EE.sum(axis=1))
     return float(max(cells - margins + 1, 0) / (2 * max(counts_EE.sum(), 1) * np.log(2)))
 
 
-def conditional_recall(given_NC: F32, chosen_NE: F32, fold_N: NDArray[np.int64], k: int) -> float | None:
+def conditional_recall(given_NC: F32, chosen_NE: F32, fold_N: I64, k: int) -> float | None:
     """Return which share of the chosen experts is among the k that go most often with what is given.
 
     P(expert | condition) is counted on the tokens of all folds but one and judged on that one, each in turn; with
@@ -59,9 +59,7 @@ def conditional_recall(given_NC: F32, chosen_NE: F32, fold_N: NDArray[np.int64],
     return found / float(chosen_NE.sum())
 
 
-def overlap_by_lag(
-    ids_TK: NDArray[np.integer], request_T: NDArray[np.int64], num_experts: int, lags: tuple[int, ...]
-) -> NDArray[np.float64]:
+def overlap_by_lag(ids_TK: Ints, request_T: I64, num_experts: int, lags: tuple[int, ...]) -> F64:
     """Return the share of a token's experts that the token `lag` places before it, of the same request, also used.
 
     Tokens weigh alike; nan for a lag that no request is long enough for.
@@ -76,24 +74,24 @@ def overlap_by_lag(
     return shares
 
 
-def overlap_within_requests(counts_RE: NDArray[np.integer], tokens_R: NDArray[np.int64], top_k: int) -> float:
+def overlap_within_requests(counts_RE: Ints, tokens_R: I64, top_k: int) -> float:
     """Return the overlap of two random tokens of one request, all pairs weighing alike; nan: no request has two."""
     num_pairs = int((tokens_R * (tokens_R - 1)).sum())
     shared = float((counts_RE.astype(np.float64) ** 2).sum() - counts_RE.sum())
     return shared / (num_pairs * top_k) if num_pairs else np.nan
 
 
-def overlap_independent(counts_E: NDArray[np.integer], num_tokens: int, top_k: int) -> float:
+def overlap_independent(counts_E: Ints, num_tokens: int, top_k: int) -> float:
     """Return the overlap of two tokens that choose independently with this load."""
     return float(((counts_E / num_tokens) ** 2).sum() / top_k)
 
 
-def distinct_independent(counts_E: NDArray[np.integer], num_tokens: int, batch: int) -> float:
+def distinct_independent(counts_E: Ints, num_tokens: int, batch: int) -> float:
     """Return how many experts `batch` tokens use on average when they choose independently with this load."""
     return float((1 - (1 - np.minimum(counts_E / num_tokens, 1)) ** batch).sum())
 
 
-def lru_hit_rate(ids_TK: NDArray[np.integer], num_experts: int) -> NDArray[np.float64]:
+def lru_hit_rate(ids_TK: Ints, num_experts: int) -> F64:
     """Return the hit rate of a least-recently-used cache of experts with 0..E slots, float64 [E + 1].
 
     Accesses run token by token in reading order, each token's experts in stored order; the cache starts empty and is
@@ -115,7 +113,7 @@ def lru_hit_rate(ids_TK: NDArray[np.integer], num_experts: int) -> NDArray[np.fl
     return np.cumsum(hits) / (num_tokens * k)
 
 
-def aligned_batches(groups: Grouping, batch: int, max_positions: int, seed: int) -> list[NDArray[np.int64]]:
+def aligned_batches(groups: Grouping, batch: int, max_positions: int, seed: int) -> list[I64]:
     """Draw batches of requests that start together, as ordered row numbers [P, batch]; empty: too few requests.
 
     P is `max_positions`, less where fewer than `batch` requests are that long. Requests of a batch differ; batches
@@ -131,7 +129,7 @@ def aligned_batches(groups: Grouping, batch: int, max_positions: int, seed: int)
     return [start_R + np.arange(num_positions)[:, None] for start_R in starts]
 
 
-def step_statistics(ids_PBK: NDArray[np.integer], num_experts: int) -> tuple[float, float, float]:
+def step_statistics(ids_PBK: Ints, num_experts: int) -> tuple[float, float, float]:
     """Return means over steps of distinct experts and max / mean load, and the lag-1 autocorrelation of counts.
 
     The autocorrelation is that of each count's deviation from its mean over these steps, experts weighing by

@@ -9,14 +9,13 @@ bins, N sampled tokens, C columns of a design matrix, W windows of steps, Q leng
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .choice import F32, NUM_BINS, Ids, LayerChoice, gumbel, log_weight, top_k
+from .choice import NUM_BINS, Ids, LayerChoice, gumbel, log_weight, top_k
 from .likelihood import MAX_REQUESTS, Blocks, Panel, Sample, evenly, layer_sample, most_likely, panel_of
 from .matching import match, noise_tape, with_trusted_profile
 from .moments import Moments, moments
 from .requests import group_requests, prompt_lengths
-from .schema import StepSource
+from .schema import F32, F64, I64, StepSource
 from .spec import SynthSpec, logits_of_load, plain_layer
 from .trace import RoutingTrace
 from .variation import (
@@ -97,11 +96,11 @@ def _fit_trace(trace: RoutingTrace) -> SynthSpec:
     )
 
 
-def _likeliest(panel: Panel, num_experts: int) -> tuple[list[LayerChoice], NDArray[np.float64]]:
+def _likeliest(panel: Panel, num_experts: int) -> tuple[list[LayerChoice], F64]:
     """Return each layer's most likely parameters, and the tilts of the panel's requests [R, L, E]."""
     num_layers = panel.ids_PRLK.shape[2]
     num_tokens = int(np.clip(LIKELIHOOD_ENTRIES // (num_layers * num_experts), 4_000, 12_000))
-    layers, tilts = list[LayerChoice](), list[NDArray[np.float64]]()
+    layers, tilts = list[LayerChoice](), list[F64]()
     for level in range(num_layers):
         sample = layer_sample(panel, level, num_experts, num_tokens)
         blocks = most_likely(sample, num_experts, max_iterations=30)
@@ -148,7 +147,7 @@ def _match_layers(panel: Panel, layers: list[LayerChoice], tilt: Tilt) -> tuple[
     return layers, scale_LE
 
 
-def _lengths(trace: RoutingTrace) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _lengths(trace: RoutingTrace) -> tuple[I64, I64]:
     """Return prompt and decode lengths in pairs, thinned evenly where there are many requests."""
     groups = group_requests(trace)
     order_R = np.argsort(groups.lengths, kind="stable")
@@ -189,7 +188,7 @@ def _fit_counts(source: StepSource) -> SynthSpec:
     )
 
 
-def _load_only(share_E: NDArray[np.float64], k: int) -> LayerChoice:
+def _load_only(share_E: F64, k: int) -> LayerChoice:
     """Return a layer of this load, corrected until what it draws has it."""
     logit_E = logits_of_load(share_E, k)
     for turn in range(6):

@@ -9,10 +9,10 @@ C columns of a design matrix.
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .choice import F32, MEMORY_H, NUM_BINS, PAD, WARM_UP, Ids, Shape, log_weight, multi_hot, remember
+from .choice import MEMORY_H, NUM_BINS, PAD, WARM_UP, Ids, Shape, log_weight, multi_hot, remember
 from .requests import group_requests, prompt_lengths
+from .schema import F32, F64, I64
 from .trace import RoutingTrace
 
 MAX_REQUESTS = 512
@@ -27,17 +27,17 @@ class Panel:
 
     shape: Shape
     ids_PRLK: Ids
-    domain_R: NDArray[np.int64]
+    domain_R: I64
     """Index of the request's domain; 0 where none is named."""
 
-    def pick(self, columns_R: NDArray[np.int64]) -> "Panel":
+    def pick(self, columns_R: I64) -> "Panel":
         """Return some of the requests (ascending, repeats allowed)."""
         shape = Shape(tokens_R=self.shape.tokens_R[columns_R], prompt_R=self.shape.prompt_R[columns_R])
         ids_PRLK = self.ids_PRLK[: shape.tokens_R[0], columns_R]
         return Panel(shape=shape, ids_PRLK=ids_PRLK, domain_R=self.domain_R[columns_R])
 
 
-def evenly(num: int, wanted: int) -> NDArray[np.int64]:
+def evenly(num: int, wanted: int) -> I64:
     """Return `wanted` of the numbers below `num`, evenly spread; repeated where there are too few."""
     return np.linspace(0, num - 1, wanted).round().astype(np.int64)
 
@@ -67,8 +67,8 @@ def panel_of(trace: RoutingTrace) -> Panel:
 class Sample:
     """Tokens of one layer to fit on, sorted by request."""
 
-    ids_NK: NDArray[np.int64]
-    request_N: NDArray[np.int64]
+    ids_NK: I64
+    request_N: I64
     num_requests: int
     design_NC: F32
     """Marks of the profile bin, then of the first choice below, then of the other choices below."""
@@ -109,13 +109,13 @@ def layer_sample(panel: Panel, level: int, num_experts: int, num_tokens: int) ->
     )
 
 
-Blocks = tuple[NDArray[np.float64], ...]
+Blocks = tuple[F64, ...]
 """logit_E, tilt_RE, memory_HE, first_E, weight_CE."""
 PRECISION = (0.03, 1.5, 0.5, 0.03, 0.3)
 """Of the Gaussian prior of each block: weak, but for the tilt, which has few tokens per request."""
 
 
-def split_blocks(flat: NDArray[np.float64], sample: Sample, num_experts: int) -> Blocks:
+def split_blocks(flat: F64, sample: Sample, num_experts: int) -> Blocks:
     """Cut the vector of all parameters into its blocks."""
     rows = (1, sample.num_requests, len(MEMORY_H), 1, sample.design_NC.shape[1])
     parts = np.split(flat.reshape(-1, num_experts), np.cumsum(rows)[:-1])
@@ -132,7 +132,7 @@ def _logits(blocks: Blocks, sample: Sample) -> F32:
     return logit_NE
 
 
-def log_likelihood(logit_NE: F32, first_E: F32, ids_NK: NDArray[np.int64]) -> tuple[float, F32, F32]:
+def log_likelihood(logit_NE: F32, first_E: F32, ids_NK: I64) -> tuple[float, F32, F32]:
     """Return the log-likelihood of ordered choices and its slopes in the logits and in the first choice's extra.
 
     The first choice is a softmax over logit + first; each later one a softmax over the logits still left.
@@ -153,7 +153,7 @@ def log_likelihood(logit_NE: F32, first_E: F32, ids_NK: NDArray[np.int64]) -> tu
     return float(value), slope_NE + lead_NE, lead_NE
 
 
-def _objective(flat: NDArray[np.float64], sample: Sample, num_experts: int) -> tuple[float, NDArray[np.float64]]:
+def _objective(flat: F64, sample: Sample, num_experts: int) -> tuple[float, F64]:
     """Return the negative log-posterior per token and its gradient."""
     blocks = split_blocks(flat, sample, num_experts)
     value, slope_NE, lead_NE = log_likelihood(_logits(blocks, sample), blocks[3].astype(np.float32), sample.ids_NK)

@@ -10,10 +10,10 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .choice import F32, WIDTH_OF_BIN_B, Ids, LayerChoice, Noise, Shape, choose, gumbel, log_weight
+from .choice import WIDTH_OF_BIN_B, Ids, LayerChoice, Noise, Shape, choose, gumbel, log_weight
 from .moments import Moments, moments
+from .schema import F32, F64
 
 FEW_TOKENS = 5
 """Pairs of experts seen less often than that say little."""
@@ -22,7 +22,7 @@ GAIN_H = (1.6, 2.5, 3.0)
 """Memory gain per unit of log-odds of overlap, by memory: the slower, the less one unit moves the overlap."""
 
 
-def _log_odds(share: NDArray[np.float64] | float) -> NDArray[np.float64]:
+def _log_odds(share: F64 | float) -> F64:
     inside = np.clip(share, 1e-5, 1 - 1e-5)
     return np.log(inside / (1 - inside))
 
@@ -31,7 +31,7 @@ def _ratio(wanted: float | None, seen: float | None, least: float) -> float:
     return 1.0 if wanted is None or seen is None else float(np.clip((wanted + least) / (max(seen, 0) + least), 0.5, 2))
 
 
-def _memory_step(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
+def _memory_step(wanted: Moments, seen: Moments) -> F64:
     """Return the change of the memories' gains: fast from lag 1 against 4, middle from 4 against 16, slow from 8."""
     gap_G = _log_odds(wanted.overlap_G) - _log_odds(seen.overlap_G)
     gap_any = float(_log_odds(wanted.overlap_any) - _log_odds(seen.overlap_any))
@@ -39,7 +39,7 @@ def _memory_step(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
     return np.nan_to_num(gaps) * GAIN_H
 
 
-def _tilt_step(wanted: Moments, seen: Moments, gain: float) -> NDArray[np.float64]:
+def _tilt_step(wanted: Moments, seen: Moments, gain: float) -> F64:
     """Return the factor on each expert's tilt that brings its variance between requests to the wanted one.
 
     Late corrections, of small gain, move all experts of the layer together: a single expert's variance is known
@@ -56,7 +56,7 @@ def _tilt_step(wanted: Moments, seen: Moments, gain: float) -> NDArray[np.float6
     return ratio_E ** (1.2 * gain**2) * together ** (0.8 * (1 - gain))
 
 
-def _profile_trust(wanted: Moments) -> NDArray[np.float64]:
+def _profile_trust(wanted: Moments) -> F64:
     """Return how much of each bin's deviation from the whole is more than chance, 0..1 per bin.
 
     Chance is the chi-square of as many independent tokens; those of one request count for fewer, as they are alike.
@@ -74,25 +74,23 @@ def with_trusted_profile(layer: LayerChoice, wanted: Moments) -> LayerChoice:
     return replace(layer, profile_BE=layer.profile_BE * _profile_trust(wanted).astype(np.float32)[:, None])
 
 
-def _profile_step(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
+def _profile_step(wanted: Moments, seen: Moments) -> F64:
     """Return the change of the profile: what a bin lacks beyond what all tokens lack, as far as that is to trust."""
     lacks_BE = log_weight(np.maximum(wanted.inside_BE, 1e-3)) - log_weight(np.maximum(seen.inside_BE, 1e-3))
     lacks_E = log_weight(np.maximum(wanted.inside_E, 1e-3)) - log_weight(np.maximum(seen.inside_E, 1e-3))
     return np.clip(lacks_BE - lacks_E, -1, 1) * (_profile_trust(wanted) * (seen.tokens_B > 0))[:, None]
 
 
-def _load_error(wanted: Moments, seen: Moments) -> NDArray[np.float64]:
+def _load_error(wanted: Moments, seen: Moments) -> F64:
     return np.clip(log_weight(wanted.inside_E) - log_weight(seen.inside_E), -2, 2)
 
 
-def _calmed(
-    gain_E: NDArray[np.float64], error_E: NDArray[np.float64], before_E: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _calmed(gain_E: F64, error_E: F64, before_E: F64) -> F64:
     """Halve the gain of each expert whose error has changed sign: its memory answers a correction with more than it."""
     return np.where(error_E * before_E < 0, gain_E / 2, np.minimum(gain_E * 1.2, LOAD_GAIN))
 
 
-def _lead_step(wanted: Moments, seen: Moments) -> NDArray[np.float64] | float:
+def _lead_step(wanted: Moments, seen: Moments) -> F64 | float:
     """Return the change of the first choice's logits given the first choice below, beyond what its load lacks."""
     if wanted.firsts_EE is None or seen.firsts_EE is None or wanted.inside_E.sum() < 1.5:
         return 0.0
@@ -101,9 +99,7 @@ def _lead_step(wanted: Moments, seen: Moments) -> NDArray[np.float64] | float:
     return np.clip(lacks_EE - lacks_E, -1, 1)
 
 
-def _corrected(
-    layer: LayerChoice, wanted: Moments, seen: Moments, gain: float, load_gain_E: NDArray[np.float64]
-) -> LayerChoice:
+def _corrected(layer: LayerChoice, wanted: Moments, seen: Moments, gain: float, load_gain_E: F64) -> LayerChoice:
     logit_E = load_gain_E * _load_error(wanted, seen)
     first_E = LOAD_GAIN * np.clip(_log_odds(wanted.first_E) - _log_odds(seen.first_E), -2, 2) - logit_E
     memory_H1 = gain * _memory_step(wanted, seen)[:, None]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .choice import F32, NUM_BINS, Ids, Shape, multi_hot
+from .choice import NUM_BINS, Ids, Shape, multi_hot
 from .dependence import conditional_recall, jsd_bits, mutual_information_bits
+from .schema import F32, F64, I64
 from .trace import counts_by
 
 LAGS_G = (1, 4, 8, 16)
@@ -22,20 +22,20 @@ NEAR_POSITIONS = 200
 class Moments:
     """What is matched; shares of tokens, float64."""
 
-    inside_E: NDArray[np.float64]
-    inside_BE: NDArray[np.float64]
+    inside_E: F64
+    inside_BE: F64
     """By profile bin; a bin without tokens is 0."""
-    tokens_B: NDArray[np.int64]
-    first_E: NDArray[np.float64]
-    together_E: NDArray[np.float64]
+    tokens_B: I64
+    first_E: F64
+    together_E: F64
     """Share of the pairs of tokens of one request that both chose the expert."""
-    overlap_G: NDArray[np.float64]
+    overlap_G: F64
     """Share of a token's experts that the token `LAGS_G` before it chose, early in requests; nan: none is that long."""
     overlap_any: float
     """The same for any two tokens of a request."""
     divergence_bits: float
     """Jensen-Shannon divergence of a request's load from the whole load."""
-    firsts_EE: NDArray[np.int64] | None = None
+    firsts_EE: I64 | None = None
     """Tokens by first choice below and first choice here; None in the first layer, as what follows."""
     information_bits: float | None = None
     recall_first: float | None = None

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .schema import PHASES
+from .schema import I64, PHASES, U8, Ints
 from .trace import UNKNOWN, RoutingTrace, pick_rows, take_tokens
 
 
@@ -18,8 +17,8 @@ from .trace import UNKNOWN, RoutingTrace, pick_rows, take_tokens
 class Grouping:
     """Rows of a trace ordered by request, then position; request r owns `order_T[offsets_R[r] : offsets_R[r + 1]]`."""
 
-    order_T: NDArray[np.int64]
-    offsets_R: NDArray[np.int64]
+    order_T: I64
+    offsets_R: I64
     """One entry more than there are requests."""
 
     @property
@@ -27,15 +26,15 @@ class Grouping:
         return len(self.offsets_R) - 1
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> I64:
         return np.diff(self.offsets_R)
 
     @property
-    def request_of(self) -> NDArray[np.int64]:
+    def request_of(self) -> I64:
         """Return the request index of each ordered row."""
         return np.repeat(np.arange(self.num_requests), self.lengths)
 
-    def rows(self) -> Iterator[NDArray[np.int64]]:
+    def rows(self) -> Iterator[I64]:
         """Yield the trace rows of each request, in reading order."""
         for start, stop in zip(self.offsets_R[:-1], self.offsets_R[1:], strict=True):
             yield self.order_T[start:stop]
@@ -52,7 +51,7 @@ def group_requests(trace: RoutingTrace) -> Grouping:
     return Grouping(order_T=order_T, offsets_R=np.concatenate([[0], new_T, [len(order_T)]]).astype(np.int64))
 
 
-def prompt_lengths(trace: RoutingTrace, groups: Grouping) -> NDArray[np.int64]:
+def prompt_lengths(trace: RoutingTrace, groups: Grouping) -> I64:
     """Return how many leading tokens of each request are prefill, int64 [R]."""
     decode_T = trace.phase_T[groups.order_T] != 0
     index_T = np.arange(len(decode_T))
@@ -61,7 +60,7 @@ def prompt_lengths(trace: RoutingTrace, groups: Grouping) -> NDArray[np.int64]:
     return np.minimum(first_R, groups.offsets_R[1:]) - groups.offsets_R[:-1]
 
 
-def select_rows(trace: RoutingTrace, rows_N: NDArray[np.int64]) -> RoutingTrace:
+def select_rows(trace: RoutingTrace, rows_N: I64) -> RoutingTrace:
     """Return the trace of the given rows (ascending), its steps renumbered to those that still hold a token.
 
     Measured times are dropped: they belong to the whole step.
@@ -73,7 +72,7 @@ def select_rows(trace: RoutingTrace, rows_N: NDArray[np.int64]) -> RoutingTrace:
     return take_tokens(trace, rows_N, step_T=step_N.astype(np.int64), step_table=table)
 
 
-def phases_of(phase_T: NDArray[np.uint8], step_T: NDArray[np.int64], num_steps: int) -> NDArray[np.uint8]:
+def phases_of(phase_T: U8, step_T: I64, num_steps: int) -> U8:
     """Return each step's index into `PHASES` from its tokens' phases; a step without tokens counts as decode."""
     tokens_S = np.bincount(step_T, minlength=num_steps)
     decode_S = np.bincount(step_T, weights=phase_T != 0, minlength=num_steps)
@@ -114,8 +113,8 @@ class Request:
 
     request_id: int
     prompt_tokens: int
-    expert_ids_TLK: NDArray[np.integer]
-    rows_T: NDArray[np.int64]
+    expert_ids_TLK: Ints
+    rows_T: I64
     """Rows of the trace it comes from."""
     domain: int = UNKNOWN
     with_previous: bool = False

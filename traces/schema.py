@@ -13,6 +13,18 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+F64 = NDArray[np.float64]
+F32 = NDArray[np.float32]
+F16 = NDArray[np.float16]
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+I64 = NDArray[np.int64]
+I32 = NDArray[np.int32]
+I16 = NDArray[np.int16]
+U8 = NDArray[np.uint8]
+Bools = NDArray[np.bool_]
+"""Arrays by what they hold; the letters that end their names are the shape."""
+
 ExpertKind = Literal["relu3", "swiglu", "gelu2"]
 Dtype = Literal["bf16", "fp16", "fp32"]
 Phase = Literal["prefill", "decode", "mixed"]
@@ -127,12 +139,12 @@ class RoutedStep:
 
     step: int
     phase: Phase
-    counts_LE: NDArray[np.int32]
+    counts_LE: I32
     """Tokens routed to each expert of each layer: all that the simulator reads."""
     arrival_ns: int | None = None
     """When the step's work is there, ns since step 0; None: as soon as the step before it has been submitted."""
     num_tokens: int = 0
-    expert_ids_TLK: NDArray[np.integer] | None = None
+    expert_ids_TLK: Ints | None = None
     """Ids by falling router weight; None for count-only traces."""
     other_L: tuple[tuple[OtherWork, ...], ...] = ()
     """Per layer; empty: none."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .choice import F32, MEMORY_H, NUM_BINS, LayerChoice, log_weight
+from .choice import MEMORY_H, NUM_BINS, LayerChoice, log_weight
+from .schema import F32, F64, I64
 
 FORMAT = 1
 """Version of the JSON form."""
@@ -28,11 +28,11 @@ class SynthSpec:
     own_LE: F32
     """Standard deviation of the rest of the tilt, independent per expert."""
     domain_DLE: F32
-    weight_D: NDArray[np.float64]
+    weight_D: F64
     domains: tuple[str, ...] = ()
     """Names of the domains; empty: one domain, unnamed."""
-    prompt_tokens_Q: NDArray[np.int64] = field(default_factory=lambda: np.array([0]))
-    decode_tokens_Q: NDArray[np.int64] = field(default_factory=lambda: np.array([256]))
+    prompt_tokens_Q: I64 = field(default_factory=lambda: np.array([0]))
+    decode_tokens_Q: I64 = field(default_factory=lambda: np.array([256]))
     """Lengths of requests, in pairs with `prompt_tokens_Q`; each pair is as likely as the others."""
     drift_per_million: float = 0.0
     """Standard deviation over a million tokens of the random walk of each expert's log popularity."""
@@ -85,7 +85,7 @@ class SynthSpec:
         return self.own_LE.shape[1]
 
     @property
-    def tokens(self) -> NDArray[np.int64]:
+    def tokens(self) -> I64:
         return self.prompt_tokens_Q + self.decode_tokens_Q
 
 
@@ -156,7 +156,7 @@ def plain_layer(logit_E: F32) -> LayerChoice:
     )
 
 
-def logits_of_load(share_E: NDArray[np.float64], top_k: int) -> F32:
+def logits_of_load(share_E: F64, top_k: int) -> F32:
     """Return logits under which Gumbel top-k gives about these shares of load (summing to 1)."""
     return log_weight(share_E * top_k).astype(np.float32)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .choice import multi_hot
 from .dependence import (
@@ -28,10 +27,9 @@ from .dependence import (
     step_statistics,
 )
 from .requests import Grouping, group_requests
-from .schema import StepSource
+from .schema import F64, I64, Floats, Ints, StepSource
 from .trace import RoutingTrace, counts_by
 
-F64 = NDArray[np.float64]
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZES = (1, 8, 32, 128)
 BATCH_STEPS = 200
@@ -91,19 +89,19 @@ class TraceStatistics:
     """Hit rate of a least-recently-used cache of 0..E experts, kept from request to request."""
 
 
-def gini(load_E: NDArray[np.floating] | NDArray[np.integer]) -> float:
+def gini(load_E: Floats | Ints) -> float:
     """Return the Gini coefficient of a load; 0 where there is none."""
     ordered_E, num = np.sort(load_E).astype(np.float64), len(load_E)
     total = ordered_E.sum()
     return float((2 * np.arange(1, num + 1) - num - 1) @ ordered_E / (num * total)) if total else 0.0
 
 
-def max_mean(load_E: NDArray[np.floating] | NDArray[np.integer]) -> float:
+def max_mean(load_E: Floats | Ints) -> float:
     """Return the fullest expert's load over the mean; nan where there is none."""
     return float(load_E.max() / load_E.mean()) if load_E.any() else np.nan
 
 
-def zipf_s(load_E: NDArray[np.floating] | NDArray[np.integer]) -> float:
+def zipf_s(load_E: Floats | Ints) -> float:
     """Return minus the slope of log load over log rank on the fullest 75 % of ranks; nan for fewer than two in use."""
     ordered_E = np.sort(load_E)[::-1][: int(0.75 * len(load_E))].astype(np.float64)
     ordered_E = ordered_E[ordered_E > 0]
@@ -155,7 +153,7 @@ def _summarise_counts(source: StepSource) -> TraceStatistics:
     return TraceStatistics(num_tokens=num_tokens, num_requests=None, **_columns(layers))
 
 
-def _load(counts_E: NDArray[np.integer], num_tokens: int, top_k: int) -> dict[str, Column]:
+def _load(counts_E: Ints, num_tokens: int, top_k: int) -> dict[str, Column]:
     return {
         "gini_L": gini(counts_E),
         "max_mean_L": max_mean(counts_E),
@@ -164,9 +162,7 @@ def _load(counts_E: NDArray[np.integer], num_tokens: int, top_k: int) -> dict[st
     }
 
 
-def _locality(
-    ids_TK: NDArray[np.integer], groups: Grouping, num_experts: int, lags: tuple[int, ...]
-) -> dict[str, Column]:
+def _locality(ids_TK: Ints, groups: Grouping, num_experts: int, lags: tuple[int, ...]) -> dict[str, Column]:
     counts_RE = counts_by(groups.request_of[:, None], ids_TK, groups.num_requests, num_experts)
     return {
         "overlap_LG": overlap_by_lag(ids_TK, groups.request_of, num_experts, lags),
@@ -176,9 +172,7 @@ def _locality(
     }
 
 
-def _batches(
-    ids_TK: NDArray[np.integer], batches: dict[int, list[NDArray[np.int64]]], num_experts: int
-) -> dict[str, Column]:
+def _batches(ids_TK: Ints, batches: dict[int, list[I64]], num_experts: int) -> dict[str, Column]:
     counts_E = np.bincount(ids_TK.ravel(), minlength=num_experts)
     seen_Z3 = np.full((len(batches), 3), np.nan)
     for z, rows in enumerate(batches.values()):
@@ -192,9 +186,7 @@ def _batches(
     }
 
 
-def _dependence(
-    below_TK: NDArray[np.integer], ids_TK: NDArray[np.integer], groups: Grouping, num_experts: int
-) -> dict[str, Column]:
+def _dependence(below_TK: Ints, ids_TK: Ints, groups: Grouping, num_experts: int) -> dict[str, Column]:
     counts_EE = counts_by(below_TK[:, 0], ids_TK[:, 0], num_experts, num_experts)
     chosen_TE, k = multi_hot(ids_TK, num_experts), ids_TK.shape[1]
     given = {

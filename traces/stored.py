@@ -8,12 +8,11 @@ from typing import Generic, TypeVar, cast
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from .check import TraceError, check_block, reading
 from .columns import STEP_NAMES, read_block, read_steps
 from .header import Checksum, Header, parse_header
-from .schema import PHASES, Phase, Provenance, RoutedStep
+from .schema import I64, PHASES, Bools, Phase, Provenance, RoutedStep
 from .trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable, concat, concat_tables, pick_rows, take_steps
 
 B = TypeVar("B", RoutingTrace, ExpertLoad)
@@ -140,7 +139,7 @@ class StoredTrace(Stored[RoutingTrace]):
                     if keep_S.any():
                         yield pick_rows(replace(table, segments=self.segments), keep_S), int(tokens_S[keep_S].sum())
 
-    def _keep(self, table: StepTable) -> NDArray[np.bool_]:
+    def _keep(self, table: StepTable) -> Bools:
         keep_S = np.ones(table.num_steps, dtype=bool)
         if self.segment is not None:
             keep_S &= table.segment_S == self.segments.index(self.segment)
@@ -149,7 +148,7 @@ class StoredTrace(Stored[RoutingTrace]):
         return keep_S
 
     def _rebased(self, table: StepTable) -> StepTable:
-        def rebased(times_S: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+        def rebased(times_S: I64 | None) -> I64 | None:
             return None if times_S is None else np.where(times_S == UNKNOWN, UNKNOWN, times_S - self.base_ns)
 
         return replace(table, arrival_ns_S=rebased(table.arrival_ns_S), start_ns_S=rebased(table.start_ns_S))

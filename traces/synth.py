@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .choice import F32, Ids, Shape, choose, gumbel
+from .choice import Ids, Shape, choose, gumbel
 from .compose import Composition, composed_provenance, routed_steps
 from .requests import Request, phases_of
-from .schema import Provenance, RoutedStep
+from .schema import F32, I64, Bools, Ints, Provenance, RoutedStep
 from .spec import SynthSpec, zipf_spec
 from .trace import UNKNOWN, RoutingTrace, StepTable, id_dtype
 
@@ -28,7 +27,7 @@ BLOCK_ENTRIES = 6_000_000
 """Logits held at once: bounds memory while blocks of requests are drawn."""
 
 
-def _bursts(spec: SynthSpec, num_requests: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+def _bursts(spec: SynthSpec, num_requests: int, rng: np.random.Generator) -> Bools:
     """Say for each request whether it arrives with the one before it, so that `burst_share` are in bursts."""
     if spec.burst_size == 1 or not spec.burst_share:
         return np.zeros(num_requests, np.bool_)
@@ -38,7 +37,7 @@ def _bursts(spec: SynthSpec, num_requests: int, rng: np.random.Generator) -> NDA
     return ~leads_R
 
 
-def _pairs(spec: SynthSpec, seed: int, first: int, num_requests: int) -> NDArray[np.int64]:
+def _pairs(spec: SynthSpec, seed: int, first: int, num_requests: int) -> I64:
     """Return the lengths' indices of consecutive requests: each pair comes once in every round of all pairs."""
     num_pairs = len(spec.tokens)
     rounds, places_R = np.divmod(np.arange(first, first + num_requests), num_pairs)
@@ -50,10 +49,10 @@ def _pairs(spec: SynthSpec, seed: int, first: int, num_requests: int) -> NDArray
 class _Topics:
     """What is decided of some requests before their first token."""
 
-    prompt_R: NDArray[np.int64]
-    tokens_R: NDArray[np.int64]
-    domain_R: NDArray[np.int64]
-    with_previous_R: NDArray[np.bool_]
+    prompt_R: I64
+    tokens_R: I64
+    domain_R: I64
+    with_previous_R: Bools
     tilt_RLE: F32
 
 
@@ -77,14 +76,14 @@ def _topics(spec: SynthSpec, seed: int, block: int, first: int, num_requests: in
     )
 
 
-def _walk(spec: SynthSpec, tokens_R: NDArray[np.int64], key: list[int]) -> F32:
+def _walk(spec: SynthSpec, tokens_R: I64, key: list[int]) -> F32:
     """Return how far the drift goes during each request, float32 [R, L, E]."""
     rng = np.random.default_rng(key)
     pace_R11 = spec.drift_per_million * np.sqrt(tokens_R / 1e6)[:, None, None]
     return (rng.standard_normal((len(tokens_R), spec.num_layers, spec.num_experts)) * pace_R11).astype(np.float32)
 
 
-def _token_ids(spec: SynthSpec, topics: _Topics, tilt_RLE: F32, key: list[int]) -> Iterator[NDArray[np.integer]]:
+def _token_ids(spec: SynthSpec, topics: _Topics, tilt_RLE: F32, key: list[int]) -> Iterator[Ints]:
     """Yield each request's ids [T, L, K], in the order of `topics`; each layer has a random stream of its own."""
     order_R = np.argsort(-topics.tokens_R, kind="stable")
     shape = Shape(tokens_R=topics.tokens_R[order_R], prompt_R=topics.prompt_R[order_R])
@@ -124,9 +123,9 @@ def synth_requests(spec: SynthSpec, seed: int, *, num_requests: int | None = Non
             )
 
 
-def _step_of_tokens(requests: list[Request]) -> NDArray[np.int64]:
+def _step_of_tokens(requests: list[Request]) -> I64:
     """Lay requests one after another, bursts side by side: a prompt is one step, each decode token another."""
-    start, stop, step_T = 0, 0, list[NDArray[np.int64]]()
+    start, stop, step_T = 0, 0, list[I64]()
     for request in requests:
         start = start if request.with_previous else stop
         prompt = request.prompt_tokens

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .schema import PHASES, Phase, Provenance, RoutedStep
+from .schema import F16, I16, I32, I64, PHASES, U8, Bools, Ints, Phase, Provenance, RoutedStep
 
 UNKNOWN = -1
 """Stands in integer columns for a value nobody recorded; null on disk."""
@@ -21,15 +20,13 @@ def id_dtype(num_experts: int) -> type[np.unsignedinteger]:
     return np.uint8 if num_experts <= 256 else np.uint16 if num_experts <= 65536 else np.uint32
 
 
-def counts_by(
-    group: NDArray[np.integer], expert_ids: NDArray[np.integer], num_groups: int, num_experts: int
-) -> NDArray[np.int64]:
+def counts_by(group: Ints, expert_ids: Ints, num_groups: int, num_experts: int) -> I64:
     """Count how often each group chose each expert, int64 [groups, E]; `group` broadcasts against the ids."""
     flat = (group.astype(np.int64) * num_experts + expert_ids).ravel()
     return np.bincount(flat, minlength=num_groups * num_experts).reshape(num_groups, num_experts)
 
 
-def counts_of(expert_ids_TLK: NDArray[np.integer], num_experts: int) -> NDArray[np.int32]:
+def counts_of(expert_ids_TLK: Ints, num_experts: int) -> I32:
     """Count the tokens of each expert in each layer, int32 [L, E]; each row sums to T * K."""
     num_layers = expert_ids_TLK.shape[1]
     return counts_by(np.arange(num_layers)[:, None], expert_ids_TLK, num_layers, num_experts).astype(np.int32)
@@ -39,15 +36,15 @@ def counts_of(expert_ids_TLK: NDArray[np.integer], num_experts: int) -> NDArray[
 class StepTable:
     """What is known of each step; step s is row s. A column is None when nobody recorded it."""
 
-    phase_S: NDArray[np.uint8]
+    phase_S: U8
     """Index into `PHASES`."""
-    segment_S: NDArray[np.uint8]
+    segment_S: U8
     """Index into `segments`: which part of the recording (a checkpoint, a run) the step belongs to."""
     segments: tuple[str, ...] = ("all",)
-    arrival_ns_S: NDArray[np.int64] | None = None
-    start_ns_S: NDArray[np.int64] | None = None
-    moe_ns_SL: NDArray[np.int64] | None = None
-    other_ns_SL: NDArray[np.int64] | None = None
+    arrival_ns_S: I64 | None = None
+    start_ns_S: I64 | None = None
+    moe_ns_SL: I64 | None = None
+    other_ns_SL: I64 | None = None
 
     @property
     def num_steps(self) -> int:
@@ -64,14 +61,14 @@ class RoutingTrace:
 
     num_experts: int
     provenance: Provenance
-    request_id_T: NDArray[np.int64]
-    position_T: NDArray[np.int32]
-    phase_T: NDArray[np.uint8]
-    step_T: NDArray[np.int64]
-    domain_T: NDArray[np.int16]
-    expert_ids_TLK: NDArray[np.integer]
+    request_id_T: I64
+    position_T: I32
+    phase_T: U8
+    step_T: I64
+    domain_T: I16
+    expert_ids_TLK: Ints
     step_table: StepTable
-    gates_TLK: NDArray[np.float16] | None = None
+    gates_TLK: F16 | None = None
     domains: tuple[str, ...] = ()
 
     @property
@@ -116,7 +113,7 @@ class ExpertLoad:
 
     top_k: int
     provenance: Provenance
-    counts_SLE: NDArray[np.int64]
+    counts_SLE: I64
     phase: Phase = "mixed"
     labels: tuple[str, ...] = ()
     """One label per step (a domain, a sequence), or empty."""
@@ -146,7 +143,7 @@ class ExpertLoad:
 
 TOKEN_COLUMNS = ("request_id_T", "position_T", "phase_T", "domain_T", "expert_ids_TLK", "gates_TLK")
 STEP_COLUMNS = ("phase_S", "segment_S", "arrival_ns_S", "start_ns_S", "moe_ns_SL", "other_ns_SL")
-Rows = slice | NDArray[np.bool_] | NDArray[np.int64]
+Rows = slice | Bools | I64
 
 
 def slice_steps(trace: RoutingTrace, first: int, last: int) -> RoutingTrace:
@@ -157,7 +154,7 @@ def slice_steps(trace: RoutingTrace, first: int, last: int) -> RoutingTrace:
     return take_tokens(trace, tokens, step_T=trace.step_T[tokens] - first, step_table=table)
 
 
-def take_steps(trace: RoutingTrace, keep_S: NDArray[np.bool_]) -> RoutingTrace:
+def take_steps(trace: RoutingTrace, keep_S: Bools) -> RoutingTrace:
     """Return the steps where `keep_S` is true, renumbered from 0."""
     keep_T = keep_S[trace.step_T]
     step_T = (np.cumsum(keep_S) - 1)[trace.step_T[keep_T]]
@@ -194,7 +191,7 @@ def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
 
 def concat_tables(tables: Sequence[StepTable], num_layers: int) -> StepTable:
     """Join step tables end to end; a column that nobody recorded comes back as None."""
-    columns: dict[str, NDArray[np.integer] | None] = {}
+    columns: dict[str, Ints | None] = {}
     for name in STEP_COLUMNS:
         column = np.concatenate([step_column(table, name, num_layers) for table in tables])
         unknown = column.dtype == np.int64 and (column == UNKNOWN).all()
@@ -202,9 +199,9 @@ def concat_tables(tables: Sequence[StepTable], num_layers: int) -> StepTable:
     return replace(tables[-1], **columns)
 
 
-def step_column(table: StepTable, name: str, num_layers: int) -> NDArray[np.integer]:
+def step_column(table: StepTable, name: str, num_layers: int) -> Ints:
     """Return a column of the step table, UNKNOWN where it is missing."""
-    column: NDArray[np.integer] | None = getattr(table, name)
+    column: Ints | None = getattr(table, name)
     if column is not None:
         return column
     shape = (table.num_steps, num_layers) if name.endswith("_SL") else (table.num_steps,)

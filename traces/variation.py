@@ -7,10 +7,8 @@ steps, U experts of all layers that carry load, J lags.
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .choice import F32
-from .schema import StepSource
+from .schema import F32, F64, I64, StepSource
 
 MAX_WINDOWS = 32
 LEAST_WINDOWS = 8
@@ -27,7 +25,7 @@ class Tilt:
     own_LE: F32
 
 
-def split_tilt(tilt_RLE: NDArray[np.float64], domain_R: NDArray[np.int64], num_domains: int) -> Tilt:
+def split_tilt(tilt_RLE: F64, domain_R: I64, num_domains: int) -> Tilt:
     """Split the requests' tilts; a domain's mean is shrunk as if four more requests had none."""
     shape = tilt_RLE.shape
     tilt_RLE = tilt_RLE - tilt_RLE.mean(axis=0)
@@ -52,7 +50,7 @@ def tilt_variance(tilt: Tilt) -> F32:
     return (tilt.factor_FLE**2).sum(axis=0) + tilt.own_LE**2
 
 
-def typical_tilt(tilt: Tilt, domain_R: NDArray[np.int64], draw: int) -> F32:
+def typical_tilt(tilt: Tilt, domain_R: I64, draw: int) -> F32:
     """Draw tilts that are typical for the model: each expert's lie at the quantiles of its normal distribution.
 
     So the matching does not adapt to the accidents of one draw; how experts move together is still random.
@@ -68,7 +66,7 @@ def typical_tilt(tilt: Tilt, domain_R: NDArray[np.int64], draw: int) -> F32:
     return (ndtri((rank_RLE + 0.5) / num) * size_LE + tilt.domain_DLE[domain_R]).astype(np.float32)
 
 
-def window_counts(source: StepSource, num_windows: int) -> NDArray[np.int64]:
+def window_counts(source: StepSource, num_windows: int) -> I64:
     """Sum the counts over equal stretches of steps, int64 [W, L, E]."""
     counts_WLE = np.zeros((num_windows, source.num_layers, source.num_experts), np.int64)
     for step in source.steps():
@@ -76,7 +74,7 @@ def window_counts(source: StepSource, num_windows: int) -> NDArray[np.int64]:
     return counts_WLE
 
 
-def drift_of(counts_WLE: NDArray[np.int64], tokens_per_window: float) -> float:
+def drift_of(counts_WLE: I64, tokens_per_window: float) -> float:
     """Return the walk's standard deviation over a million tokens; 0 where the windows' order could be any other.
 
     Squared differences of log load grow in proportion to the distance in time where there is a walk, and do not
@@ -93,7 +91,7 @@ def drift_of(counts_WLE: NDArray[np.int64], tokens_per_window: float) -> float:
     return float(np.sqrt(slope * 1e6 / tokens_per_window)) if slope > max(*by_chance, 0.0) else 0.0
 
 
-def _slope(log_WU: NDArray[np.float64]) -> float:
+def _slope(log_WU: F64) -> float:
     """Return by how much the mean squared difference grows per window of distance, over half of all distances.
 
     Not from distance 1: neighbours share requests.

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..check import TraceError, reading
+from ..schema import F64, I64
 from ..torch_file import read_torch_file
 
 Kind = Literal["torch", "npz", "npy", "json", "text", "parquet", "gguf"]
@@ -113,7 +114,7 @@ def as_list(value: object) -> list[Any]:
     return list(cast("list[Any]", value))
 
 
-def as_ints(value: object, name: str, ndim: int) -> NDArray[np.int64]:
+def as_ints(value: object, name: str, ndim: int) -> I64:
     """Return an integer array of `ndim` dimensions, from an array or nested lists."""
     try:
         array = np.asarray(value)
@@ -126,7 +127,7 @@ def as_ints(value: object, name: str, ndim: int) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def as_floats(value: object, name: str) -> NDArray[np.float64]:
+def as_floats(value: object, name: str) -> F64:
     """Return a finite floating-point array."""
     array = np.asarray(value, dtype=np.float64)
     if not np.isfinite(array).all():
@@ -136,7 +137,7 @@ def as_floats(value: object, name: str) -> NDArray[np.float64]:
     return array
 
 
-def decode_ids(value: object, dtype: str) -> NDArray[np.int64]:
+def decode_ids(value: object, dtype: str) -> I64:
     """Return expert ids sent in a response: nested lists, base64 of an .npy, or base64 of raw ids of `dtype`."""
     if not isinstance(value, str):
         return as_ints(value, "routed_experts", 3)

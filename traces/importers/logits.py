@@ -6,9 +6,9 @@ Shape letters: B sequences, T = B x sequence length tokens, L sparse layers, E e
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..check import TraceError
+from ..schema import F64, I64, Floats
 from .content import Content, as_dict, as_floats, as_ints, as_list
 from .result import PREFILL, Imported, ImportOptions, Rows, finish_tokens, stack_rows
 
@@ -47,9 +47,7 @@ def router_logits(contents: Sequence[Content], options: ImportOptions) -> Import
     return finish_tokens(stack_rows(pieces), options, notes=notes)
 
 
-def choose_experts(
-    logits_LTE: NDArray[np.floating], options: ImportOptions, bias_LE: NDArray[np.floating] | None = None
-) -> NDArray[np.int64]:
+def choose_experts(logits_LTE: Floats, options: ImportOptions, bias_LE: Floats | None = None) -> I64:
     """Return the top-k ids [T, L, K] by falling score plus bias; equal scores go to the lower id.
 
     With groups, experts outside the best `top_groups` groups (by the sum of their two best scores) are out, as in
@@ -74,12 +72,12 @@ def choose_experts(
     return np.argsort(-score_LTE, axis=2, kind="stable")[:, :, :top_k].transpose(1, 0, 2)
 
 
-def _softmax(logits_LTE: NDArray[np.floating]) -> NDArray[np.floating]:
+def _softmax(logits_LTE: Floats) -> Floats:
     power_LTE = np.exp(logits_LTE - logits_LTE.max(axis=2, keepdims=True))
     return power_LTE / power_LTE.sum(axis=2, keepdims=True)
 
 
-def _best_groups(score_LTE: NDArray[np.floating], groups: int, top_groups: int) -> NDArray[np.floating]:
+def _best_groups(score_LTE: Floats, groups: int, top_groups: int) -> Floats:
     layers, tokens, experts = score_LTE.shape
     if experts % groups or not 1 <= top_groups <= groups:
         raise TraceError(
@@ -91,7 +89,7 @@ def _best_groups(score_LTE: NDArray[np.floating], groups: int, top_groups: int) 
     return np.where(rank_LTG[..., None] < top_groups, score_LTGE, -np.inf).reshape(score_LTE.shape)
 
 
-def _layers(value: object) -> NDArray[np.float64]:
+def _layers(value: object) -> F64:
     layers = list(value) if isinstance(value, np.ndarray) else as_list(value)
     # Switch gives (logits, chosen ids) pairs, and nothing for dense layers.
     arrays = [layer[0] if isinstance(layer, tuple) else layer for layer in layers if layer is not None]

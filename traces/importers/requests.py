@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..check import TraceError
+from ..schema import Ints
 from .content import Content, as_dict, as_ints, as_list, decode_ids, only
 from .result import DECODE, PREFILL, Imported, ImportOptions, Rows, finish_tokens, stack_rows
 
@@ -28,7 +28,7 @@ def responses(contents: Sequence[Content], options: ImportOptions) -> Imported:
     return finish_tokens(rows, options, notes=[] if parted else [UNPARTED])
 
 
-def _one_by_one(requests: Iterator[tuple[NDArray[np.integer], int, int]]) -> Rows:
+def _one_by_one(requests: Iterator[tuple[Ints, int, int]]) -> Rows:
     """Return the rows of requests served alone, each given by its ids, the length of its prompt and first position.
 
     A prompt is one step, each later token a step.
@@ -63,7 +63,7 @@ def _outputs(record: dict[str, Any]) -> Iterator[tuple[object, dict[str, Any]]]:
                 yield meta["routed_experts"], {**shared, **lone, **holder, **meta}
 
 
-def _response(value: object, meta: dict[str, Any], options: ImportOptions) -> tuple[NDArray[np.integer], int, int]:
+def _response(value: object, meta: dict[str, Any], options: ImportOptions) -> tuple[Ints, int, int]:
     start = int(meta.get("routed_experts_start_len", meta.get("routed_experts_prompt_start", 0)))
     dtype = str(meta.get("routed_experts_dtype", "int32"))
     ids = decode_ids(value, dtype)
@@ -92,7 +92,7 @@ def _layers_and_width(size: int, meta: dict[str, Any], start: int, options: Impo
 
 def arrays(contents: Sequence[Content], options: ImportOptions) -> Imported:
     """Import `routed_experts` [T, L, K] saved as .npy, or as .npz with the ids of prompt and output tokens."""
-    requests: list[tuple[NDArray[np.integer], int, int]] = []
+    requests: list[tuple[Ints, int, int]] = []
     for content in contents:
         named = as_dict(content.value) if content.kind == "npz" else as_dict({"routed_experts": content.value})
         ids_TLK = as_ints(named["routed_experts"], "routed_experts", 3)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..check import TraceError, check_load, check_trace
 from ..requests import phases_of
-from ..schema import Provenance
+from ..schema import I16, I32, I64, U8, Floats, Ints, Provenance
 from ..trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable, id_dtype
 
 CONSTANT_TOKENS = 4
@@ -30,14 +30,14 @@ class ImportOptions(TypedDict, total=False):
     num_layers: int
     prompt_len: int
     """Rows of the prompt, where the file does not part it from the output."""
-    physical_to_logical: NDArray[np.integer]
+    physical_to_logical: Ints
     """[L, physical experts]; overrides the file's own."""
     member: str
     """Which of several models in one file."""
     model: str
     score: Literal["softmax", "sigmoid"]
     """How router logits are scored; with `bias_LE` added before the choice."""
-    bias_LE: NDArray[np.floating]
+    bias_LE: Floats
     num_groups: int
     top_groups: int
 
@@ -50,13 +50,13 @@ Imported = tuple[RoutingTrace | ExpertLoad, list[str]]
 class Rows:
     """Tokens as a source gave them: ids may be -1 (padding); steps may have any numbers, in any order."""
 
-    request_id_T: NDArray[np.int64]
-    position_T: NDArray[np.int64]
-    phase_T: NDArray[np.uint8]
-    step_T: NDArray[np.int64]
-    expert_ids_TLK: NDArray[np.integer]
-    gates_TLK: NDArray[np.floating] | None = None
-    domain_T: NDArray[np.int16] | None = None
+    request_id_T: I64
+    position_T: I64
+    phase_T: U8
+    step_T: I64
+    expert_ids_TLK: Ints
+    gates_TLK: Floats | None = None
+    domain_T: I16 | None = None
 
     def keep(self, rows: NDArray[Any]) -> "Rows":
         """Return some rows, by mask or by index, or all of them in another order."""
@@ -98,7 +98,7 @@ def finish_tokens(
         num_experts=num_experts,
         provenance=_provenance(options, said),
         request_id_T=rows.request_id_T.astype(np.int64),
-        position_T=cast("NDArray[np.int32]", rows.position_T),
+        position_T=cast("I32", rows.position_T),
         phase_T=rows.phase_T,
         step_T=step_T.astype(np.int64),
         domain_T=np.full(len(step_T), UNKNOWN, np.int16) if rows.domain_T is None else rows.domain_T,
@@ -175,11 +175,7 @@ def _without_dummies(rows: Rows, said: list[str]) -> Rows:
 
 
 def finish_counts(
-    counts_SLE: NDArray[np.int64],
-    options: ImportOptions,
-    *,
-    notes: Sequence[str] = (),
-    labels: tuple[str, ...] = (),
+    counts_SLE: I64, options: ImportOptions, *, notes: Sequence[str] = (), labels: tuple[str, ...] = ()
 ) -> Imported:
     """Clean counts and make the load: dense layers and constant steps go.
 

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..check import TraceError
+from ..schema import I64
 from .content import Content, as_dict, as_ints, as_list
 from .result import DECODE, PREFILL, Imported, ImportOptions, Rows, finish_counts, finish_tokens, stack_rows
 
 MIXED_MODE = 3
 """ForwardMode of a pass with prompts and decoding requests; the latter are its pieces of one token."""
 
-Recorded = tuple[dict[str, Any], NDArray[np.int64]]
+Recorded = tuple[dict[str, Any], I64]
 """A record and the map of its file: the logical expert of each physical one, [L, P]."""
 
 
@@ -85,7 +85,7 @@ def _same_tokens(record: dict[str, Any], other: dict[str, Any]) -> bool:
     return same_ids and record["positions"] == other["positions"]
 
 
-def _rows(record: dict[str, Any], map_LP: NDArray[np.int64], number: int, rank: int, requests: "_Requests") -> Rows:
+def _rows(record: dict[str, Any], map_LP: I64, number: int, rank: int, requests: "_Requests") -> Rows:
     position_T = as_ints(record["positions"], "positions", 1)
     ids_TLW = _logical(as_ints(record["topk_ids_of_layer"], "topk_ids_of_layer", 3), map_LP).transpose(1, 0, 2)
     if len(ids_TLW) != len(position_T):
@@ -111,7 +111,7 @@ def _rows(record: dict[str, Any], map_LP: NDArray[np.int64], number: int, rank: 
     return Rows(request_id_T=request_T, position_T=position_T, phase_T=phase_T, step_T=step_T, expert_ids_TLK=ids_TLW)
 
 
-def _logical(ids_LTW: NDArray[np.int64], map_LP: NDArray[np.int64]) -> NDArray[np.int64]:
+def _logical(ids_LTW: I64, map_LP: I64) -> I64:
     """Return logical ids for physical ones; -1 stays."""
     layers, physical = map_LP.shape
     if len(ids_LTW) != layers:
@@ -131,7 +131,7 @@ class _Requests:
         self._count = 0
         self._waiting: defaultdict[int, dict[int, deque[int]]] = defaultdict(dict)
 
-    def of(self, rank: int, start_N: NDArray[np.int64], size_N: NDArray[np.int64], *, ends_others: bool) -> list[int]:
+    def of(self, rank: int, start_N: I64, size_N: I64, *, ends_others: bool) -> list[int]:
         """Return the request of each piece of a pass, in batch order.
 
         Every running request takes part in a pass that decodes: who is not in it has ended.
