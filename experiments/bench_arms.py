@@ -1,7 +1,4 @@
-"""The arms of the layer benchmark and how they are timed; torch is imported inside functions alone.
-
-An arm is captured once: a graph runs it over several weight sets in rotation, so that weights come from DRAM. Arms are
-replayed A B B A with pauses between rounds (the burst regime); a sample is one replay divided by its layers.
+"""The arms of the layer benchmark; torch is imported inside functions alone.
 
 Shape letters: T tokens, E experts, K top-k, P weight sets.
 """
@@ -11,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.timer import capture
 from ..traces.schema import MoeSpec
 
 if TYPE_CHECKING:
@@ -19,10 +17,6 @@ if TYPE_CHECKING:
     from ..kernels.spec import LayerLaunch
     from ..kernels.weights import ExpertWeights
 
-PAUSE_S = 0.05
-LEAST_GRAPH_NS = 400_000
-"""A graph shorter than this is repeated inside itself: events resolve about half a microsecond."""
-MOST_REPEATS = 50
 FUSED_BYTES = 400_000_000
 """Layers that read more weights are not bound by launches: fusing is not tried."""
 
@@ -81,62 +75,6 @@ def torch_grouped(x_TD: "torch.Tensor", logits_TE: "torch.Tensor", weights: "Exp
     return torch.empty_like(scaled).index_copy_(0, order_N, scaled).unflatten(0, (-1, spec.top_k)).sum(1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Captured:
-    """A graph over so many layers, with the step whose buffers its kernels use."""
-
-    graph: Any
-    step: Callable[[int], Any]
-    layers: int
-
-    def time_ns(self) -> float:
-        """Return the device time of one replay per layer."""
-        import torch
-
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e6 / self.layers
-
-
-def capture(step: Callable[[int], Any], num_sets: int) -> Captured:
-    """Capture a graph over all weight sets, repeated until it is long enough to time."""
-    import torch
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for p in range(num_sets):
-            step(p)
-    torch.cuda.current_stream().wait_stream(stream)
-    once = _captured(step, num_sets, 1)
-    pass_ns = min(once.time_ns() for _ in range(3)) * num_sets
-    repeats = min(MOST_REPEATS, int(LEAST_GRAPH_NS // pass_ns))
-    return _captured(step, num_sets, repeats) if repeats > 1 else once
-
-
-def _captured(step: Callable[[int], Any], num_sets: int, repeats: int) -> Captured:
-    import torch
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(num_sets * repeats):
-            step(i % num_sets)
-    return Captured(graph=graph, step=step, layers=num_sets * repeats)
-
-
-def interleave(arms: Sequence[Captured], rounds: int) -> list[list[float]]:
-    """Return ns per layer of each arm, two samples a round, in the order A B .. B A with a pause after each round."""
-    samples: list[list[float]] = [[] for _ in arms]
-    for _ in range(rounds):
-        for i in (*range(len(arms)), *reversed(range(len(arms)))):
-            samples[i].append(arms[i].time_ns())
-        time.sleep(PAUSE_S)
-    return samples
-
-
 def candidates(spec: MoeSpec, num_tokens: int, sm_count: int) -> "list[LayerLaunch]":
     """Return launches worth timing for a load: the modelled one, other tiles and heights, fused where that may pay."""
     from ..kernels.launches import TILES, default_launch, rows_per_expert, tile_for
@@ -164,18 +102,15 @@ def _unsliced(tile: Any, *, fused: bool = False) -> "LayerLaunch":
     return LayerLaunch(slices=(SliceLaunch(up=tile, down=tile),), fused=fused)
 
 
-def our_step(batch: Batch, launch: "LayerLaunch", *, only_route: bool = False) -> Callable[[int], Any]:
-    """Return the call that runs our layer, or its routing alone, on one weight set."""
+def our_step(batch: Batch, launch: "LayerLaunch") -> Callable[[int], Any]:
+    """Return the call that runs our layer on one weight set."""
     from ..kernels.layer import moe_layer
-    from ..kernels.routing import route
     from ..kernels.spec import RouterSpec
     from ..kernels.workspace import Workspace
 
     router, ws = RouterSpec.of(batch.spec), Workspace.allocate(batch.spec, len(batch.x_TD), "cuda")
 
     def step(p: int) -> Any:
-        if only_route:
-            return route(batch.logits_PTE[p], router, launch, ws)
         return moe_layer(batch.x_TD, batch.logits_PTE[p], batch.sets[p], router, ws, launch)
 
     return step

@@ -21,28 +21,22 @@ from typing import Any
 
 from ..policies.cost import floor_ns
 from ..policies.data import load_device
+from ..runtime.meter import EnergyMeter
+from ..runtime.timer import capture, interleave, paired_ratio, quantiles, sets_to_stay_cold
 from ..traces.models import load_model
 from ..traces.schema import DTYPE_BYTES, MoeSpec
-from .bench_arms import (
-    Batch,
-    agreement,
-    best_launch,
-    candidates,
-    capture,
-    describe,
-    draw_logits,
-    interleave,
-    our_step,
-    torch_grouped,
-)
+from .bench_arms import Batch, agreement, best_launch, candidates, describe, draw_logits, our_step, torch_grouped
 from .runs import provenance, to_json
 
 SWIGLU_MODELS = ("qwen3-30b-a3b", "mixtral-8x7b", "large", "olmoe-1b-7b", "medium", "small")
 TOKENS = (1, 32, 256, 2048, 8192)
 RELU_TOKENS = {"small": (1, 32, 256, 2048), "medium": (1, 32, 256, 2048), "large": (1, 32, 256, 2048)}
-L2_FACTOR = 4
-MEMORY_SHARE = 0.5
+ROUTED_TOKENS = (1, 8, 32, 64, 256, 2048, 8192)
+ROUTED_MODELS = ("small", "medium", "large", "olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3")
 MOST_SETS = 40
+"""A step that reads so little that more would be needed keeps some of its weights in L2."""
+LONG_LAYER_US = 4000
+"""One set: two would not fit a burst, and one exceeds L2 many times."""
 MOST_REL_DIFFERENCE = 2e-3
 """Of bf16 outputs whose bits differ where the matrix library does not walk K in order."""
 TUNE_S = 12.0
@@ -82,8 +76,8 @@ def num_sets(row: Row, l2_bytes: int, memory_bytes: int) -> int:
     """Return how many weight sets keep the experts of a step cold."""
     spec = row.spec
     touched = min(spec.num_experts, row.tokens * spec.top_k) * spec.expert_bytes()
-    held = int(memory_bytes * MEMORY_SHARE) // (spec.num_experts * spec.expert_bytes())
-    return max(1, min(-(-L2_FACTOR * l2_bytes // touched) + 1, held, MOST_SETS))
+    whole = spec.num_experts * spec.expert_bytes()
+    return min(MOST_SETS, sets_to_stay_cold(touched, whole, l2_bytes=l2_bytes, memory_bytes=memory_bytes))
 
 
 def measure(row: Row, batch: Batch, sm_count: int, rounds: int) -> dict[str, Any]:
@@ -93,26 +87,56 @@ def measure(row: Row, batch: Batch, sm_count: int, rounds: int) -> dict[str, Any
     found: dict[str, Any] = {**asdict(row), **checked, "launch": describe(launch), "tried_us": tried}
     if not checked["same_bits"] and not checked["rel_difference"] <= MOST_REL_DIFFERENCE:
         return found | {"status": "wrong"}
-    sets = len(batch.sets)
+    floor = floor_us(row.spec, batch)
+    sets = 1 if floor > LONG_LAYER_US else len(batch.sets)
     arms = [
         capture(our_step(batch, launch), sets),
         capture(lambda p: torch_grouped(batch.x_TD, batch.logits_PTE[p], batch.sets[p]), sets),
-        capture(our_step(batch, launch, only_route=True), sets),
     ]
-    ours, theirs, routing = interleave(arms, rounds)
-    ratios = [(theirs[i] + theirs[i + 1]) / (ours[i] + ours[i + 1]) for i in range(0, len(ours), 2)]
-    floor = floor_us(row.spec, batch)
+    ours, theirs = interleave(arms, rounds, "burst").samples_ns
+    ratio = paired_ratio(theirs, ours)
     return found | {
         "status": "ok",
         "weight_sets": sets,
         "rounds": rounds,
         "floor_us": floor,
         "of_floor": floor / statistics.median(ours) * 1000,
-        **_quantiles("ours_us", ours, 1000),
-        **_quantiles("torch_us", theirs, 1000),
-        **_quantiles("routing_us", routing, 1000),
-        **_quantiles("speedup", ratios, 1),
+        **in_us("ours", ours),
+        **in_us("torch", theirs),
+        "speedup": ratio.median,
+        "speedup_low": ratio.low,
+        "speedup_high": ratio.high,
     }
+
+
+def measure_routing(model: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """Return the time of routing alone, for logits in float32."""
+    import torch
+
+    from ..kernels.launches import default_launch
+    from ..kernels.routing import route
+    from ..kernels.spec import RouterSpec
+    from ..kernels.workspace import Workspace
+
+    spec = replace(load_model(model), num_layers=1, d_model=64, d_ff=(64,), dtype="bf16")
+    router, ws, launch = RouterSpec.of(spec), Workspace.allocate(spec, tokens, "cuda"), default_launch(spec, tokens)
+    logits_TE = draw_logits(spec, tokens, 1, "uniform", tokens)[0]
+    bias_E = torch.zeros(spec.num_experts, device="cuda") if router.score == "sigmoid" else None
+    arm = capture(lambda _: route(logits_TE, router, launch, ws, bias_E=bias_E), 1)
+    (samples,) = interleave([arm], rounds, "burst").samples_ns
+    return {
+        "model": model,
+        "experts": spec.num_experts,
+        "top_k": spec.top_k,
+        "tokens": tokens,
+        **in_us("route", samples),
+    }
+
+
+def in_us(name: str, samples_ns: Sequence[float]) -> dict[str, float]:
+    """Return the 20, 50 and 80 % quantiles under names that say so."""
+    found = quantiles(samples_ns)
+    return {f"{name}_us_q{q}": round(getattr(found, f"q{q}_ns") / 1000, 3) for q in (20, 50, 80)}
 
 
 def floor_us(spec: MoeSpec, batch: Batch) -> float:
@@ -125,12 +149,7 @@ def floor_us(spec: MoeSpec, batch: Batch) -> float:
     return floor_ns(hbm_bytes=hbm_bytes, flops=flops, device=device, dtype=spec.dtype) / 1000
 
 
-def _quantiles(name: str, samples: Sequence[float], divisor: float) -> dict[str, float]:
-    cuts = statistics.quantiles(samples, n=10)
-    return {f"{name}_q{10 * q}": round(cuts[q - 1] / divisor, 4) for q in (2, 5, 8)}
-
-
-def run_rows(rows: Sequence[Row], seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
+def run_rows(rows: Sequence[Row], seconds: float, rounds: int, meter: Any) -> Iterator[dict[str, Any]]:
     """Yield measured rows until they are done or the time is up; weights are drawn once for rows of one layer."""
     import torch
 
@@ -150,7 +169,8 @@ def run_rows(rows: Sequence[Row], seconds: float, rounds: int) -> Iterator[dict[
         x_TD = torch.randn(row.tokens, spec.d_model, device="cuda", generator=generator).bfloat16()
         logits = draw_logits(spec, row.tokens, wanted, row.skew, seed=row.tokens)
         batch = Batch(spec=spec, x_TD=x_TD, logits_PTE=logits, sets=sets[:wanted])
-        yield measure(row, batch, properties.multi_processor_count, rounds)
+        found = measure(row, batch, properties.multi_processor_count, rounds)
+        yield found | {f"after_{name}": value for name, value in asdict(meter.snapshot()).items()}
 
 
 def precompile(rows: Sequence[Row], sm_count: int) -> None:
@@ -204,19 +224,27 @@ def _compile(spec: MoeSpec, tokens: int, launch: Any) -> None:
     torch.cuda.synchronize()
 
 
-def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what is needed to read the rows later."""
+def manifest(arguments: argparse.Namespace, meter: Any) -> dict[str, Any]:
+    """Return what is needed to read the rows later: a checkout without its history is told its commit."""
     import torch
     import triton
 
-    return {
-        **provenance(),
-        "arguments": vars(arguments),
-        "device": torch.cuda.get_device_name(0),
+    found = provenance()
+    versions = found["versions"] | {
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
-        "regime": "burst: rounds of some ms, 50 ms of idle between them; graph replay; weights cold",
+    }
+    return {
+        **found,
+        "versions": versions,
+        **({"commit": arguments.commit, "dirty": False} if arguments.commit else {}),
+        "command": f"python -P -m expertslice.experiments.bench_layer --seconds {arguments.seconds:.0f}",
+        "seeds": "weights: the set's number; tokens: 1; logits: the number of tokens",
+        "device": torch.cuda.get_device_name(0),
+        "driver": meter.nvml.nvmlSystemGetDriverVersion(),
+        "before": asdict(meter.snapshot()),
+        "regime": "burst: at most 20 ms busy, then at least 100 ms idle; graph replay; weights cold",
     }
 
 
@@ -227,8 +255,8 @@ def line(found: dict[str, Any]) -> str:
         return f"{head} {found['status']}: {found['rel_difference']:.2e}"
     times = f"floor {found['floor_us']:8.1f} ours {found['ours_us_q50']:8.1f} torch {found['torch_us_q50']:8.1f}"
     bits = "same" if found["same_bits"] else f"{found['differing_share']:.0e}"
-    ratio = f"x{found['speedup_q50']:.2f} [{found['speedup_q20']:.2f}, {found['speedup_q80']:.2f}]"
-    rest = f"of floor {found['of_floor']:.2f} route {found['routing_us_q50']:.1f} {bits} {found['launch']}"
+    ratio = f"x{found['speedup']:.2f} [{found['speedup_low']:.2f}, {found['speedup_high']:.2f}]"
+    rest = f"of floor {found['of_floor']:.2f} {bits} {found['launch']}"
     return f"{head} {times} {ratio} {rest}"
 
 
@@ -237,9 +265,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=400.0)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--resume", type=Path, help="rows.jsonl of an earlier call")
     parser.add_argument("--models", help="comma-separated; default all")
+    parser.add_argument("--commit", help="of a checkout that has no history with it")
     arguments = parser.parse_args()
     started = time.monotonic()
     done = [json.loads(text) for text in arguments.resume.read_text().splitlines()] if arguments.resume else []
@@ -247,29 +276,32 @@ def main() -> None:
     models = arguments.models.split(",") if arguments.models else None
     rows = [r for r in all_rows() if tuple(asdict(r).values()) not in names and (not models or r.model in models)]
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "manifest.json").write_text(to_json(manifest(arguments)) + "\n")
-    precompile(rows, sm_count=132)
-    sys.stdout.write(f"compiled in {time.monotonic() - started:.0f} s\n")
-    with (arguments.out / "rows.jsonl").open("w") as file:
-        file.writelines(json.dumps(found) + "\n" for found in done)
-        for found in run_rows(rows, arguments.seconds - (time.monotonic() - started), arguments.rounds):
-            file.write(json.dumps(found) + "\n")
-            file.flush()
-            sys.stdout.write(line(found) + "\n")
-            sys.stdout.flush()
-    write_parquet(arguments.out)
+    with EnergyMeter(0) as meter:
+        (arguments.out / "manifest.json").write_text(to_json(manifest(arguments, meter)) + "\n")
+        precompile(rows, sm_count=132)
+        sys.stdout.write(f"compiled in {time.monotonic() - started:.0f} s\n")
+        routed = [measure_routing(model, tokens, 20) for model in ROUTED_MODELS for tokens in ROUTED_TOKENS]
+        write_parquet(arguments.out / "routing.parquet", routed)
+        for found in routed:
+            sys.stdout.write(f"route {found['model']:14} {found['tokens']:5} {found['route_us_q50']:6.2f} us\n")
+        with (arguments.out / "rows.jsonl").open("w") as file:
+            file.writelines(json.dumps(found) + "\n" for found in done)
+            left_s = arguments.seconds - (time.monotonic() - started)
+            for found in run_rows(rows, left_s, arguments.rounds, meter):
+                file.write(json.dumps(found) + "\n")
+                file.flush()
+                sys.stdout.write(line(found) + "\n")
+                sys.stdout.flush()
+    measured = [json.loads(text) for text in (arguments.out / "rows.jsonl").read_text().splitlines()]
+    write_parquet(arguments.out / "layers.parquet", [m | {"tried_us": json.dumps(m["tried_us"])} for m in measured])
 
 
-def write_parquet(folder: Path) -> None:
-    """Write the rows beside rows.jsonl as Parquet."""
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as Parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [json.loads(text) for text in (folder / "rows.jsonl").read_text().splitlines()]
-    for found in rows:
-        found["tried_us"] = json.dumps(found["tried_us"])
-    if rows:
-        pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
 
 
 if __name__ == "__main__":

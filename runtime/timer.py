@@ -135,11 +135,10 @@ def _steady(arms: Sequence[Captured], visits: Iterable[int]) -> Iterator[tuple[i
 
 
 def burst_size(expected_ns: Sequence[float]) -> int:
-    """Return how many of these replays, in this order, fill one burst; ValueError for fewer than two."""
+    """Return how many of these replays, in this order, fill one burst; ValueError where the first is too long."""
     size = int(np.searchsorted(np.cumsum(expected_ns), BURST_PLANNED_NS, side="right"))
-    if size < 2:
-        took_ms = max(expected_ns[:2]) / 1e6
-        raise ValueError(f"a replay takes {took_ms:.1f} ms and two must fit into a burst, 18 ms; capture fewer steps")
+    if size < 1:
+        raise ValueError(f"a replay takes {expected_ns[0] / 1e6:.1f} ms and a burst 18 ms at most; capture fewer steps")
     return size
 
 
@@ -147,8 +146,10 @@ def _bursts(arms: Sequence[Captured], visits: Sequence[int], sleep: Sleep) -> It
     slowest_ns = [max(arm.enqueue()() for _ in range(3)) * arm.layers for arm in arms]
     done = 0
     while done < len(visits):
-        # The first replay after idle takes 45 us more than the next (H100), so one that is not counted leads.
-        led = [visits[done - 1], *visits[done:]]
+        # The first replay after idle takes 45 us more than the next (H100), so one that is not counted leads, unless a
+        # replay fills more than half a burst: then those are half a per cent of it.
+        lead = [visits[done - 1]] if slowest_ns[visits[done - 1]] + slowest_ns[visits[done]] <= BURST_PLANNED_NS else []
+        led = [*lead, *visits[done:]]
         burst = led[: burst_size([slowest_ns[i] for i in led])]
         sleep(BURST_IDLE_NS / 1e9)
         samples_ns = [wait_ns() for wait_ns in [arms[i].enqueue() for i in burst]]
@@ -157,8 +158,9 @@ def _bursts(arms: Sequence[Captured], visits: Sequence[int], sleep: Sleep) -> It
             slowest_ns[i] = max(slowest_ns[i], replay_ns)
         # What ran over was no burst: it is timed again, planned by what it took.
         if sum(took_ns) <= BURST_BUSY_NS:
-            yield from zip(burst[1:], samples_ns[1:], strict=True)
-            done += len(burst) - 1
+            counted = slice(len(lead), None)
+            yield from zip(burst[counted], samples_ns[counted], strict=True)
+            done += len(burst[counted])
 
 
 @dataclass(frozen=True, slots=True)
