@@ -18,7 +18,7 @@ from ..traces.schema import Ints, MoeSpec, OtherWork
 from .contract import DeviceSpec, Plan, SliceLayout, TileVariant
 from .roofline import roofs_ns
 from .shares import Shares, shares_of
-from .stepwork import StepWork
+from .stepwork import OtherL, StepWork
 from .tiles import Residual, Tables, TileConstants, matrix_rate_per_s
 
 __all__ = ["CostModel", "StepWork", "TileConstants", "floor_ns", "perturb"]
@@ -46,9 +46,7 @@ class CostModel:
         default_factory=dict[SliceLayout, Shares], init=False, repr=False, compare=False
     )
 
-    def step_ns(
-        self, plan: Plan, counts_LE: Ints, other_L: Sequence[Sequence[OtherWork]] = (), first_layer: int = 0
-    ) -> int:
+    def step_ns(self, plan: Plan, counts_LE: Ints, other_L: OtherL = (), first_layer: int = 0) -> int:
         """Return what all layers given take; `first_layer` says which they are when the plan pins experts."""
         if self.detail == "roofline":
             owner_LE = plan.placement.owner_LE(counts_LE, first_layer)
@@ -60,9 +58,7 @@ class CostModel:
         """Return what one layer takes."""
         return self.step_ns(plan, counts_E[None], (other,) if other else (), layer)
 
-    def work(
-        self, plan: Plan, counts_LE: Ints, other_L: Sequence[Sequence[OtherWork]] = (), first_layer: int = 0
-    ) -> StepWork:
+    def work(self, plan: Plan, counts_LE: Ints, other_L: OtherL = (), first_layer: int = 0) -> StepWork:
         """Return what one step under a plan consists of, whatever the detail."""
         return StepWork(self.shares(plan.layout), plan, counts_LE, other_L, first_layer)
 

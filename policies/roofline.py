@@ -7,18 +7,16 @@ waves, no tails, no filling of pipelines, and no account of who runs beside whom
 Shape letters: L MoE layers, E routed experts, S slices, P products, C demands.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from ..traces.schema import F64, Ints, OtherWork
+from ..traces.schema import F64, Ints
 from .shares import Shares
-from .stepwork import head_ns, hop_ns, tail_ns
+from .stepwork import OtherL, head_ns, hop_ns, tail_ns
 from .tiles import read_bytes_per_ns
 from .work import demands
 
 
-def roofs_ns(counts_LE: Ints, owner_LE: Ints, other_L: Sequence[Sequence[OtherWork]], shares: Shares) -> F64:
+def roofs_ns(counts_LE: Ints, owner_LE: Ints, other_L: OtherL, shares: Shares) -> F64:
     """Return what every layer of a step takes."""
     width_1E = np.arange(counts_LE.shape[1])[None] % shares.tables.weight_bytes_PD.shape[1]
     _, asked_CPLE = demands(counts_LE, owner_LE, width_1E, shares.tables)
@@ -54,7 +52,7 @@ def roofs_ns(counts_LE: Ints, owner_LE: Ints, other_L: Sequence[Sequence[OtherWo
     return layer_L + _fixed_ns(counts_LE, other_L, shares)
 
 
-def _fixed_ns(counts_LE: Ints, other_L: Sequence[Sequence[OtherWork]], shares: Shares) -> F64:
+def _fixed_ns(counts_LE: Ints, other_L: OtherL, shares: Shares) -> F64:
     nodes = len(shares.tables.rows_PS) - 1
     fixed = [
         head_ns(rows, other_L[layer] if other_L else (), shares, 1.0) + tail_ns(rows, shares)

@@ -16,6 +16,8 @@ from .shares import Shares
 from .tiles import peak_flops_per_clk
 from .work import merged, segment_sums, segments_of
 
+OtherL = Sequence[Sequence[OtherWork]]
+"""Of each layer; empty: none."""
 Chains = list[list[Segment]]
 Sums = list[list[list[list[list[float]]]]]
 """[L][S][P][2][7]."""
@@ -72,9 +74,7 @@ def hop_ns(rows: int, shares: Shares) -> float:
 class StepWork:
     """What a step consists of; times are those of the device, launch and control plane apart."""
 
-    def __init__(
-        self, shares: Shares, plan: Plan, counts_LE: Ints, other_L: Sequence[Sequence[OtherWork]], first_layer: int
-    ) -> None:
+    def __init__(self, shares: Shares, plan: Plan, counts_LE: Ints, other_L: OtherL, first_layer: int) -> None:
         self.shares = shares
         self._plan, self._other_L = plan, other_L
         owner_LE = plan.placement.owner_LE(counts_LE, first_layer)
