@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,13 @@ def provenance() -> dict[str, Any]:
         **_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: _version(name) for name in LIBRARIES},
     }
+
+
+def _version(library: str) -> str | None:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(library)
 
 
 def _commit() -> dict[str, Any]:
@@ -122,6 +127,5 @@ def _commit() -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
