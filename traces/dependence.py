@@ -1,4 +1,4 @@
-"""What choices of one layer say of others: of the layer above, of the same request, of the next tokens and steps.
+"""What choices of one layer say of others: of the next layer, of the same request, of later tokens and steps.
 
 Shape letters: N tokens, T tokens in reading order, R requests, E experts, K top-k, C conditions, G lags, P positions,
 B requests of a batch.
