@@ -99,7 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line and return its exit code."""
     try:
         code = app(list(arguments), prog_name="expertslice", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort, StoppedError) as stopped:

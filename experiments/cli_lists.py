@@ -10,7 +10,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 
 
 def print_json(value: object) -> None:
-    """Print one JSON document to stdout."""
     from .runs import to_json
 
     typer.echo(to_json(value))

@@ -34,8 +34,7 @@ def info(
 ) -> None:
     """Show what a trace holds: its shape, how skewed, how local and how dependent its routing is."""
     from .inputs import choose_segment, open_source
-    from .statistics_table import rows_of
-    from .table import shape_words
+    from .table import shape_words, statistics_rows
     from .workload import survey
 
     opened = choose_segment(open_source(trace), segment)
@@ -65,7 +64,7 @@ def info(
         if value:
             typer.echo(f"{name:9s} {value}")
     columns = ("median", "least", "most")
-    print_table("statistics, over layers", ("", *columns), rows_of(stats), right=columns)
+    print_table("statistics, over layers", ("", *columns), statistics_rows(stats), right=columns)
     for path in drawn:
         typer.echo(path)
 

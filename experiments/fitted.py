@@ -140,7 +140,6 @@ def resized(spec: SynthSpec, model: MoeSpec) -> SynthSpec:
 
 
 def _experts(spec: SynthSpec, layer: int, num_experts: int, new_layer: int) -> NDArray[np.int64]:
-    """Return the source expert of each new expert of a layer."""
     by_popularity = np.argsort(spec.layers[layer].logit_E, kind="stable")
     place_X = (np.arange(num_experts) + 0.5) * spec.num_experts / num_experts
     picked_X = by_popularity[place_X.astype(int)]

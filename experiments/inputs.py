@@ -31,7 +31,6 @@ class Opened:
     bundled: bool = False
 
     def plain(self) -> dict[str, Any]:
-        """Return it for a manifest."""
         shape = {name: getattr(self.source, name) for name in ("num_steps", "num_layers", "num_experts", "top_k")}
         # The bundled trace is named by its checksum; where it is installed says nothing to others.
         path = str(self.path) if not self.bundled else None

@@ -246,4 +246,4 @@ def ranks_with_ties(effect_P: Floats, differ_PP: NDArray[np.bool_]) -> list[Rank
 
 def kendall_tau_b(a_P: Floats, b_P: Floats) -> float:
     """Return the agreement of two rankings with ties, -1..1; NaN when one of them ties everything."""
-    return float(kendalltau(a_P, b_P).statistic)
+    return float(kendalltau(a_P, b_P).statistic)  # pyright: ignore[reportAttributeAccessIssue]

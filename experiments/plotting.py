@@ -56,7 +56,6 @@ def styled() -> Iterator[None]:
 
 
 def axes(height_in: float, **options: Any) -> tuple[Any, Any]:
-    """Return a figure at the report's width and its axes."""
     return plt.subplots(figsize=(WIDTH_IN, height_in), layout="constrained", **options)
 
 

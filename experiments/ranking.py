@@ -43,34 +43,15 @@ def rank(evidence: Evidence, *, seed: int) -> tuple[dict[str, Any], str | None]:
     """
     names = sorted(evidence.main, key=lambda name: name != REFERENCE)
     times_PN = times_of(evidence.main, names)
-    effect_P = paired.effect_percent(times_PN, 0)
     block = paired.common_block_length(times_PN, 0)
-    others = [times_of(one, names) for one in evidence.compositions]
-    composition_CP = np.array([paired.effect_percent(one_PN, 0) for one_PN in others]).reshape(-1, len(names))
+    effect_P = paired.effect_percent(times_PN, 0)
+    composition_CP, between_BP = _between(evidence, names, seed)
+    workload_BP = paired.block_bootstrap(times_PN, 0, seed=seed, length=block) + between_BP
     nominal_P = _effects(evidence.nominal, names)
     draw_MP = np.array([_effects(one, names) for one in evidence.draws])
-    workload_BP = paired.block_bootstrap(times_PN, 0, seed=seed, length=block)
-    within = [paired.block_bootstrap(one_PN, 0, seed=seed, num_draws=200).std(axis=0) for one_PN in others]
-    between_CP = paired.between_compositions(composition_CP, np.array(within).reshape(-1, len(names)))
-    workload_BP += paired.t_draws(between_CP, seed=seed + 1)
     model_BP = paired.t_draws(draw_MP - nominal_P, seed=seed + 2, about_mean=True)
-    parts = {"effect": workload_BP + model_BP, "workload": workload_BP, "model": model_BP}
-    intervals = {f"{part}_interval_percent": paired.interval(effect_P, of_BP).T for part, of_BP in parts.items()}
-    places, told_P = _places(names, effect_P, parts["effect"], evidence.bounds)
-    rows = [
-        {
-            "policy": names[p],
-            "deployable": names[p] not in evidence.bounds,
-            "rank": places[p].rank if p in places else None,
-            "tied": p in places and places[p].tied,
-            "surely_faster": bool(told_P[p] and effect_P[p] < 0),
-            "effect_percent": float(effect_P[p]),
-            **{name: ends_P2[p].tolist() for name, ends_P2 in intervals.items()},
-            **metrics(evidence.main[names[p]]),
-        }
-        for p in sorted(range(len(names)), key=lambda p: (p not in places, effect_P[p]))
-    ]
-    slowest = max(places, key=lambda p: effect_P[p])
+    deviations = {"effect": workload_BP + model_BP, "workload": workload_BP, "model": model_BP}
+    rows, loser = _rows(evidence, names, effect_P, deviations)
     return {
         "statistics": {
             "effect": "mean step time against unsliced on the same steps, percent; negative is faster",
@@ -85,8 +66,46 @@ def rank(evidence: Evidence, *, seed: int) -> tuple[dict[str, Any], str | None]:
         "compositions": [_by_name(names, effects_P) for effects_P in composition_CP],
         "sampled": _by_name(names, nominal_P),
         "draws": [_by_name(names, effects_P) for effects_P in draw_MP],
-        "pairs": _pairs(names, paired.compare_all(effect_P, parts["effect"])),
-    }, names[slowest] if told_P[slowest] and effect_P[slowest] > 0 else None
+        "pairs": _pairs(names, paired.compare_all(effect_P, deviations["effect"])),
+    }, loser
+
+
+def _between(evidence: Evidence, names: Sequence[str], seed: int) -> tuple[Floats, Floats]:
+    """Return the effects on other batches, and draws of how far they lie from each other."""
+    times = [times_of(one, names) for one in evidence.compositions]
+    effect_CP = np.array([paired.effect_percent(one_PN, 0) for one_PN in times]).reshape(-1, len(names))
+    within = [paired.block_bootstrap(one_PN, 0, seed=seed, num_draws=200).std(axis=0) for one_PN in times]
+    between_CP = paired.between_compositions(effect_CP, np.array(within).reshape(-1, len(names)))
+    return effect_CP, paired.t_draws(between_CP, seed=seed + 1)
+
+
+def _rows(
+    evidence: Evidence, names: Sequence[str], effect_P: Floats, deviations: Mapping[str, Floats]
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Return a row for each policy, bounds last, and who is surely slower than the reference and slowest.
+
+    Only comparisons of what can be deployed are corrected for, so bounds cost no power.
+    """
+    placed = [p for p, name in enumerate(names) if name not in evidence.bounds]
+    differ_PP = paired.compare_all(effect_P[placed], deviations["effect"][:, placed]).differ_PP
+    place_of = dict(zip(placed, paired.ranks_with_ties(effect_P[placed], differ_PP), strict=True))
+    told = {p for p, differs in zip(placed, differ_PP[:, 0], strict=True) if differs}
+    intervals = {f"{part}_interval_percent": paired.interval(effect_P, d_BP).T for part, d_BP in deviations.items()}
+    rows = [
+        {
+            "policy": names[p],
+            "deployable": p in place_of,
+            "rank": place_of[p].rank if p in place_of else None,
+            "tied": p in place_of and place_of[p].tied,
+            "surely_faster": p in told and bool(effect_P[p] < 0),
+            "effect_percent": float(effect_P[p]),
+            **{name: ends_P2[p].tolist() for name, ends_P2 in intervals.items()},
+            **metrics(evidence.main[names[p]]),
+        }
+        for p in sorted(range(len(names)), key=lambda p: (p not in place_of, effect_P[p]))
+    ]
+    slowest = max(placed, key=lambda p: effect_P[p])
+    return rows, names[slowest] if slowest in told and effect_P[slowest] > 0 else None
 
 
 def _effects(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> Floats:
@@ -99,20 +118,6 @@ def _effects(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> Floats:
 def times_of(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> Floats:
     """Return step times [P, N], ns."""
     return np.stack([outcomes[name].times() for name in names])
-
-
-def _places(
-    names: Sequence[str], effect_P: Floats, both_BP: Floats, bounds: frozenset[str]
-) -> tuple[dict[int, paired.Rank], NDArray[np.bool_]]:
-    """Return the places of what can be deployed, and whether each can be told from the reference.
-
-    Only those comparisons are corrected for, so bounds cost no power.
-    """
-    placed = [p for p, name in enumerate(names) if name not in bounds]
-    differ_PP = paired.compare_all(effect_P[placed], both_BP[:, placed]).differ_PP
-    told_P = np.zeros(len(names), dtype=bool)
-    told_P[placed] = differ_PP[:, 0]
-    return dict(zip(placed, paired.ranks_with_ties(effect_P[placed], differ_PP), strict=True)), told_P
 
 
 def _by_name(names: Sequence[str], effect_P: Floats) -> dict[str, float | None]:
@@ -168,7 +173,6 @@ def layouts_of(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def slice_words(one: Slice) -> str:
-    """Return a slice in words."""
     tiles = one.up if one.up == one.down else f"{one.up} and {one.down}"
     return f"{one.mechanism} {one.sm_count} SMs, {one.num_ctas} CTAs, {tiles}"
 

@@ -20,7 +20,6 @@ PROVISIONAL = (
 
 
 def render(case: Case, summary: dict[str, Any], figures: Sequence[Drawn]) -> str:
-    """Return the report as one HTML document."""
     source = (files(__package__) / "templates" / "report.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     return template.render(
@@ -38,7 +37,6 @@ def render(case: Case, summary: dict[str, Any], figures: Sequence[Drawn]) -> str
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """Return the answer in one or two sentences."""
     rows = [row for row in summary["ranking"] if row["deployable"]]
     sure = [row for row in rows if row["surely_faster"]]
     first = [row["policy"] for row in rows if row["rank"] == 1]
@@ -79,7 +77,6 @@ def trust(summary: dict[str, Any]) -> list[str]:
 
 
 def next_steps(options: Options, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what to do next, each with its exact command."""
     best = next((r["policy"] for r in summary["ranking"] if r["deployable"] and r["policy"] != "unsliced"), "unsliced")
     trace = [options.trace] if options.trace else []
     routing = ["--fit-routing", options.fit_routing] if options.fit_routing else []

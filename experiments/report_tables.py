@@ -42,7 +42,6 @@ def _cell(value: Any, form: str) -> Cell:
 
 
 def tables(summary: dict[str, Any], device: DeviceSpec) -> dict[str, Table]:
-    """Return every table of the report."""
     return {
         "ranking": _ranking(summary),
         "phases": _phases(summary),

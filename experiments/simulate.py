@@ -52,7 +52,6 @@ class World:
 
     @property
     def variants(self) -> tuple[TileVariant, ...]:
-        """Return the tile variants as compiled for the device."""
         return load_variants(self.device.compute_capability)
 
     def truth(self, draw: int | None = None) -> CostModel:
@@ -105,7 +104,6 @@ class Outcome:
         return np.frombuffer(self.step_ns, dtype=np.int64).astype(np.float64)
 
     def sliced(self) -> NDArray[np.bool_]:
-        """Return whether each step ran on more than one slice."""
         return np.frombuffer(self.slices, dtype=np.int16) > 1
 
     def unsliced_share(self) -> float:
@@ -130,14 +128,12 @@ class Collector:
             yield step
 
     def on_decision(self, _: Observation, plan: Plan) -> None:
-        """Remember which layout a plan has."""
         self._layouts.pop(plan.plan_id, None)
         self._layouts[plan.plan_id] = plan.layout
         if len(self._layouts) > KNOWN_PLANS:
             del self._layouts[next(iter(self._layouts))]
 
     def on_record(self, record: StepRecord) -> None:
-        """Add one finished step."""
         step, out = self._submitted.popleft(), self.outcome
         step_ns = record.end_ns - max(self._end_ns, step.arrival_ns or 0)
         self._end_ns = out.makespan_ns = record.end_ns

@@ -1,8 +1,12 @@
-"""Tables and figures in words, as a terminal shows them: the ranking, the reasons below it, where the report lies."""
+"""Tables and figures in words: the ranking with its reasons as a terminal shows them, and a trace's statistics."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from ..traces.statistics import TraceStatistics
 
 COLUMNS = ("policy", "p50 step", "p95", "p99", "tokens/s", "J/1k tok", "slices busy", "changes", "vs unsliced", "rank")
 MISSED_LEAST = ("changes", "slices busy", "p95", "J/1k tok", "tokens/s")
@@ -12,19 +16,16 @@ WIDE = 126
 
 
 def time_words(ns: float) -> str:
-    """Return a duration in the unit that fits it."""
     return f"{ns / 1e3:,.0f} µs" if ns < 1e7 else f"{ns / 1e6:,.1f} ms"
 
 
 def rate_words(per_s: float) -> str:
-    """Return a rate in thousands or millions where that is shorter."""
     if per_s >= 1e6:
         return f"{per_s / 1e6:,.2f} M"
     return f"{per_s / 1e3:,.1f} k" if per_s >= 1e4 else f"{per_s:,.0f}"
 
 
 def share_words(share: float, digits: int = 0) -> str:
-    """Return a share in percent."""
     return f"{100 * share:.{digits}f} %"
 
 
@@ -32,12 +33,8 @@ def effect_words(row: Mapping[str, Any]) -> str:
     """Return the effect with its interval; the reference has none."""
     if row["policy"] == "unsliced":
         return "–"
-    return interval_words(row["effect_percent"], *row["effect_interval_percent"])
-
-
-def interval_words(effect: float, low: float, high: float) -> str:
-    """Return an effect in percent with the ends of its interval."""
-    return f"{signed(effect)} % ({signed(low)} … {signed(high)})"
+    low, high = row["effect_interval_percent"]
+    return f"{signed(row['effect_percent'])} % ({signed(low)} … {signed(high)})"
 
 
 def signed(value: float) -> str:
@@ -60,7 +57,6 @@ def busy_words(row: Mapping[str, Any]) -> str:
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """Return one policy's row."""
     energy = row["energy_j_per_1k_tokens"]
     times = [time_words(row[f"step_{quantile}_ns"]) for quantile in ("p50", "p95", "p99")]
     return [
@@ -70,12 +66,10 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def shape_words(shape: Mapping[str, Any]) -> str:
-    """Return the shape of a model or a trace."""
     return f"{shape['num_layers']} MoE layers × {shape['num_experts']} experts, top-{shape['top_k']}"
 
 
 def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what is compared on what, in a few lines."""
     work, trace, model, device = (summary[key] for key in ("workload", "trace", "model", "device"))
     phases = ", ".join(f"{n} {phase}" for phase, n in work["steps_of_phase"].items() if n)
     mean_tokens = work["num_tokens"] / work["num_steps"]
@@ -89,7 +83,6 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def print_summary(summary: Mapping[str, Any], folder: Path, *, report: bool) -> None:
-    """Print the outcome to stdout."""
     from rich.console import Console
     from rich.text import Text
 
@@ -107,7 +100,6 @@ def print_summary(summary: Mapping[str, Any], folder: Path, *, report: bool) -> 
 
 
 def plain_table(title: str) -> Any:
-    """Return a table of rich without lines."""
     from rich.table import Table
 
     return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -152,3 +144,33 @@ def _print_pairs(console: Any, pairs: Sequence[tuple[str, str]]) -> None:
     for name, text in pairs:
         grid.add_row(name, Text(text))
     console.print(grid)
+
+
+def statistics_rows(stats: TraceStatistics) -> list[list[str]]:
+    """Return name, median, least and most of what is known of a trace; what a source does not hold has no row."""
+    rows = [
+        ("Gini coefficient of the load", stats.gini_L, ".2f"),
+        ("fullest expert / mean", stats.max_mean_L, ".1f"),
+        ("Zipf exponent", stats.zipf_s_L, ".2f"),
+        ("overlap of independent tokens", stats.overlap_independent_L, ".2f"),
+        *_columns("overlap, {} token(s) apart", stats.lags_G, stats.overlap_LG, ".2f"),
+        ("overlap of two tokens of a request", stats.overlap_request_L, ".2f"),
+        ("divergence of a request's load, bit", stats.jsd_bits_L, ".3f"),
+        ("bits shared with the layer below", stats.mutual_information_bits_L, ".2f"),
+        ("recall from the layer below", stats.recall_set_L, ".2f"),
+        ("recall from popularity", stats.recall_popularity_L, ".2f"),
+        *_columns("experts used by a batch of {}", stats.batch_sizes_Z, stats.distinct_LZ, ".1f"),
+        *_columns("fullest / mean in a batch of {}", stats.batch_sizes_Z, stats.step_max_mean_LZ, ".1f"),
+    ]
+    return [
+        [name, *(format(over(values_L), form) for over in (np.nanmedian, np.nanmin, np.nanmax))]
+        for name, values_L, form in rows
+        if values_L is not None and not np.isnan(values_L).all()
+    ]
+
+
+def _columns(name: str, labels: tuple[int, ...], values_LX: np.ndarray | None, form: str) -> list[tuple]:
+    """Return one row for each column that a source may hold."""
+    if values_LX is None:
+        return []
+    return [(name.format(label), values_L, form) for label, values_L in zip(labels, values_LX.T, strict=True)]

@@ -23,21 +23,26 @@ from .simulate import Outcome, World, simulate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One policy over one source of steps."""
+class Run:
+    """What every policy is run on: the first steps of a source, under the nominal model or a draw of its errors."""
 
-    label: str
-    """What the progress bar calls it."""
     kind: str
-    """What the outcome is for: "trace", "composition", "nominal" or "draw"."""
-    name: str
-    policy: Policy[Any]
+    """What the outcomes are for: "trace", "composition", "nominal" or "draw"."""
+    label: str
     source: StepSource
     num_steps: int
-    """How many of the source's first steps are run."""
     index: int = 0
     """Which composition or draw."""
     draw: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One policy on one run."""
+
+    run: Run
+    name: str
+    policy: Policy[Any]
     records: Path | None = None
 
 
@@ -50,8 +55,8 @@ def _run(place: int, task: Task, world: World, counters: Path, parent: int) -> t
         # Ctrl-C reaches every process of the terminal; only the parent decides what to keep.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     done = np.memmap(counters, dtype=np.int64, mode="r+")
-    steps = itertools.islice(task.source.steps(), task.num_steps)
-    options = {"draw": task.draw, "records": task.records, "on_steps": lambda n: done.__setitem__(place, n)}
+    steps = itertools.islice(task.run.source.steps(), task.run.num_steps)
+    options = {"draw": task.run.draw, "records": task.records, "on_steps": lambda n: done.__setitem__(place, n)}
     try:
         return place, simulate(task.policy, steps, world, **options), None
     except ValueError as error:
@@ -92,7 +97,7 @@ class Bar(Progress):
 
     def __init__(self, tasks: Sequence[Task], done: "np.memmap[Any, np.dtype[np.int64]]") -> None:
         self._simulated, self._done = tasks, done
-        self._steps = np.array([task.num_steps for task in tasks])
+        self._steps = np.array([task.run.num_steps for task in tasks])
         self.ended: set[int] = set()
         """Places of the tasks that have ended."""
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
@@ -104,7 +109,8 @@ class Bar(Progress):
         now = np.minimum(self._done, self._steps)
         left = [i for i in range(len(now)) if i not in self.ended]
         running = [i for i in left if now[i] > 0] or left[:1]
-        names = ", ".join(self._simulated[i].label for i in running[:2])
+        shown = [self._simulated[i] for i in running[:2]]
+        names = ", ".join(f"{task.name} ({task.run.label})" for task in shown)
         text = f"simulating {names} · {len(left)} of {len(now)} left"
         for bar in self.task_ids:
             self.update(bar, completed=int(now.sum()), description=text)

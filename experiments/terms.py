@@ -47,7 +47,6 @@ class LayerTerms:
 
     @property
     def bound(self) -> str:
-        """Return what binds the layer, in a word or two."""
         experts = self.cold_share + self.hot_share
         if self.waste_share > experts:
             return "waves and padding"
@@ -61,7 +60,6 @@ class LayerTerms:
 
 
 def layer_terms(truth: CostModel, plan: Plan, steps: Iterable[RoutedStep]) -> list[LayerTerms]:
-    """Return each layer's terms under an unsliced plan."""
     rows = [_step_terms(truth, plan, step) for step in steps if step.counts_LE.any()]
     mean_L = {name: np.mean([row[name] for row in rows], axis=0) for name in rows[0]}
     mean_L |= {name: values_L / mean_L["ns"] for name, values_L in mean_L.items() if name.endswith("_share")}
@@ -131,5 +129,4 @@ def weighted(terms: Sequence[LayerTerms], name: str) -> float:
 
 
 def mean(terms: Sequence[LayerTerms], name: str) -> float:
-    """Return the mean over layers."""
     return sum(getattr(t, name) for t in terms) / len(terms)

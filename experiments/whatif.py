@@ -6,8 +6,8 @@ The same tasks, in the same order, with seeds of their own: one worker or severa
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .errors import StoppedError
 from .ranking import REFERENCE, Evidence, rank
 from .runs import RunFolder, provenance
 from .simulate import Outcome
-from .tasks import Task, run_tasks
+from .tasks import Run, Task, run_tasks
 from .why import explain
 from .workload import FixedSteps, rebatched
 
@@ -87,7 +87,7 @@ def _draw_seeds(case: Case) -> list[int]:
     return [1000 * (case.options.seed + 1) + i for i in range(NUM_DRAWS)]
 
 
-def other_batches(case: Case) -> list[FixedSteps]:
+def _other_batches(case: Case) -> list[FixedSteps]:
     """Return independent batchings of the trace's requests; none where it has none to batch anew."""
     if case.rebatch is None:
         return []
@@ -96,30 +96,29 @@ def other_batches(case: Case) -> list[FixedSteps]:
     return [rebatched(*case.rebatch, num_steps=num_steps, seed=seed + i + 1) for i in range(NUM_COMPOSITIONS)]
 
 
+def _runs(case: Case) -> Iterator[Run]:
+    """Yield the trace itself, its requests in other batches, and sampled steps under draws of the model's errors."""
+    yield Run(kind="trace", label="the trace", source=case.source, num_steps=case.survey.num_steps)
+    batches = _other_batches(case)
+    for i, batch in enumerate(batches):
+        label = f"other batches {i + 1} of {len(batches)}"
+        yield Run(kind="composition", label=label, source=batch, num_steps=batch.num_steps, index=i)
+    windows = case.survey.windows
+    sample = Run(kind="nominal", label="sampled steps", source=windows, num_steps=windows.num_steps)
+    yield sample
+    for i, draw in enumerate(_draw_seeds(case)):
+        yield replace(sample, kind="draw", label=f"model error {i + 1} of {NUM_DRAWS}", index=i, draw=draw)
+
+
 def plan_tasks(case: Case, records: Mapping[str, Path]) -> list[Task]:
-    """Return every simulation of the comparison: the trace, re-batched requests, draws of the model's errors."""
-    windows, batches, draws = case.survey.windows, other_batches(case), _draw_seeds(case)
-    runs: list[dict[str, Any]] = [{"kind": "trace", "source": case.source, "label": "the trace"}]
-    for index, batch in enumerate(batches):
-        label = f"other batches {index + 1} of {len(batches)}"
-        runs.append({"kind": "composition", "index": index, "source": batch, "label": label})
-    runs.append({"kind": "nominal", "source": windows, "label": "sampled steps"})
-    for index, draw in enumerate(draws):
-        label = f"model error {index + 1} of {len(draws)}"
-        runs.append({"kind": "draw", "index": index, "source": windows, "label": label, "draw": draw})
+    """Return every simulation of the comparison."""
     # Bounds search most and take longest: started first, they do not leave a worker alone at the end.
     policies = sorted(case.policies.items(), key=lambda item: not item[1].foresees)
     return [
-        Task(
-            **{**run, "label": f"{name} ({run['label']})"},
-            name=name,
-            policy=policy,
-            num_steps=min(run["source"].num_steps, case.survey.num_steps),
-            records=records[name] if run["kind"] == "trace" else None,
-        )
-        for run in runs
+        Task(run=run, name=name, policy=policy, records=records[name] if run.kind == "trace" else None)
+        for run in _runs(case)
         for name, policy in policies
-        if not (policy.foresees and run["kind"] == "draw" and run["index"] >= BOUND_DRAWS)
+        if not (policy.foresees and run.kind == "draw" and run.index >= BOUND_DRAWS)
     ]
 
 
@@ -127,7 +126,7 @@ def _simulate(case: Case, folder: Path) -> tuple[Evidence, dict[str, Path]]:
     records = {name: folder / f"steps-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.parquet" for name in case.policies}
     found: dict[str, dict[int, dict[str, Outcome]]] = defaultdict(lambda: defaultdict(dict))
     for task, outcome in run_tasks(plan_tasks(case, records), case.world, jobs=case.options.jobs):
-        found[task.kind][task.index][task.name] = outcome
+        found[task.run.kind][task.run.index][task.name] = outcome
     compositions, draws = ([one for _, one in sorted(found[kind].items())] for kind in ("composition", "draw"))
     bounds = frozenset(name for name, policy in case.policies.items() if policy.foresees)
     evidence = Evidence(

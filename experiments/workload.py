@@ -34,7 +34,6 @@ class FixedSteps:
         return len(self.kept)
 
     def steps(self) -> Iterator[RoutedStep]:
-        """Yield the steps in order."""
         yield from self.kept
 
 

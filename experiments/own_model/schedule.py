@@ -72,7 +72,6 @@ class StepRows(NamedTuple):
 
 
 def step_rows(filling: list[Request], decoding: list[Request], chunk: int) -> StepRows:
-    """Lay out one step."""
     requests, widths = filling + decoding, [chunk] * len(filling) + [1] * len(decoding)
     columns = np.repeat([(r.request_id, r.slot, len(r.prompt) - 1) for r in requests], widths, axis=0).T
     position_T = np.concatenate([np.arange(r.done, r.done + w) for r, w in zip(requests, widths, strict=True)])
