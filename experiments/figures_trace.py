@@ -29,20 +29,21 @@ def draw_trace(stats: TraceStatistics, mean_LE: Floats, folder: Path) -> list[Dr
         return [finish(*one, folder) for one in made if one is not None]
 
 
-def _layers(ax: Any, x: Floats, values_LX: Floats) -> None:
+def _over_layers(x: Floats, values_LX: Floats) -> tuple[Any, Any]:
     """Draw the median layer as a line over the range of all layers; points that no layer knows are left out."""
     known = ~np.isnan(values_LX).all(axis=0)
     x, values_LX = x[known], values_LX[:, known]
-    low, middle, high = np.nanmin(values_LX, axis=0), np.nanmedian(values_LX, axis=0), np.nanmax(values_LX, axis=0)
-    ax.fill_between(x, low, high, color=PALETTE[0], alpha=0.22, lw=0, label="all layers")
-    ax.plot(x, middle, color=PALETTE[0], marker="o", ms=3.5, label="median layer")
+    figure, ax = axes(2.8)
+    low_X, high_X = np.nanmin(values_LX, axis=0), np.nanmax(values_LX, axis=0)
+    ax.fill_between(x, low_X, high_X, color=PALETTE[0], alpha=0.22, lw=0, label="all layers")
+    ax.plot(x, np.nanmedian(values_LX, axis=0), color=PALETTE[0], marker="o", ms=3.5, label="median layer")
+    return figure, ax
 
 
 def _load(stats: TraceStatistics, mean_LE: Floats) -> Sketch:
     share_LE = np.sort(mean_LE / np.maximum(mean_LE.mean(axis=1, keepdims=True), 1e-12), axis=1)[:, ::-1]
     rank = np.arange(1, share_LE.shape[1] + 1)
-    figure, ax = axes(2.8)
-    _layers(ax, rank, share_LE)
+    figure, ax = _over_layers(rank, share_LE)
     ax.axhline(1, color=INK, lw=0.8, ls=":", label="even load")
     ax.set(xlabel="expert, by falling load", ylabel="tokens, × even share", ylim=(0, None), xlim=(1, rank[-1]))
     ax.legend()
@@ -57,8 +58,7 @@ def _load(stats: TraceStatistics, mean_LE: Floats) -> Sketch:
 def _overlap(stats: TraceStatistics) -> Sketch | None:
     if stats.overlap_LG is None or np.isnan(stats.overlap_LG).all():
         return None
-    figure, ax = axes(2.8)
-    _layers(ax, np.array(stats.lags_G, float), 100 * stats.overlap_LG)
+    figure, ax = _over_layers(np.array(stats.lags_G, float), 100 * stats.overlap_LG)
     independent = 100 * float(np.nanmedian(stats.overlap_independent_L))
     ax.axhline(independent, color=INK, lw=0.8, ls=":", label="independent tokens")
     ax.set_xscale("log", base=2)
@@ -77,8 +77,7 @@ def _lru(stats: TraceStatistics) -> Sketch | None:
     if stats.lru_hit_LE is None:
         return None
     slots = np.arange(stats.lru_hit_LE.shape[1])
-    figure, ax = axes(2.8)
-    _layers(ax, slots.astype(float), 100 * stats.lru_hit_LE)
+    figure, ax = _over_layers(slots.astype(float), 100 * stats.lru_hit_LE)
     ax.plot(slots, 100 * slots / slots[-1], color=INK, lw=0.8, ls=":", label="no locality, even load")
     ax.set(xlabel="experts that the cache holds", ylabel="hits, %", ylim=(0, 100), xlim=(0, slots[-1]))
     ax.legend(loc="lower right")
@@ -114,8 +113,7 @@ def _distinct(stats: TraceStatistics, num_experts: int) -> Sketch | None:
         return None
     known = ~np.isnan(stats.distinct_LZ).all(axis=0)
     sizes = np.array(stats.batch_sizes_Z, float)[known]
-    figure, ax = axes(2.8)
-    _layers(ax, sizes, stats.distinct_LZ[:, known])
+    figure, ax = _over_layers(sizes, stats.distinct_LZ[:, known])
     independent = np.nanmedian(stats.distinct_independent_LZ, axis=0)[known]
     ax.plot(sizes, independent, color=INK, lw=0.8, ls=":", label="independent tokens")
     ax.axhline(num_experts, color=INK, lw=0.6)

@@ -62,27 +62,33 @@ def open_source(given: str) -> Opened:
 
     bundled = given == BUNDLED
     path = bundled_path() if bundled else Path(given)
-    parts = path if path.is_dir() else path.with_name(path.name + ".parts")
-    if not path.exists() and not parts.exists():
+    if not path.exists() and not path.with_name(path.name + ".parts").exists():
         raise ValueError(f"trace {given} does not exist; give a trace file, or '{BUNDLED}' for the one that ships")
-    if path.is_file():
-        checksum = sha256_of(path)
-    else:
-        files_of = sorted(p for p in parts.rglob("*") if p.is_file())
-        checksum = hashlib.sha256("".join(map(sha256_of, files_of)).encode()).hexdigest()
-    facts = {"name": f"{path.stem} (bundled)" if bundled else path.name, "path": path, "sha256": checksum}
-    if path.exists() and not _is_ours(path):
-        result = import_trace(path)
-        return Opened(source=result.trace, notes=(f"imported from {result.format}", *result.notes), **facts)
-    return Opened(source=open_trace(path), bundled=bundled, **facts)
+    imported = None if _is_ours(path) else import_trace(path)
+    return Opened(
+        source=imported.trace if imported else open_trace(path),
+        name=f"{path.stem} (bundled)" if bundled else path.name,
+        path=path,
+        sha256=_checksum(path),
+        notes=(f"imported from {imported.format}", *imported.notes) if imported else (),
+        bundled=bundled,
+    )
 
 
 def _is_ours(path: Path) -> bool:
     """Return whether our store reads it: a Parquet file, or the parts of a recording that was not closed."""
-    if path.is_dir():
-        return path.suffix == ".parts"
+    if not path.is_file():
+        return path.suffix == ".parts" or not path.exists()
     with path.open("rb") as file:
         return file.read(4) == b"PAR1"
+
+
+def _checksum(path: Path) -> str:
+    if path.is_file():
+        return sha256_of(path)
+    folder = path if path.is_dir() else path.with_name(path.name + ".parts")
+    parts = sorted(p for p in folder.rglob("*") if p.is_file())
+    return hashlib.sha256("".join(map(sha256_of, parts)).encode()).hexdigest()
 
 
 def in_memory(source: StepSource, most_tokens: int = REBATCH_TOKENS) -> RoutingTrace | None:
