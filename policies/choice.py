@@ -64,7 +64,6 @@ class Choice:
 
     @property
     def plan(self) -> Plan:
-        """The chosen one."""
         return self.plans[self.index]
 
 

@@ -206,7 +206,6 @@ class ByTokens:
         return np.asarray(self.slice_ids, dtype=np.int16)[index_LE]
 
     def canonical_bytes(self) -> bytes:
-        """Return bytes that are equal for equal rules."""
         return f"by_tokens{self.bounds}{self.slice_ids}".encode()
 
 

@@ -176,7 +176,6 @@ class ComposedSource:
         return composed_provenance(self.trace.provenance, self.composition)
 
     def steps(self) -> Iterator[RoutedStep]:
-        """Yield the steps in order."""
         return routed_steps(self._draw(), self.composition, self.num_experts)
 
     def _draw(self) -> Iterator[Request]:

@@ -78,12 +78,13 @@ def test_more_sms_finish_later_by_less_than_one_tile_of_each_product(values: lis
 
 
 @pytest.mark.parametrize(
-    ("name", "tolerance"), [("unsliced", 0.0), ("green", 0.0), ("co-resident", 0.05), ("light", 0.05)]
+    ("name", "tolerance"), [("unsliced", 0.0), ("green", 0.05), ("co-resident", 0.05), ("light", 0.05)]
 )
 @given(values=counts_of_layer, factor=st.floats(1.0, 4.0))
 def test_more_bandwidth_is_never_later(name: str, tolerance: float, values: list[int], factor: float):
-    # On shared SMs it may be, by a little: cold experts that wait less for memory take more of the pipes from the hot
-    # ones, which end last. Stealing is left out, since it splits tiles by speeds that change afterwards.
+    # Beside other slices it may be, by a little: cold experts that wait less for memory take more of the pipes, or of
+    # L2 where SMs are exclusive, from the hot ones, which end last. Stealing is left out, since it splits tiles by
+    # speeds that change afterwards.
     faster = replace(DEVICE, read_curve_bytes_per_s=tuple(y * factor for y in DEVICE.read_curve_bytes_per_s))
     before, after = (truth(d).layer_ns(PLANS[name], 0, counts(values)) for d in (DEVICE, faster))
     rounding_ns = 10
