@@ -89,11 +89,16 @@ def exact_sum(x):
 
 @triton.jit
 def choose(
-    logits_ptr, bias_ptr, ids_ptr, tops_ptr, totals_ptr, first_token, num_tokens, num_rows, e_E,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr,
-    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+    logits_ptr, bias_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, first_token, num_tokens, num_rows, e_E,
+    WEIGHS: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr,
+    RENORMALISE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Store the ids of a block of tokens and what their weights divide by; return which experts each chose [T, E]."""
+    """Store the ids of a block of tokens; return which experts each chose [T, E].
+
+    WEIGHS: store the weights too, which takes the fewest steps. Else store what `weigh` needs: for many tokens it is
+    less work to weigh the chosen experts alone.
+    """
     t_T = tl.arange(0, BT)
     known = (e_E < NUM_EXPERTS)[None, :]
     live = (t_T < num_tokens - first_token)[:, None]
@@ -115,7 +120,7 @@ def choose(
     for k in range(TOP_K):
         best, expert = best_of(order, e_E[None, :], 1)
         hit = e_E[None, :] == expert[:, None]
-        if RENORMALISE:
+        if WEIGHS and RENORMALISE:
             weight = tl.sum(tl.where(hit, score, 0.0), axis=1) if HAS_BIAS else score_of(best)
             total += expf(weight - top) if SOFTMAX else weight
         order = tl.where(hit, NOTHING + 1 + k, order)
@@ -123,28 +128,50 @@ def choose(
     chosen = (slot >= 0) & (slot < TOP_K)
     # Not so, but the mask keeps stores apart, and without this they would move to another layout through shared memory.
     out = tl.max_contiguous(tl.multiple_of(t_T[:, None] * TOP_K + slot, [1, 4]), [1, 4])
-    inside = t_T < num_rows - first_token
+    rows_T = t_T < num_rows - first_token
+    inside = rows_T[:, None] & chosen
     ids_ptr += first_token.to(tl.int64) * TOP_K
-    tl.store(ids_ptr + out, tl.where(live, tl.broadcast_to(e_E[None, :], [BT, BE]), -1), mask=inside[:, None] & chosen)
-    if SOFTMAX:
-        tl.store(tops_ptr + first_token + t_T, top, mask=inside)
+    tl.store(ids_ptr + out, tl.where(live, tl.broadcast_to(e_E[None, :], [BT, BE]), -1), mask=inside)
+    if SOFTMAX and not RENORMALISE:
+        total = exact_sum(tl.where(known, expf(logits - top[:, None]), 0.0))
+    if WEIGHS:
+        weight = expf(logits - top[:, None]) if SOFTMAX else score
+        if SOFTMAX or RENORMALISE:
+            total = total if SOFTMAX else total + 1e-20
+            weight = tl.div_rn(weight, tl.broadcast_to(total[:, None], [BT, BE]))
+        weights_ptr += first_token.to(tl.int64) * TOP_K
+        tl.store(weights_ptr + out, tl.where(live, weight * SCALE, 0.0), mask=inside)
+    elif SOFTMAX:
+        tl.store(tops_ptr + first_token + t_T, top, mask=rows_T)
         if not RENORMALISE:
-            total = exact_sum(tl.where(known, expf(logits - top[:, None]), 0.0))
-    if SOFTMAX or RENORMALISE:
-        tl.store(totals_ptr + first_token + t_T, total if SOFTMAX else total + 1e-20, mask=inside)
+            tl.store(totals_ptr + first_token + t_T, total, mask=rows_T)
     return live & chosen
 
 
 @triton.jit
 def weigh(
-    logits_ptr, tops_ptr, totals_ptr, expert_N, token_N,
-    NUM_EXPERTS: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, SCALE: tl.constexpr,
+    logits_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, first_token, tokens_stop,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr,
+    SCALE: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Return the weights of routed rows, 0 where the expert is -1."""
-    live = expert_N >= 0
-    at_N = token_N.to(tl.int64) * NUM_EXPERTS + expert_N
-    logit_N = finite(tl.load(logits_ptr + at_N, mask=live, other=0.0).to(tl.float32))
-    weight_N = expf(logit_N - tl.load(tops_ptr + token_N, mask=live, other=0.0)) if SOFTMAX else sigmoid(logit_N)
-    if SOFTMAX or RENORMALISE:
-        weight_N = tl.div_rn(weight_N, tl.load(totals_ptr + token_N, mask=live, other=1.0))
-    return tl.where(live, weight_N * SCALE, 0.0)
+    """Store the weights of a block's tokens, whose experts are chosen."""
+    token_T, k_K = first_token + tl.arange(0, BT), tl.arange(0, BK)[None, :]
+    rows_T = token_T < tokens_stop
+    inside = rows_T[:, None] & (k_K < TOP_K)
+    place = token_T[:, None] * TOP_K + k_K
+    expert = tl.load(ids_ptr + place, mask=inside, other=-1)
+    live = expert >= 0
+    at = token_T.to(tl.int64)[:, None] * NUM_EXPERTS + expert
+    logit = finite(tl.load(logits_ptr + at, mask=live, other=0.0).to(tl.float32))
+    top = tl.load(tops_ptr + token_T, mask=rows_T, other=0.0)[:, None] if SOFTMAX else 0.0
+    weight = expf(logit - top) if SOFTMAX else sigmoid(logit)
+    if RENORMALISE:
+        total_T = tl.zeros([BT], tl.float32)
+        for k in range(TOP_K):
+            total_T += tl.sum(tl.where(k_K == k, weight, 0.0), axis=1)
+        total_T = total_T if SOFTMAX else total_T + 1e-20
+        weight = tl.div_rn(weight, tl.broadcast_to(total_T[:, None], [BT, BK]))
+    elif SOFTMAX:
+        total_T = tl.load(totals_ptr + token_T, mask=rows_T, other=1.0)
+        weight = tl.div_rn(weight, tl.broadcast_to(total_T[:, None], [BT, BK]))
+    tl.store(weights_ptr + place, tl.where(live, weight * SCALE, 0.0), mask=inside)

@@ -6,7 +6,7 @@ Shape letters: E experts, K top-k, T tokens.
 from dataclasses import replace
 
 from ..traces.schema import MoeSpec
-from .spec import LaunchSpec, LayerLaunch, SliceLaunch
+from .spec import HOPPER, LaunchSpec, LayerLaunch, SliceLaunch
 
 # Tiles by rows of an expert, with the CTAs that one SM holds.
 TILES: dict[int, tuple[tuple[LaunchSpec, int], ...]] = {
@@ -23,7 +23,6 @@ TILES: dict[int, tuple[tuple[LaunchSpec, int], ...]] = {
         for n, w, s, ctas in ((256, 8, 4, 1), (128, 8, 4, 1), (128, 4, 3, 2))
     ),
 }
-HOPPER = (9, 0)
 
 
 def rows_per_expert(spec: MoeSpec, num_tokens: int) -> tuple[float, float]:

@@ -63,22 +63,14 @@ def members_of(chosen, BT: tl.constexpr):
 
 @triton.jit
 def place_rows(
-    logits_ptr, tops_ptr, totals_ptr, ids_ptr, weights_ptr, row_slot_ptr, members_E, starts_E, first_token, tokens_stop,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr,
-    SCALE: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Store the place t * K + slot of each routed row of a block's tokens, expert by expert, and the rows' weights."""
+    ids_ptr, row_slot_ptr, members_E, starts_E, first_token, tokens_stop, TOP_K: tl.constexpr, BN: tl.constexpr
+):
+    """Store the place t * K + slot of each routed row of a block's tokens, expert by expert, tokens in order."""
     n_N = tl.arange(0, BN)
     place_N = first_token * TOP_K + n_N
-    inside = place_N < tokens_stop * TOP_K
-    expert_N = tl.load(ids_ptr + place_N, mask=inside, other=-1)
-    token_N = first_token + n_N // TOP_K
-    weight_N = weigh(
-        logits_ptr, tops_ptr, totals_ptr, expert_N, token_N, NUM_EXPERTS, SOFTMAX, RENORMALISE, SCALE,
-    )  # fmt: skip
-    tl.store(weights_ptr + place_N, weight_N, mask=inside)
+    expert_N = tl.load(ids_ptr + place_N, mask=place_N < tokens_stop * TOP_K, other=-1)
     at_N = tl.maximum(expert_N, 0)
-    below_N = (tl.full([BN], 1, tl.int64) << (token_N - first_token).to(tl.int64)) - 1
+    below_N = (tl.full([BN], 1, tl.int64) << (n_N // TOP_K).to(tl.int64)) - 1
     rank_N = popcount(tl.gather(members_E, at_N, 0) & below_N)
     tl.store(row_slot_ptr + tl.gather(starts_E, at_N, 0) + rank_N, place_N, mask=expert_N >= 0)
 
@@ -115,15 +107,16 @@ def route_kernel(
     logits_ptr, bias_ptr, num_tokens_ptr, plan_ptr, sizes_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, counts_ptr,
     offsets_ptr, row_slot_ptr, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, members_ptr, block_counts_ptr,
     arrivals_ptr, num_rows, num_slices, capacity, block_pitch,
-    PADDED: tl.constexpr, DEPENDENT: tl.constexpr, PLACES: tl.constexpr, ALONE: tl.constexpr,
+    PADDED: tl.constexpr, DEPENDENT: tl.constexpr, CHAINED: tl.constexpr, PLACES: tl.constexpr, ALONE: tl.constexpr,
     NUM_LISTS: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr, SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """Route one block of tokens; the last CTA of a small batch goes on to place rows and write queues."""
-    if DEPENDENT:
+    if CHAINED or DEPENDENT:
         gdc_launch_dependents()
+    if DEPENDENT:
         gdc_wait()
     block = tl.program_id(0)
     num_tokens = live_tokens(num_tokens_ptr, num_rows, PADDED)
@@ -131,8 +124,8 @@ def route_kernel(
     if PLACES:
         plan = load_plan(plan_ptr, sizes_ptr, e_E, NUM_EXPERTS)
     chosen = choose(
-        logits_ptr, bias_ptr, ids_ptr, tops_ptr, totals_ptr, block * BT, num_tokens, num_rows, e_E,
-        NUM_EXPERTS, TOP_K, SOFTMAX, RENORMALISE, GROUPS, TOP_GROUPS, HAS_BIAS, BT, BE,
+        logits_ptr, bias_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, block * BT, num_tokens, num_rows, e_E,
+        PLACES, NUM_EXPERTS, TOP_K, SOFTMAX, RENORMALISE, GROUPS, TOP_GROUPS, SCALE, HAS_BIAS, BT, BE,
     )  # fmt: skip
     members_E = members_of(chosen, BT)
     if PLACES:
@@ -145,13 +138,12 @@ def route_kernel(
         if last:
             if not ALONE:
                 members_E = tl.load(members_ptr + e_E)
+                # Several warps hold the same experts: all must have read before one clears.
+                tl.debug_barrier()
                 tl.store(members_ptr + e_E, tl.zeros([BE], tl.int64))
             counts_E = popcount(members_E)
             ends_E = tl.cumsum(counts_E, axis=0)
-            place_rows(
-                logits_ptr, tops_ptr, totals_ptr, ids_ptr, weights_ptr, row_slot_ptr, members_E, ends_E - counts_E,
-                0, num_rows, NUM_EXPERTS, TOP_K, SOFTMAX, RENORMALISE, SCALE, BN,
-            )  # fmt: skip
+            place_rows(ids_ptr, row_slot_ptr, members_E, ends_E - counts_E, 0, num_rows, TOP_K, BN)
             store_counts(counts_E, ends_E, e_E, counts_ptr, offsets_ptr, NUM_EXPERTS)
             build_queues(
                 counts_E, e_E, plan, num_slices, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, capacity, 0, 1,
@@ -167,17 +159,23 @@ def place_kernel(
     logits_ptr, plan_ptr, sizes_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, counts_ptr, offsets_ptr, row_slot_ptr,
     tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, members_ptr, block_counts_ptr,
     num_rows, num_slices, num_blocks, capacity, block_pitch,
-    DEPENDENT: tl.constexpr, NUM_LISTS: tl.constexpr, NUM_PARTS: tl.constexpr, NUM_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, SCALE: tl.constexpr,
-    BT: tl.constexpr, BE: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
+    DEPENDENT: tl.constexpr, CHAINED: tl.constexpr, NUM_LISTS: tl.constexpr, NUM_PARTS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, SCALE: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """Place one block's rows; the programs before the blocks write the queues. Each adds up all blocks for itself."""
     if DEPENDENT:
         gdc_launch_dependents()
+    if CHAINED:
         gdc_wait()
     block = tl.program_id(0) - NUM_PARTS
     e_E = tl.arange(0, BE)
     plan = load_plan(plan_ptr, sizes_ptr, e_E, NUM_EXPERTS)
+    if block >= 0:
+        weigh(
+            logits_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, block * BT, tl.minimum(num_rows, (block + 1) * BT),
+            NUM_EXPERTS, TOP_K, SOFTMAX, RENORMALISE, SCALE, BT, BK,
+        )  # fmt: skip
     counts_E = tl.zeros([BE], tl.int32)
     before_E = tl.zeros([BE], tl.int32)
     for start in range(0, num_blocks, BB):
@@ -189,11 +187,9 @@ def place_kernel(
     ends_E = tl.cumsum(counts_E, axis=0)
     if block >= 0:
         members_E = tl.load(members_ptr + (1 + block) * BE + e_E)
-        place_rows(
-            logits_ptr, tops_ptr, totals_ptr, ids_ptr, weights_ptr, row_slot_ptr, members_E,
-            ends_E - counts_E + before_E, block * BT, tl.minimum(num_rows, (block + 1) * BT),
-            NUM_EXPERTS, TOP_K, SOFTMAX, RENORMALISE, SCALE, BN,
-        )  # fmt: skip
+        tokens_stop = tl.minimum(num_rows, (block + 1) * BT)
+        starts_E = ends_E - counts_E + before_E
+        place_rows(ids_ptr, row_slot_ptr, members_E, starts_E, block * BT, tokens_stop, TOP_K, BN)
     else:
         build_queues(
             counts_E, e_E, plan, num_slices, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, capacity,
@@ -252,6 +248,7 @@ def route(
     tokens_placed = triton.next_power_of_2(max(1, num_rows)) if cut.one_launch else cut.block_t
     shared = {
         "DEPENDENT": dependent,
+        "CHAINED": ws.chains and not cut.one_launch,
         "NUM_LISTS": launch.num_lists,
         "NUM_EXPERTS": router.num_experts,
         "TOP_K": router.top_k,
@@ -262,7 +259,6 @@ def route(
         "BE": block_e,
         "BN": tokens_placed * triton.next_power_of_2(router.top_k),
         "BJ": max(1, tokens_placed // SMALLEST_BLOCK_M if cut.one_launch else ENTRIES // block_e),
-        "launch_pdl": dependent,
         "enable_fp_fusion": False,
     }
     plan, block_pitch = (ws.plan, ws.tile_sizes(launch)), ws.block_counts_EB.stride(0)
@@ -273,13 +269,14 @@ def route(
         logits_TE, bias_E, num_tokens, *plan, *rows, *queues, *blocks, ws.arrivals,
         num_rows, len(launch.slices), ws.capacity, block_pitch, PADDED=num_tokens is not None, PLACES=cut.one_launch,
         ALONE=cut.num_blocks == 1, GROUPS=router.num_groups, TOP_GROUPS=router.top_groups, HAS_BIAS=bias_E is not None,
-        num_warps=cut.num_warps, **shared,
+        num_warps=cut.num_warps, launch_pdl=dependent, **shared,
     )  # fmt: skip
     if cut.one_launch:
         return
     place_kernel[(cut.num_blocks + QUEUE_PARTS,)](
         logits_TE, *plan, *rows, *queues, *blocks,
         num_rows, len(launch.slices), cut.num_blocks, ws.capacity, block_pitch, NUM_PARTS=QUEUE_PARTS,
+        BK=triton.next_power_of_2(router.top_k),
         BB=min(max(16, triton.next_power_of_2(cut.num_blocks)), COUNTS_AT_ONCE // block_e),
-        num_warps=min(PLACE_WARPS, cut.num_warps), **shared,
+        num_warps=min(PLACE_WARPS, cut.num_warps), launch_pdl=ws.chains, **shared,
     )  # fmt: skip

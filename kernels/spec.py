@@ -20,6 +20,7 @@ from ..traces.schema import MoeSpec
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter, which computes bf16 wrongly and knows no inline assembly."""
 
+HOPPER = (9, 0)
 MAX_SLICES = 16
 SMALLEST_BLOCK_M = 16
 MAX_BLOCK_M = 256

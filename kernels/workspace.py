@@ -16,7 +16,17 @@ from torch import Tensor
 from ..traces.schema import MoeSpec
 from .queues import MAX_TILES, NUM_COUNTERS, tile_capacity
 from .routing import MIN_BLOCK_TOKENS, padded_experts
-from .spec import MAX_BLOCK_M, MAX_SLICES, SMALLEST_BLOCK_M, TORCH_DTYPE, LayerLaunch, encode_tiles, plan_words
+from .spec import (
+    HOPPER,
+    INTERPRET,
+    MAX_BLOCK_M,
+    MAX_SLICES,
+    SMALLEST_BLOCK_M,
+    TORCH_DTYPE,
+    LayerLaunch,
+    encode_tiles,
+    plan_words,
+)
 from .weights import ALIGN
 
 
@@ -60,6 +70,8 @@ class Workspace:
     rows_ND: Tensor
     """The last product's rows at their place t * K + slot."""
     out_TD: Tensor
+    chains: bool
+    """Whether the second launch of routing may begin while the first one ends: on Hopper and later."""
     sizes: dict[LayerLaunch, Tensor] = field(default_factory=dict)
     """Tile sizes on the device, for each launch seen: see `tile_sizes`."""
 
@@ -100,6 +112,7 @@ class Workspace:
             ready_2C=ints(2, capacity),
             hidden=tuple(rows(num_rows + MAX_BLOCK_M, p.out_dim) for p in spec.products(max(spec.d_ff))[:-1]),
             rows_ND=rows(num_rows, spec.d_model),
+            chains=not INTERPRET.value and torch.cuda.get_device_capability(device) >= HOPPER,
             out_TD=torch.empty(max_tokens, spec.d_model, dtype=dtype, device=device),
         )
 
