@@ -160,8 +160,9 @@ def place_kernel(
     tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, members_ptr, block_counts_ptr,
     num_rows, num_slices, num_blocks, capacity, block_pitch,
     DEPENDENT: tl.constexpr, CHAINED: tl.constexpr, NUM_LISTS: tl.constexpr, NUM_PARTS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, SCALE: tl.constexpr,
-    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr,
+    SCALE: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
+    BN: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """Place one block's rows; the programs before the blocks write the queues. Each adds up all blocks for itself."""
     if DEPENDENT:
