@@ -18,6 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .fused import fused_kernel
 from .grouped import grouped_kernel
 from .spec import LaunchSpec
 
@@ -32,6 +33,15 @@ GROUPED: dict[str, Any] = {
     "UNEVEN": False,
     "ALIGNED": True,
     "EVEN_K": True,
+    "PRECISION": "ieee",
+}
+FUSED: dict[str, Any] = {
+    "THREE": True,
+    "DEPENDENT": False,
+    "EPILOGUE": "relu",
+    "HAS_BIAS": False,
+    "EVEN_D": True,
+    "EVEN_F": True,
     "PRECISION": "ieee",
 }
 UP = {"GATHER": True, "EPILOGUE": "swiglu"}
@@ -88,6 +98,19 @@ def grouped_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> ASTS
     return kernel_source(grouped_kernel, constants, types)
 
 
+def fused_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> ASTSource:
+    """Return the source of all products of a slice in one launch, of three products unless `chosen` says otherwise."""
+    constants = FUSED | chosen
+    constants |= {"B_DESC": spec.descriptors, "BLOCK_M": spec.block_m, "BLOCK_K": spec.block_k}
+    constants |= {"UP_N": spec.block_n, "DOWN_N": spec.block_n}
+    types = {"hidden0_ptr": f"*{dtype}", "hidden1_ptr": f"*{dtype}", "rows_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
+    epilogues = (constants["EPILOGUE"], constants["EPILOGUE"] if constants["THREE"] else "none", "none")
+    for i, epilogue in enumerate(epilogues):
+        held = _weight_type(dtype, epilogue, spec.block_n, spec.block_k) if spec.descriptors else f"*{dtype}"
+        types |= {f"b{i}": held, f"bias{i}_ptr": f"*{dtype}"}
+    return kernel_source(fused_kernel, constants, types)
+
+
 def _weight_type(dtype: str, epilogue: str, block_n: int, block_k: int) -> str:
     rows = f"2,{block_n // 2}" if epilogue == "swiglu" else f"{block_n}"
     return f"tensordesc<{dtype}[{rows},{block_k}]>"
@@ -114,8 +137,9 @@ def resources(source: ASTSource, compute_capability: int, **options: Any) -> Res
 
 
 def tile_resources(spec: LaunchSpec, compute_capability: int, dtype: str = "bf16", **chosen: Any) -> Resources:
-    """Return what one tile of the grouped product holds; `chosen` as in `grouped_source`."""
-    return resources(grouped_source(spec, dtype, **chosen), compute_capability, **spec.options)
+    """Return what one tile of the grouped product holds; `chosen` as in `grouped_source`, or in `fused_source`."""
+    source = fused_source if "THREE" in chosen else grouped_source
+    return resources(source(spec, dtype, **chosen), compute_capability, **spec.options)
 
 
 def main() -> None:

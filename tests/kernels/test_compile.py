@@ -61,6 +61,13 @@ def test_hot_and_cold_tiles_fit_one_sm():
             assert regs[hot_role] + regs[neighbour] <= REGS_PER_SM
 
 
+def test_fused_launches_compile_without_spilling():
+    light = [t for t in tiles() if t["block_m"] <= 64]
+    roles = [{"THREE": True}, {"THREE": False, "EPILOGUE": "swiglu"}]
+    jobs = [[fields, capability, "bf16", role] for fields in light for capability in (90, 80) for role in roles]
+    check(jobs, {90: SPILL_BYTES, 80: SPILL_BYTES})
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_way_to_launch_a_tile_compiles_without_spilling():
