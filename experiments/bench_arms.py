@@ -3,12 +3,11 @@
 Shape letters: T tokens, E experts, K top-k, P weight sets.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.timer import capture
+from ..runtime.timer import capture, sets_to_stay_cold
 from ..traces.schema import MoeSpec
 
 if TYPE_CHECKING:
@@ -16,9 +15,10 @@ if TYPE_CHECKING:
 
     from ..kernels.spec import LayerLaunch
     from ..kernels.weights import ExpertWeights
+    from .tune import Clock
 
-FUSED_BYTES = 400_000_000
-"""Layers that read more weights are not bound by launches: fusing is not tried."""
+MOST_SETS = 40
+"""A step that reads so little that more would be needed keeps some of its weights in L2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,33 +75,6 @@ def torch_grouped(x_TD: "torch.Tensor", logits_TE: "torch.Tensor", weights: "Exp
     return torch.empty_like(scaled).index_copy_(0, order_N, scaled).unflatten(0, (-1, spec.top_k)).sum(1)
 
 
-def candidates(spec: MoeSpec, num_tokens: int, sm_count: int) -> "list[LayerLaunch]":
-    """Return launches worth timing for a load: the modelled one, other tiles and heights, fused where that may pay."""
-    from ..kernels.launches import TILES, default_launch, rows_per_expert, tile_for
-    from ..kernels.spec import LayerLaunch, SliceLaunch
-
-    hit, rows = rows_per_expert(spec, num_tokens)
-    heights = [16] if rows <= 4 else [16, 64] if rows <= 40 else [64, 128] if rows <= 300 else [128]
-    up_n, down_n = (p.n_dim for p in (spec.products(spec.d_ff_of(0))[i] for i in (0, -1)))
-    found = [default_launch(spec, num_tokens, sm_count=sm_count)]
-    for height in heights:
-        modelled = [tile_for(height, hit, rows, n, sm_count=sm_count) for n in (up_n, down_n)]
-        found.append(LayerLaunch(slices=(SliceLaunch(up=modelled[0], down=modelled[1]),)))
-        for tile, ctas in TILES[height]:
-            spread = replace(tile, num_ctas=sm_count * ctas)
-            by_desc = replace(spread, descriptors=True)
-            found += [_unsliced(t) for t in (spread, by_desc, replace(by_desc, flatten=True))]
-            if height < 128 and hit * spec.expert_bytes() < FUSED_BYTES:
-                found += [_unsliced(t, fused=True) for t in (spread, by_desc)]
-    return list(dict.fromkeys(found))
-
-
-def _unsliced(tile: Any, *, fused: bool = False) -> "LayerLaunch":
-    from ..kernels.spec import LayerLaunch, SliceLaunch
-
-    return LayerLaunch(slices=(SliceLaunch(up=tile, down=tile),), fused=fused)
-
-
 def our_step(batch: Batch, launch: "LayerLaunch") -> Callable[[int], Any]:
     """Return the call that runs our layer on one weight set."""
     from ..kernels.layer import moe_layer
@@ -116,27 +89,43 @@ def our_step(batch: Batch, launch: "LayerLaunch") -> Callable[[int], Any]:
     return step
 
 
-def best_launch(batch: Batch, sm_count: int, deadline: float) -> "tuple[LayerLaunch, dict[str, float]]":
-    """Return the fastest candidate, with and without dependent launch, and what each took, us."""
+def clock_of(batches: "Mapping[str, Batch]") -> "Clock":
+    """Return what times a launch on a batch of each skew: ns per layer, the least of four replays of its graph."""
     from triton import OutOfResources
 
-    found: dict[Any, float] = {}
-
-    def measure(launch: Any) -> None:
+    def clock(launch: "LayerLaunch") -> dict[str, float] | None:
+        found = {}
         try:
-            arm = capture(our_step(batch, launch), len(batch.sets))
+            for skew, batch in batches.items():
+                arm = capture(our_step(batch, launch), len(batch.sets))
+                found[skew] = min(arm.time_ns() for _ in range(4))
         except (ValueError, OutOfResources):
             # A tile or a fused grid that this device cannot hold.
-            return
-        found[launch] = min(arm.time_ns() for _ in range(4))
+            return None
+        return found
 
-    for launch in candidates(batch.spec, len(batch.x_TD), sm_count):
-        if not found or time.monotonic() < deadline:
-            measure(launch)
-    for launch in sorted(found, key=found.__getitem__)[:2]:
-        measure(replace(launch, dependent=True))
-    best = min(found, key=found.__getitem__)
-    return best, {describe(launch): round(ns / 1000, 2) for launch, ns in sorted(found.items(), key=lambda i: i[1])}
+    return clock
+
+
+def batch_of(spec: MoeSpec, num_tokens: int, skew: str, sets: "Sequence[ExpertWeights]") -> Batch:
+    """Return a batch of random tokens with logits for each weight set, the same for the same arguments."""
+    import torch
+
+    generator = torch.Generator("cuda").manual_seed(1)
+    x_TD = torch.randn(num_tokens, spec.d_model, device="cuda", generator=generator).bfloat16()
+    logits_PTE = draw_logits(spec, num_tokens, len(sets), skew, seed=num_tokens)
+    return Batch(spec=spec, x_TD=x_TD, logits_PTE=logits_PTE, sets=sets)
+
+
+def num_sets(spec: MoeSpec, num_tokens: int) -> int:
+    """Return how many weight sets keep the experts of a step cold on the current device."""
+    import torch
+
+    held = torch.cuda.get_device_properties(0)
+    touched = min(spec.num_experts, num_tokens * spec.top_k) * spec.expert_bytes()
+    whole = spec.num_experts * spec.expert_bytes()
+    sets = sets_to_stay_cold(touched, whole, l2_bytes=held.L2_cache_size, memory_bytes=held.total_memory)
+    return min(MOST_SETS, sets)
 
 
 def describe(launch: "LayerLaunch") -> str:

@@ -7,14 +7,11 @@ the sequential definition is reported and not timed.
 """
 
 import argparse
-import contextlib
 import json
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +19,29 @@ from typing import Any
 from ..policies.cost import floor_ns
 from ..policies.data import load_device
 from ..runtime.meter import EnergyMeter
-from ..runtime.timer import capture, interleave, paired_ratio, quantiles, sets_to_stay_cold
+from ..runtime.timer import capture, interleave, paired_ratio, quantiles
 from ..traces.models import load_model
 from ..traces.schema import DTYPE_BYTES, MoeSpec
-from .bench_arms import Batch, agreement, best_launch, candidates, describe, draw_logits, our_step, torch_grouped
+from .bench_arms import (
+    Batch,
+    agreement,
+    batch_of,
+    clock_of,
+    describe,
+    draw_logits,
+    num_sets,
+    our_step,
+    torch_grouped,
+)
+from .precompile import precompile
 from .runs import provenance, to_json
+from .tune import mean_ns, search
 
 SWIGLU_MODELS = ("qwen3-30b-a3b", "mixtral-8x7b", "large", "olmoe-1b-7b", "medium", "small")
 TOKENS = (1, 32, 256, 2048, 8192)
 RELU_TOKENS = {"small": (1, 32, 256, 2048), "medium": (1, 32, 256, 2048), "large": (1, 32, 256, 2048)}
 ROUTED_TOKENS = (1, 8, 32, 64, 256, 2048, 8192)
 ROUTED_MODELS = ("small", "medium", "large", "olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3")
-MOST_SETS = 40
-"""A step that reads so little that more would be needed keeps some of its weights in L2."""
 LONG_LAYER_US = 4000
 """One set: two would not fit a burst, and one exceeds L2 many times."""
 MOST_REL_DIFFERENCE = 2e-3
@@ -72,17 +79,14 @@ def all_rows() -> list[Row]:
     ]
 
 
-def num_sets(row: Row, l2_bytes: int, memory_bytes: int) -> int:
-    """Return how many weight sets keep the experts of a step cold."""
-    spec = row.spec
-    touched = min(spec.num_experts, row.tokens * spec.top_k) * spec.expert_bytes()
-    whole = spec.num_experts * spec.expert_bytes()
-    return min(MOST_SETS, sets_to_stay_cold(touched, whole, l2_bytes=l2_bytes, memory_bytes=memory_bytes))
-
-
 def measure(row: Row, batch: Batch, sm_count: int, rounds: int) -> dict[str, Any]:
     """Return one row: the check, the launch chosen, quantiles of each arm, their ratio and the floor."""
-    launch, tried = best_launch(batch, sm_count, time.monotonic() + TUNE_S)
+    end = time.monotonic() + TUNE_S
+    clock, expired = clock_of({row.skew: batch}), lambda: time.monotonic() > end
+    launch, times = search(row.spec, row.tokens, clock, sm_count=sm_count, expired=expired)
+    tried = {
+        describe(one): round(ns[row.skew] / 1000, 2) for one, ns in sorted(times.items(), key=lambda i: mean_ns(i[1]))
+    }
     checked = agreement(batch, launch)
     found: dict[str, Any] = {**asdict(row), **checked, "launch": describe(launch), "tried_us": tried}
     if not checked["same_bits"] and not checked["rel_difference"] <= MOST_REL_DIFFERENCE:
@@ -155,7 +159,7 @@ def run_rows(rows: Sequence[Row], seconds: float, rounds: int, meter: Any) -> It
 
     from ..kernels.weights import random_weights
 
-    properties = torch.cuda.get_device_properties(0)
+    sm_count = torch.cuda.get_device_properties(0).multi_processor_count
     end, held, sets = time.monotonic() + seconds, None, []
     for row in rows:
         if time.monotonic() > end:
@@ -163,65 +167,11 @@ def run_rows(rows: Sequence[Row], seconds: float, rounds: int, meter: Any) -> It
         if held != (row.model, row.kind):
             held, sets = (row.model, row.kind), []
             torch.cuda.empty_cache()
-        spec, wanted = row.spec, num_sets(row, properties.L2_cache_size, properties.total_memory)
+        spec, wanted = row.spec, num_sets(row.spec, row.tokens)
         sets += [random_weights(spec, "cuda", seed) for seed in range(len(sets), wanted)]
-        generator = torch.Generator("cuda").manual_seed(1)
-        x_TD = torch.randn(row.tokens, spec.d_model, device="cuda", generator=generator).bfloat16()
-        logits = draw_logits(spec, row.tokens, wanted, row.skew, seed=row.tokens)
-        batch = Batch(spec=spec, x_TD=x_TD, logits_PTE=logits, sets=sets[:wanted])
-        found = measure(row, batch, properties.multi_processor_count, rounds)
+        batch = batch_of(spec, row.tokens, row.skew, sets[:wanted])
+        found = measure(row, batch, sm_count, rounds)
         yield found | {f"after_{name}": value for name, value in asdict(meter.snapshot()).items()}
-
-
-def precompile(rows: Sequence[Row], sm_count: int) -> None:
-    """Compile every candidate on all cores, into the cache on disk that this process reads afterwards."""
-    launches: dict[Any, None] = {}
-    for row in rows:
-        for launch in candidates(row.spec, row.tokens, sm_count):
-            lone = tuple(
-                replace(s, up=replace(s.up, num_ctas=1), down=replace(s.down, num_ctas=1)) for s in launch.slices
-            )
-            for dependent in (False, True):
-                launches[row.kind, replace(launch, slices=lone, dependent=dependent)] = None
-    routers = {(row.model, row.kind, min(row.tokens, 128)): None for row in rows}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=min(14, multiprocessing.cpu_count()), mp_context=context) as pool:
-        for _ in pool.map(_compile_launch, launches, chunksize=4):
-            pass
-        for _ in pool.map(_compile_router, routers):
-            pass
-
-
-def _compile_launch(job: tuple[str, Any]) -> None:
-    from triton import OutOfResources
-
-    kind, launch = job
-    spec = MoeSpec(name="c", num_layers=1, num_experts=4, top_k=2, d_model=256, d_ff=(256,), kind=kind)
-    # A tile that this device cannot hold is left out when launches are timed.
-    with contextlib.suppress(OutOfResources):
-        _compile(spec, 32, launch)
-
-
-def _compile_router(job: tuple[str, str, int]) -> None:
-    from ..kernels.launches import default_launch
-
-    model, kind, tokens = job
-    full = replace(load_model(model), kind=kind, num_layers=1)
-    spec = replace(full, d_model=256, d_ff=(256,))
-    for dependent in (False, True):
-        _compile(spec, tokens, replace(default_launch(full, tokens), dependent=dependent))
-
-
-def _compile(spec: MoeSpec, tokens: int, launch: Any) -> None:
-    import torch
-
-    from ..kernels.weights import random_weights
-
-    x_TD = torch.zeros(tokens, spec.d_model, device="cuda", dtype=torch.bfloat16)
-    logits = draw_logits(spec, tokens, 1, "uniform", 0)
-    batch = Batch(spec=spec, x_TD=x_TD, logits_PTE=logits, sets=[random_weights(spec, "cuda")])
-    our_step(batch, launch)(0)
-    torch.cuda.synchronize()
 
 
 def manifest(arguments: argparse.Namespace, meter: Any) -> dict[str, Any]:
@@ -278,7 +228,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     with EnergyMeter(0) as meter:
         (arguments.out / "manifest.json").write_text(to_json(manifest(arguments, meter)) + "\n")
-        precompile(rows, sm_count=132)
+        precompile([(row.spec, row.tokens) for row in rows])
         sys.stdout.write(f"compiled in {time.monotonic() - started:.0f} s\n")
         routed = [measure_routing(model, tokens, 20) for model in ROUTED_MODELS for tokens in ROUTED_TOKENS]
         write_parquet(arguments.out / "routing.parquet", routed)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import cli_lists, cli_trace
+from . import cli_gpu, cli_lists, cli_trace
 from .cli_lists import AsJson, print_json
 from .errors import EXIT_INTERRUPT, EXIT_USER, StoppedError, sentence_of
 
@@ -76,6 +76,7 @@ def whatif(
         print_summary(summary, folder, report=not no_report)
 
 
+app.command(name="tune")(cli_gpu.tune)
 app.command(name="devices")(cli_lists.devices)
 app.command(name="models")(cli_lists.models)
 app.command(name="policies")(cli_lists.policies)

@@ -1,0 +1,39 @@
+"""The commands that need a GPU."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def tune(
+    models: Annotated[list[str], typer.Argument(help="Names from `expertslice models`, or paths of a config.json.")],
+    *,
+    kind: Annotated[
+        Literal["relu3", "swiglu", "gelu2"] | None, typer.Option(help="Experts of this kind instead of the model's.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="For each model, compiling included.")] = 60.0,
+    folder: Annotated[Path | None, typer.Option(help="Of tuned files; default: the package's own.")] = None,
+) -> None:
+    """Find the fastest tiles of a model's layer on this GPU for every range of tokens; stopped, it goes on later."""
+    from ..kernels.tuned import FOLDER
+    from ..traces.models import load_model
+    from .tune_shape import tune_shape
+
+    require_gpu("tune")
+    for model in models:
+        spec = load_model(model)
+        spec = replace(spec, num_layers=1, dtype="bf16", kind=kind or spec.kind)
+        path = tune_shape(spec, seconds=seconds, folder=folder or FOLDER, say=typer.echo)
+        typer.echo(f"{model}: {path}")
+
+
+def require_gpu(command: str) -> None:
+    """Raise ValueError where torch is missing or sees no CUDA device."""
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(f"{command} needs torch; install expertslice[gpu]") from None
+    if not torch.cuda.is_available():
+        raise ValueError(f"{command} needs a CUDA device and torch sees none; run it on a machine with one")
