@@ -14,6 +14,8 @@ from .contract import Policy
 from .dynamic import Dynamic
 from .hot_cold import HotCold
 from .oracle import Oracle
+from .planner import Planner
+from .predictive import Predictive
 from .proportional import Proportional
 from .static import Static
 from .unsliced import Unsliced
@@ -30,11 +32,14 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "hot_cold": HotCold,
     "oracle": Oracle,
 }
+"""Compared where none is named."""
+ON_REQUEST: dict[str, type[Policy[Any]]] = {"predictive": Predictive, "planner": Planner}
+"""Compared where they are named."""
 
 
 def policy_names() -> tuple[str, ...]:
     """Return the names that `make_policy` knows: ours, then those that installed packages add."""
-    ours = tuple(POLICIES)
+    ours = (*POLICIES, *ON_REQUEST)
     return ours + tuple(sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in ours))
 
 
@@ -55,8 +60,8 @@ def policy_class(name: str) -> type[Policy[Any]]:
     Raises:
         ValueError: nothing of that name exists, or it does not satisfy the contract.
     """
-    if name in POLICIES:
-        return POLICIES[name]
+    if name in (ours := POLICIES | ON_REQUEST):
+        return ours[name]
     points = [point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name]
     if not points and ":" not in name:
         raise ValueError(nearest("policy", name, policy_names()) + ", or give module:Class")
