@@ -1,0 +1,52 @@
+"""`sweep`: the command line of `sweep.py`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_lists import AsJson, print_json
+
+Many = list[str] | None
+
+
+def sweep(
+    *,
+    policies: Annotated[Many, typer.Option("--policy", help="'name(parameter=value|value)'; repeatable.")] = None,
+    traces: Annotated[Many, typer.Option("--trace", help="Repeatable; left out: the bundled one.")] = None,
+    models: Annotated[Many, typer.Option("--model", help="A name or a config.json; repeatable.")] = None,
+    devices: Annotated[Many, typer.Option("--device", help="See `expertslice devices`; repeatable.")] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", min=0, help="The trace's requests in other batches; repeatable.")
+    ] = None,
+    fit_routing: Annotated[str | None, typer.Option(help="Synthesise routing for --model like this trace.")] = None,
+    segment: Annotated[str | None, typer.Option(help="Part of the trace; 'all' takes every step.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Take only the first steps.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the dataset; one that exists is gone on with.")] = Path(
+        "runs/sweep"
+    ),
+    backend: Annotated[str, typer.Option(help="loky, sequential, dask or ray.")] = "loky",
+    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask or Ray scheduler.")] = None,
+    jobs: Annotated[int, typer.Option(help="Worker processes; -1: one per core.")] = -1,
+    limit_s: Annotated[float, typer.Option(min=0.01, help="Most seconds a point may take.")] = 300,
+    memory_gib: Annotated[float, typer.Option(min=0.01, help="Most memory a point may take.")] = 2,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed points again.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Run policies x parameters x traces x models x devices x seeds; exits with 3 when some points failed."""
+    from .sweep import DEVICE, EXIT_FAILED, Grid, print_outcome
+    from .sweep import sweep as run_sweep
+    from .sweep_point import Limits
+
+    grid = Grid(
+        policies=policies or (), traces=traces or (), models=models or (), devices=devices or (DEVICE,),
+        seeds=seeds or (), fit_routing=fit_routing, segment=segment, steps=steps, out=out, backend=backend,
+        scheduler=scheduler, jobs=jobs, limits=Limits(time_s=limit_s, memory_bytes=int(memory_gib * 2**30)),
+        retry_failed=retry_failed,
+    )  # fmt: skip
+    outcome = run_sweep(grid)
+    if as_json:
+        print_json(outcome)
+    else:
+        print_outcome(outcome)
+    return EXIT_FAILED if outcome["failed"] else 0
