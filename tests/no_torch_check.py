@@ -8,7 +8,9 @@ from pathlib import Path
 
 BARRED = ("torch", "triton", "pynvml", "cuda")
 FREE = ("traces", "policies", "sim", "experiments")
-ALLOWED_TO_NEED_TORCH = ("expertslice.experiments.own_model", "expertslice.experiments.compile_tiles")
+ALLOWED_TO_NEED_TORCH = tuple(
+    f"expertslice.experiments.{name}" for name in ("own_model", "compile_tiles", "bench_layer", "tune", "tune_shape")
+)
 
 
 def main() -> None:
