@@ -32,7 +32,7 @@ from .errors import StoppedError
 from .runs import provenance, sha256_of, to_json
 from .sweep_grid import grid_of
 from .sweep_point import Limits, Workload, composition_of, guarded, measure, steps_of
-from .tasks import _stop
+from .tasks import stop_workers
 
 EXIT_FAILED = 3
 DEVICE = "h100-sxm5-80gb"
@@ -167,7 +167,7 @@ def _run_all(points: Sequence[Point], grid: Grid) -> None:
         parallel = Parallel(n_jobs=grid.jobs, return_as="generator_unordered", batch_size=1)
         calls = (delayed(run_point)(point, grid.limits, os.getpid()) for point in points)
         results = parallel(calls)
-        stack.callback(_stop, results)
+        stack.callback(stop_workers, results)
         failed = 0
         for row in results:
             part.add(row)

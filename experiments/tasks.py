@@ -76,7 +76,7 @@ def run_tasks(tasks: Sequence[Task], world: World, *, jobs: int) -> Iterator[tup
         bar = stack.enter_context(Bar(tasks, np.memmap(counters, dtype=np.int64, mode="r")))
         calls = (delayed(_run)(place, task, world, counters, os.getpid()) for place, task in enumerate(tasks))
         results = parallel(calls)
-        stack.callback(_stop, results)
+        stack.callback(stop_workers, results)
         for place, outcome, refusal in results:
             if refusal:
                 raise ValueError(refusal)
@@ -84,7 +84,7 @@ def run_tasks(tasks: Sequence[Task], world: World, *, jobs: int) -> Iterator[tup
             yield tasks[place], outcome
 
 
-def _stop(results: Any) -> None:
+def stop_workers(results: Any) -> None:
     # Whatever ended this early, what still runs is stopped. The executor's own shutdown would wait for a thread that
     # may be submitting the next task under the same lock.
     with warnings.catch_warnings():

@@ -1,7 +1,8 @@
 """Searches layouts, splits, bounds and tile orders by belief, and tries what it likes for a few steps before it stays.
 
-Wins where one plan is better for long and the belief errs by more than the gain: what a trial took decides. Loses the
-trials, a few steps each and seldom, where nothing is gained; a plan that only suits some steps it does not find.
+Meant for loads under which one plan is better for long and the belief errs by more than the gain: what a trial took
+decides. It pays for its trials where nothing is gained, and does not find a plan that suits only some steps; no
+committed run shows it winning yet.
 
 Shape letters: A arms: the tuned unsliced launch first, then every sliced plan.
 """

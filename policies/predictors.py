@@ -2,7 +2,6 @@
 
 "blend" regresses what is coming onto how far the newest step and two smoothed loads lie from popularity, its weights
 learned as it goes and shrunk to none, which is popularity. A step costs O(L E) time and memory at each horizon.
-Neighbouring layers are left out: in a first look they changed the error by about a percent of itself, either way.
 
 Shape letters: L MoE layers, E routed experts, R smoothed loads.
 """

@@ -1,9 +1,11 @@
 """The parts of the layer benchmark that need no device."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from expertslice.experiments import bench_layer
-from expertslice.experiments.bench_arms import describe, draw_logits, torch_grouped
+from expertslice.experiments.bench_arms import describe, draw_logits, num_sets, torch_grouped
 from expertslice.experiments.tune import candidates
 from expertslice.traces.schema import MoeSpec
 
@@ -34,9 +36,15 @@ def test_zipf_logits_are_skewed_and_uniform_ones_are_not():
     assert shares["zipf"] > 0.2
 
 
-def test_rows_cover_the_table_and_launches_are_told_apart():
+def test_rows_cover_the_table_and_weights_are_cold(monkeypatch):
+    torch = pytest.importorskip("torch")
+    held = SimpleNamespace(L2_cache_size=50 * 2**20, total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: held)
     rows = bench_layer.all_rows()
     assert len(set(rows)) == len(rows) == 6 * 9 + 12
     for row in rows:
-        launches = candidates(row.spec, row.tokens, 132)
+        spec = row.spec
+        touched = num_sets(spec, row.tokens) * min(spec.num_experts, row.tokens * spec.top_k) * spec.expert_bytes()
+        assert touched >= 4 * held.L2_cache_size
+        launches = candidates(spec, row.tokens, 132)
         assert len({describe(launch) for launch in launches}) == len(launches) > 3
