@@ -41,7 +41,8 @@ def what_if(options: Options) -> tuple[Case, dict[str, Any], Path]:
     case = prepare(options)
     folder = RunFolder(options.out, "whatif", _manifest(case))
     try:
-        evidence, records = _simulate(case, folder.path)
+        # Workers that served an earlier call in this process may stand in another folder.
+        evidence, records = _simulate(case, folder.path.resolve())
         summary = summarise(case, evidence)
         folder.write_json("summary.json", summary)
         if options.report:
