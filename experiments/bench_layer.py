@@ -12,29 +12,34 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..policies.cost import floor_ns
 from ..policies.data import load_device
 from ..runtime.meter import EnergyMeter
-from ..runtime.timer import capture, interleave, paired_ratio, quantiles
+from ..runtime.timer import capture, interleave, paired_ratio
 from ..traces.models import load_model
-from ..traces.schema import DTYPE_BYTES, MoeSpec
 from .bench_arms import (
     Batch,
     agreement,
-    batch_of,
     clock_of,
     describe,
     draw_logits,
-    num_sets,
     our_step,
     torch_grouped,
 )
+from .bench_rows import (
+    LONG_LAYER_US,
+    Point,
+    Work,
+    cold_batches,
+    device_manifest,
+    in_us,
+    write_parquet,
+)
 from .precompile import precompile
-from .runs import provenance, to_json
+from .runs import to_json
 from .tune import mean_ns, search
 
 SWIGLU_MODELS = ("qwen3-30b-a3b", "mixtral-8x7b", "large", "olmoe-1b-7b", "medium", "small")
@@ -42,44 +47,27 @@ TOKENS = (1, 32, 256, 2048, 8192)
 RELU_TOKENS = {"small": (1, 32, 256, 2048), "medium": (1, 32, 256, 2048), "large": (1, 32, 256, 2048)}
 ROUTED_TOKENS = (1, 8, 32, 64, 256, 2048, 8192)
 ROUTED_MODELS = ("small", "medium", "large", "olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3")
-LONG_LAYER_US = 4000
-"""One set: two would not fit a burst, and one exceeds L2 many times."""
 MOST_REL_DIFFERENCE = 2e-3
 """Of bf16 outputs whose bits differ where the matrix library does not walk K in order."""
 TUNE_S = 12.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One line of the table."""
-
-    model: str
-    kind: str
-    skew: str
-    tokens: int
-
-    @property
-    def spec(self) -> MoeSpec:
-        """Return the layer's shape."""
-        return replace(load_model(self.model), kind=self.kind, num_layers=1)
-
-
-def all_rows() -> list[Row]:
+def all_rows() -> list[Point]:
     """Return the rows: SwiGLU layers of the models compared, then the paper's three-layer ReLU layers."""
     rows = [
-        Row(model=model, kind="swiglu", skew=skew, tokens=tokens)
+        Point(model=model, kind="swiglu", skew=skew, tokens=tokens)
         for model in SWIGLU_MODELS
         for tokens in TOKENS
         for skew in (("uniform",) if tokens == 1 else ("uniform", "zipf"))
     ]
     return rows + [
-        Row(model=model, kind="relu3", skew="uniform", tokens=tokens)
+        Point(model=model, kind="relu3", skew="uniform", tokens=tokens)
         for model, token_counts in RELU_TOKENS.items()
         for tokens in token_counts
     ]
 
 
-def measure(row: Row, batch: Batch, sm_count: int, rounds: int) -> dict[str, Any]:
+def measure(row: Point, batch: Batch, sm_count: int, rounds: int) -> dict[str, Any]:
     """Return one row: the check, the launch chosen, quantiles of each arm, their ratio and the floor."""
     end = time.monotonic() + TUNE_S
     clock, expired = clock_of({row.skew: batch}), lambda: time.monotonic() > end
@@ -91,7 +79,7 @@ def measure(row: Row, batch: Batch, sm_count: int, rounds: int) -> dict[str, Any
     found: dict[str, Any] = {**asdict(row), **checked, "launch": describe(launch), "tried_us": tried}
     if not checked["same_bits"] and not checked["rel_difference"] <= MOST_REL_DIFFERENCE:
         return found | {"status": "wrong"}
-    floor = floor_us(row.spec, batch)
+    floor = Work.of(batch).floor_us(load_device("h100-sxm5-80gb"))
     sets = 1 if floor > LONG_LAYER_US else len(batch.sets)
     arms = [
         capture(our_step(batch, launch), sets),
@@ -137,63 +125,21 @@ def measure_routing(model: str, tokens: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def in_us(name: str, samples_ns: Sequence[float]) -> dict[str, float]:
-    """Return the 20, 50 and 80 % quantiles under names that say so."""
-    found = quantiles(samples_ns)
-    return {f"{name}_us_q{q}": round(getattr(found, f"q{q}_ns") / 1000, 3) for q in (20, 50, 80)}
-
-
-def floor_us(spec: MoeSpec, batch: Batch) -> float:
-    """Return the least time for the weights of the experts hit and the products of all rows, over the weight sets."""
-    num_tokens = len(batch.x_TD)
-    hit = [len(logits_TE.topk(spec.top_k, dim=1).indices.unique()) for logits_TE in batch.logits_PTE]
-    flops = num_tokens * spec.top_k * 2 * spec.expert_bytes() // DTYPE_BYTES[spec.dtype]
-    hbm_bytes = statistics.mean(hit) * spec.expert_bytes()
-    device = load_device("h100-sxm5-80gb")
-    return floor_ns(hbm_bytes=hbm_bytes, flops=flops, device=device, dtype=spec.dtype) / 1000
-
-
-def run_rows(rows: Sequence[Row], seconds: float, rounds: int, meter: Any) -> Iterator[dict[str, Any]]:
-    """Yield measured rows until they are done or the time is up; weights are drawn once for rows of one layer."""
+def run_rows(rows: Sequence[Point], seconds: float, rounds: int, meter: Any) -> Iterator[dict[str, Any]]:
+    """Yield measured rows until they are done or the time is up."""
     import torch
 
-    from ..kernels.weights import random_weights
-
     sm_count = torch.cuda.get_device_properties(0).multi_processor_count
-    end, held, sets = time.monotonic() + seconds, None, []
-    for row in rows:
-        if time.monotonic() > end:
-            return
-        if held != (row.model, row.kind):
-            held, sets = (row.model, row.kind), []
-            torch.cuda.empty_cache()
-        spec, wanted = row.spec, num_sets(row.spec, row.tokens)
-        sets += [random_weights(spec, "cuda", seed) for seed in range(len(sets), wanted)]
-        batch = batch_of(spec, row.tokens, row.skew, sets[:wanted])
+    for row, batch in cold_batches(rows, seconds):
         found = measure(row, batch, sm_count, rounds)
         yield found | {f"after_{name}": value for name, value in asdict(meter.snapshot()).items()}
 
 
 def manifest(arguments: argparse.Namespace, meter: Any) -> dict[str, Any]:
-    """Return what is needed to read the rows later: a checkout without its history is told its commit."""
-    import torch
-    import triton
-
-    found = provenance()
-    versions = found["versions"] | {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-    }
+    """Return what is needed to read the rows later."""
     return {
-        **found,
-        "versions": versions,
-        **({"commit": arguments.commit, "dirty": False} if arguments.commit else {}),
+        **device_manifest(meter, arguments.commit),
         "command": f"python -P -m expertslice.experiments.bench_layer --seconds {arguments.seconds:.0f}",
-        "seeds": "weights: the set's number; tokens: 1; logits: the number of tokens",
-        "device": torch.cuda.get_device_name(0),
-        "driver": meter.nvml.nvmlSystemGetDriverVersion(),
-        "before": asdict(meter.snapshot()),
         "regime": "burst: at most 20 ms busy, then at least 100 ms idle; graph replay; weights cold",
     }
 
@@ -244,14 +190,6 @@ def main() -> None:
                 sys.stdout.flush()
     measured = [json.loads(text) for text in (arguments.out / "rows.jsonl").read_text().splitlines()]
     write_parquet(arguments.out / "layers.parquet", [m | {"tried_us": json.dumps(m["tried_us"])} for m in measured])
-
-
-def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as Parquet."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
 
 
 if __name__ == "__main__":
