@@ -61,7 +61,8 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize("pattern", ["traces/bundled/*.parquet", "policies/devices/*.toml", "policies/*.toml",
-                                     "traces/*.toml", "experiments/templates/*.j2", "experiments/data/*.json"])  # fmt: skip
+                                     "traces/*.toml", "experiments/data/*.json",
+                                     "experiments/templates/*.j2"])  # fmt: skip
 def test_the_wheel_carries_the_data(wheel_names: list[str], pattern: str):
     expected = {f"expertslice/{path.relative_to(ROOT)}" for path in ROOT.glob(pattern)}
     assert expected
