@@ -14,8 +14,8 @@ from .bench_arms import Batch
 if TYPE_CHECKING:
     import torch
 
-GATHERED_SHARE = 1 / 3
-"""Of free memory that gathered weights may take: they are held while checked and again in the graph's own pool."""
+GATHERED_SHARE = 0.2
+"""Of free memory that gathered weights may take: checking, warming up and both graphs of a capture each hold them."""
 
 
 class AbsentError(Exception):
@@ -85,6 +85,6 @@ def _check_gathered(batch: Batch) -> None:
     free, _ = torch.cuda.mem_get_info()
     if needed > free * GATHERED_SHARE:
         raise AbsentError(
-            f"batched_mm copies an expert for every row, {needed / 1e9:.0f} GB; a third of the free "
-            f"{free / 1e9:.0f} GB is its limit"
+            f"batched_mm copies an expert for every row, {needed / 1e9:.1f} GB; {GATHERED_SHARE:.0%} of the "
+            f"free {free / 1e9:.1f} GB is its limit"
         )

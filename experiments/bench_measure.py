@@ -92,6 +92,8 @@ def prepare(batch: Batch, names: Sequence[str], num_sets: int) -> tuple[dict[str
             contender = ARMS[name](batch)
             found[name] = {**contender.about, **agreement(contender, expected)}
             if found[name]["status"] == "ok":
+                # A capture cannot take back what is cached for other streams.
+                torch.cuda.empty_cache()
                 ready[name] = _captured(contender, num_sets)
         except AbsentError as absent:
             found[name] = {"status": "absent", "reason": str(absent)}

@@ -33,7 +33,7 @@ def bridged(peers: Sequence[str], point: Point, device: str, grouped_over_ours: 
     elif not record:
         reason = "there is no record of this load"
     elif not grouped_over_ours:
-        reason = "the bridge needs ours and torch_grouped_graph timed together in this run"
+        reason = "the bridge needs ours and torch_grouped_graph timed together in this run, for 6 rounds or more"
     else:
         return [_row(name, record, grouped_over_ours) for name in peers]
     return [{"arm": name, "status": "absent", "reason": reason} for name in peers]

@@ -102,13 +102,16 @@ def device_manifest(meter: Any, commit: str | None) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a rows.jsonl; ValueError where a line is none."""
+    """Return the rows of arms in a rows.jsonl; ValueError where a line is none."""
     rows = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            rows.append(json.loads(text))
+            row = json.loads(text)
         except ValueError:
-            raise ValueError(f"{path}: line {number} is no JSON; give the rows.jsonl of an earlier run") from None
+            row = None
+        if not isinstance(row, dict) or "arm" not in row:
+            raise ValueError(f"{path}: line {number} is no row of a benchmark's arm; give another rows.jsonl")
+        rows.append(row)
     return rows
 
 

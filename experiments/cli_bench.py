@@ -18,7 +18,9 @@ def bench(
     kind: Annotated[
         Literal["relu3", "swiglu", "gelu2"] | None, typer.Option(help="Experts of this kind instead of the model's.")
     ] = None,
-    arms: Annotated[str | None, typer.Option(help="Comma-separated; default: all, and all peers on record.")] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Such as ours,torch_grouped_graph,vllm; default: all, peers on record too.")
+    ] = None,
     regime: Annotated[Literal["burst", "sustained", "both"], typer.Option(help="See runtime/timer.py.")] = "burst",
     energy: Annotated[bool, typer.Option(help="Energy per token too: some 4 s for each arm.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Of A B .. B A; intervals take 6 or more.")] = 12,

@@ -417,10 +417,11 @@ def test_only_shapes_without_shipped_launches_are_searched_and_compiled_ahead(mo
     assert [(spec.d_model, tokens) for spec, tokens in asked] == [(1024, 32)]
 
 
-def test_rows_of_a_broken_file_are_refused(tmp_path):
+@pytest.mark.parametrize("second", ['{"arm":', "5", '{"model": "small"}'])
+def test_rows_of_a_broken_file_are_refused(tmp_path, second):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{"a":')
-    with pytest.raises(ValueError, match="line 2 is no JSON"):
+    path.write_text('{"arm": "ours"}\n' + second)
+    with pytest.raises(ValueError, match="line 2 is no row of a benchmark's arm"):
         bench_rows.read_rows(path)
 
 
