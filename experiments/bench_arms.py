@@ -132,10 +132,10 @@ def describe(launch: "LayerLaunch") -> str:
     """Return a launch in a few letters."""
 
     def tile(s: Any) -> str:
-        marks = ("d" if s.descriptors else "") + ("f" if s.flatten else "")
+        marks = ("d" if s.descriptors else "") + ("f" if s.flatten else "") + ("p" if s.pingpong else "")
         return f"{s.block_m}x{s.block_n}x{s.block_k}w{s.num_warps}s{s.num_stages}{marks}@{s.num_ctas}"
 
-    flags = "".join(f" {name}" for name in ("fused", "dependent", "steal") if getattr(launch, name))
+    flags = "".join(f" {name}" for name in ("fused", "gathered", "dependent", "steal") if getattr(launch, name))
     return " | ".join(f"{tile(s.up)} {tile(s.down)}" for s in launch.slices) + flags
 
 

@@ -8,15 +8,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ..kernels.launches import TILES, default_launch, rows_per_expert, tile_for
+from ..kernels.launches import PINGPONG, TILES, default_launch, rows_per_expert, tile_for
 from ..kernels.spec import LaunchSpec, LayerLaunch, SliceLaunch
 from ..traces.schema import MoeSpec
 
 RANGES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """The most tokens of each range."""
 SKEWS = ("uniform", "zipf")
+FUSED_ROWS = 8
 FUSED_BYTES = 400_000_000
-"""Layers that read more weights are not bound by launches: fusing is not tried."""
+"""Layers that read more weights are not bound by launches: fusing is tried for few rows of an expert only."""
+LEAST_GATHERED_ROWS = 24
+"""Of an expert: with fewer, weights are what is read, and a launch that copies rows only costs."""
 KEPT = 3
 """Tiles of the joint search that are tried for each product alone."""
 
@@ -27,7 +30,7 @@ Clock = Callable[[LayerLaunch], Times | None]
 
 def heights(rows: float) -> tuple[int, ...]:
     """Return the tile heights worth trying for so many rows of an expert."""
-    return (16,) if rows <= 4 else (16, 64) if rows <= 40 else (64, 128) if rows <= 300 else (128,)
+    return (16,) if rows <= 4 else (16, 32, 64) if rows <= 40 else (64, 128) if rows <= 300 else (128,)
 
 
 def tiles_for(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LaunchSpec]:
@@ -38,6 +41,15 @@ def tiles_for(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LaunchSpec]
     return [replace(tile, **way) for tile in spread for way in ways]
 
 
+def gathered_tiles(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LaunchSpec]:
+    """Return the tiles worth trying on rows that were gathered first: none where experts have few rows."""
+    _, rows = rows_per_expert(spec, num_tokens)
+    if rows < LEAST_GATHERED_ROWS or spec.dtype == "fp32" or len(set(spec.d_ff)) > 1:
+        return []
+    piped = [tile for tile in tiles_for(spec, num_tokens, sm_count) if tile.flatten and tile.block_m >= 64]
+    return piped + [replace(tile, num_ctas=sm_count) for tile in PINGPONG]
+
+
 def candidates(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LayerLaunch]:
     """Return the launches of one tile for both products, after the modelled ones; fused where that may pay."""
     hit, rows = rows_per_expert(spec, num_tokens)
@@ -46,17 +58,18 @@ def candidates(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LayerLaunc
     for height in heights(rows):
         up, down = (tile_for(height, hit, rows, products[i].n_dim, sm_count=sm_count) for i in (0, -1))
         found.append(unsliced(up, down))
-    few_bytes = hit * spec.expert_bytes() < FUSED_BYTES and len(set(spec.d_ff)) == 1
+    fusable = (rows <= FUSED_ROWS or hit * spec.expert_bytes() < FUSED_BYTES) and len(set(spec.d_ff)) == 1
     for tile in tiles_for(spec, num_tokens, sm_count):
         found.append(unsliced(tile, tile))
-        if few_bytes and tile.block_m < 128 and not tile.flatten:
+        if fusable and tile.block_m < 128 and not tile.flatten:
             found.append(unsliced(tile, tile, fused=True))
+    found += [unsliced(tile, tile, gathered=True) for tile in gathered_tiles(spec, num_tokens, sm_count)]
     return list(dict.fromkeys(found))
 
 
-def unsliced(up: LaunchSpec, down: LaunchSpec, *, fused: bool = False) -> LayerLaunch:
+def unsliced(up: LaunchSpec, down: LaunchSpec, *, fused: bool = False, gathered: bool = False) -> LayerLaunch:
     """Return the launch of one slice."""
-    return LayerLaunch(slices=(SliceLaunch(up=up, down=down),), fused=fused)
+    return LayerLaunch(slices=(SliceLaunch(up=up, down=down),), fused=fused, gathered=gathered)
 
 
 def mean_ns(times: Times) -> float:
@@ -86,8 +99,8 @@ def search(
 
 def split(leaders: Sequence[LayerLaunch]) -> list[LayerLaunch]:
     """Return the launches that take up and down from different leaders; a fused one has one tile."""
-    slices = [launch.slices[0] for launch in leaders if not launch.fused]
-    return [unsliced(a.up, b.down) for a in slices for b in slices if a != b]
+    whole = [launch for launch in leaders if not launch.fused]
+    return [unsliced(a.slices[0].up, b.slices[0].down, gathered=a.gathered) for a in whole for b in whole if a != b]
 
 
 def _sorted(found: Mapping[LayerLaunch, Times]) -> list[LayerLaunch]:

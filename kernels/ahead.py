@@ -17,9 +17,12 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from .fused import fused_kernel
 from .grouped import grouped_kernel
+from .pingpong import BLOCK_K, GROUP_WARPS, HALF_M, REGS, pingpong_kernel
 from .spec import LaunchSpec
 
 GROUPED: dict[str, Any] = {
@@ -67,7 +70,9 @@ class Resources:
     """Above 0: registers were spilled."""
 
 
-def kernel_source(kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> ASTSource:
+def kernel_source(
+    kernel: Any, constants: dict[str, Any], types: dict[str, str], kind: type[ASTSource] = ASTSource
+) -> ASTSource:
     """Return a kernel's source: arguments without a type are int32, behind a pointer where the name says so."""
     types = WIDE_TYPES | types
     signature = {
@@ -76,7 +81,7 @@ def kernel_source(kernel: Any, constants: dict[str, Any], types: dict[str, str])
     }
     # Without divisibility the loads are scalar and the register count means nothing.
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in ROW_SIZES]
-    return ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return kind(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
 
 
 def grouped_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> ASTSource:
@@ -111,6 +116,25 @@ def fused_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> ASTSou
     return kernel_source(fused_kernel, constants, types)
 
 
+def pingpong_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> ASTSource:
+    """Return the source of the grouped product by specialised warps; a role's constants as in `grouped_source`."""
+    constants = {
+        "SCATTER": False,
+        "EPILOGUE": "none",
+        "HAS_BIAS": False,
+        **{name: value for name, value in chosen.items() if name != "GATHER"},
+        "BLOCK_M": spec.block_m,
+        "BLOCK_N": spec.block_n,
+        "STAGES": spec.num_stages,
+    }
+    types = {"out_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
+    for name, rows in (("a_desc", HALF_M.value), ("b_desc", spec.block_n // 2)):
+        block = [rows, BLOCK_K.value]
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+        types[name] = f"tensordesc<{dtype}[{rows},{BLOCK_K.value}],{layout!r}>"
+    return kernel_source(pingpong_kernel, constants, types, GluonASTSource)
+
+
 def _weight_type(dtype: str, epilogue: str, block_n: int, block_k: int) -> str:
     rows = f"2,{block_n // 2}" if epilogue == "swiglu" else f"{block_n}"
     return f"tensordesc<{dtype}[{rows},{block_k}]>"
@@ -138,6 +162,9 @@ def resources(source: ASTSource, compute_capability: int, **options: Any) -> Res
 
 def tile_resources(spec: LaunchSpec, compute_capability: int, dtype: str = "bf16", **chosen: Any) -> Resources:
     """Return what one tile of the grouped product holds; `chosen` as in `grouped_source`, or in `fused_source`."""
+    if spec.pingpong:
+        options = {"num_warps": GROUP_WARPS.value, "maxnreg": REGS}
+        return resources(pingpong_source(spec, dtype, **chosen), compute_capability, **options)
     source = fused_source if "THREE" in chosen else grouped_source
     return resources(source(spec, dtype, **chosen), compute_capability, **spec.options)
 

@@ -89,17 +89,16 @@ def exact_sum(x):
 
 @triton.jit
 def choose(
-    logits_ptr, bias_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, first_token, num_tokens, num_rows, e_E,
+    logits_ptr, bias_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, first_token, num_tokens, num_rows, t_T, e_E,
     WEIGHS: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr,
     RENORMALISE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Store the ids of a block of tokens; return which experts each chose [T, E].
 
-    WEIGHS: store the weights too, which takes the fewest steps. Else store what `weigh` needs: for many tokens it is
-    less work to weigh the chosen experts alone.
+    t_T: which token of the block a row is. WEIGHS: store the weights too, which takes the fewest steps. Else store what
+    `weigh` needs: for many tokens it is less work to weigh the chosen experts alone.
     """
-    t_T = tl.arange(0, BT)
     known = (e_E < NUM_EXPERTS)[None, :]
     live = (t_T < num_tokens - first_token)[:, None]
     # A block's start is 64 bits wide; what is added to it fits 32.

@@ -84,7 +84,6 @@ def fused_kernel(
 ):  # fmt: skip
     """Drain a slice's queue once for each product: up, middle where experts have three products, down."""
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
     begin = tl.load(begins_ptr + slice_id)
     num_m = tl.load(begins_ptr + slice_id + 1) - begin
@@ -105,6 +104,8 @@ def fused_kernel(
         ready1 if THREE else ready0, ready0, begin, num_m, base, n_tiles, d_ff, d_model, hidden_pitch, rows_pitch,
         top_k, True, False, "none", HAS_BIAS, EVEN_F, B_DESC, PRECISION, BLOCK_M, DOWN_N, BLOCK_K,
     )  # fmt: skip
+    if DEPENDENT:
+        gdc_launch_dependents()
 
 
 def fused_experts(

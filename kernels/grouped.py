@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .choice import expf
+from .activation import silu
+from .pingpong import pingpong_product
 from .queues import locate_tile
 from .spec import BLOCK_M_AT, BLOCK_N_AT, INTERPRET, SLICES, LayerLaunch
 from .weights import ProductWeights
@@ -52,7 +53,7 @@ def activate(x, EPILOGUE: tl.constexpr, PAIRED: tl.constexpr, BLOCK_M: tl.conste
         else:
             pairs = tl.permute(tl.reshape(x, [BLOCK_M, 2, half]), [0, 2, 1])
         gate, up = tl.split(pairs)
-        x = tl.div_rn(gate, 1.0 + expf(-gate)) * up
+        x = silu(gate) * up
     return x
 
 
@@ -91,13 +92,15 @@ def expert_tile(
         if ALIGNED:
             k_dim = tl.multiple_of(k_dim, 16)
         col_stop = tl.minimum(col_stop, n_dim)
-    # Rows past the expert's are read and dropped: hidden buffers and row places are a tile longer than their rows.
+    # Rows past the expert's are read and dropped: hidden buffers are a tile longer than their rows.
     m_M = tl.arange(0, BLOCK_M)
     row_slot_ptr += row
     if A_DESC:
         a_start_M = m_M
     elif GATHER:
-        token_M = tl.load(row_slot_ptr + m_M, mask=m_M < row_stop - row, other=0) // top_k
+        # Rows past the expert's are read as live ones again, which are at hand: one row for all of them would be
+        # asked for by every SM at once.
+        token_M = tl.load(row_slot_ptr + m_M % (row_stop - row)) // top_k
         a_start_M = token_M.to(tl.int64) * a_pitch
     else:
         a += row.to(tl.int64) * a_pitch
@@ -165,7 +168,6 @@ def grouped_kernel(
 ):  # fmt: skip
     """Drain a slice's queue with a fixed stride, or by tickets and then the other slices' queues."""
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
     if STEAL:
         for hop in range(num_slices):
@@ -206,6 +208,9 @@ def grouped_kernel(
                 GATHER, SCATTER, EPILOGUE, HAS_BIAS, HAS_SCALE, UNEVEN, ALIGNED, EVEN_K,
                 A_DESC, B_DESC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
+    if DEPENDENT:
+        # Not before: CTAs that only wait would take room from those that work.
+        gdc_launch_dependents()
 
 
 def weight_descriptor(held: ProductWeights, epilogue: str, block_n: int, block_k: int) -> TensorDescriptor:
@@ -233,11 +238,17 @@ def grouped_product(
 ) -> None:
     """Launch one slice's part of one product.
 
-    The first product gathers its rows from x [T, D] by token; later ones read rows in expert order, in a buffer of the
-    workspace. The last one stores rows at their place t * K + slot, scaled by the routing weight if one is given.
+    The first product gathers its rows from x [T, D] by token, unless the launch gathered them before; later ones read
+    rows in expert order, in a buffer of the workspace. The last one stores rows at their place t * K + slot, scaled by
+    the routing weight if one is given.
     """
     spec = launch.spec(slice_id, product, num_products)
-    first, last = product == 0, product == num_products - 1
+    first, last = product == 0 and not launch.gathered, product == num_products - 1
+    if spec.pingpong:
+        if scale_TK is not None:
+            raise ValueError("pingpong tiles do not scale by the routing weight; choose another tile")
+        pingpong_product(x, held, out, ws, launch, spec, slice_id=slice_id, last=last, epilogue=epilogue)
+        return
     block_k = spec.k_step(x.element_size())
     # The copy engine wants stacked weights whose rows start at multiples of 16 bytes; other weights load by pointers.
     by_desc = spec.descriptors and not held.uneven and held.k_dim * x.element_size() % 16 == 0

@@ -14,15 +14,25 @@ TILES: dict[int, tuple[tuple[LaunchSpec, int], ...]] = {
         (LaunchSpec(block_m=16, block_n=n, block_k=k, num_warps=4, num_stages=4, num_ctas=1), ctas)
         for n, k, ctas in ((128, 64, 3), (64, 128, 2), (32, 128, 3))
     ),
+    32: tuple(
+        (LaunchSpec(block_m=32, block_n=n, block_k=k, num_warps=4, num_stages=4, num_ctas=1), ctas)
+        for n, k, ctas in ((128, 64, 2), (64, 128, 2))
+    ),
     64: tuple(
-        (LaunchSpec(block_m=64, block_n=n, block_k=64, num_warps=4, num_stages=4, num_ctas=1), ctas)
-        for n, ctas in ((128, 2), (64, 3))
+        (LaunchSpec(block_m=64, block_n=n, block_k=k, num_warps=4, num_stages=s, num_ctas=1), ctas)
+        for n, k, s, ctas in ((128, 128, 2, 2), (128, 64, 4, 2), (64, 64, 4, 3))
     ),
     128: tuple(
         (LaunchSpec(block_m=128, block_n=n, block_k=64, num_warps=w, num_stages=s, num_ctas=1), ctas)
         for n, w, s, ctas in ((256, 8, 4, 1), (128, 8, 4, 1), (128, 4, 3, 2))
     ),
 }
+
+PINGPONG = tuple(
+    LaunchSpec(block_m=m, block_n=n, block_k=64, num_warps=4, num_stages=s, num_ctas=1, pingpong=True)
+    for m, n, s in ((128, 128, 6), (64, 256, 4), (64, 128, 6))
+)
+"""One CTA an SM."""
 
 
 def rows_per_expert(spec: MoeSpec, num_tokens: int) -> tuple[float, float]:
@@ -57,4 +67,6 @@ def default_launch(
         tile_for(block_m, hit, rows, product.n_dim, sm_count=sm_count, capability=capability)
         for product in (products[0], products[-1])
     )
-    return LayerLaunch(slices=(SliceLaunch(up=up, down=down),))
+    # A copy of rows pays where each is then multiplied with many columns.
+    gathered = block_m == 128 and up.descriptors and min(spec.d_ff) >= spec.d_model
+    return LayerLaunch(slices=(SliceLaunch(up=up, down=down),), gathered=gathered)

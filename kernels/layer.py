@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .combine import combine
 from .fused import fused_experts
+from .gather import gather
 from .grouped import grouped_product
 from .routing import route
 from .spec import INTERPRET, TORCH_DTYPE, LayerLaunch, RouterSpec
@@ -91,7 +92,8 @@ def moe_layer(
     check_inputs(x_TD, logits_TE, weights, router, ws, bias_E=bias_E, num_tokens=num_tokens, out_TD=out_TD)
     route(logits_TE, router, launch, ws, bias_E=bias_E, num_tokens=num_tokens)
     if x_TD.shape[0]:
-        run_experts(x_TD, weights, ws, launch)
+        rows = gather(x_TD, ws, dependent=launch.dependent) if launch.gathered else x_TD
+        run_experts(rows, weights, ws, launch)
     combine(ws.rows_ND, ws.weights_TK, out_TD, num_tokens=num_tokens, dependent=launch.dependent)
     return out_TD
 

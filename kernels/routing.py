@@ -55,10 +55,15 @@ def popcount(x):
 
 
 @triton.jit
-def members_of(chosen, BT: tl.constexpr):
-    """Return each expert's tokens of a block [E], a bit each in int64."""
-    bit_T = tl.full([BT], 1, tl.int64) << tl.arange(0, BT).to(tl.int64)
-    return tl.sum(tl.where(chosen, bit_T[:, None], 0), axis=0)
+def members_of(chosen, t_T, BT: tl.constexpr, BE: tl.constexpr, ROWS_AT_ONCE: tl.constexpr):
+    """Return each expert's tokens of a block [E], a bit each in int64; rows are in the order of `choose`."""
+    # A warp's tokens lie in one 32-bit word: warps meet in shared memory, where 64 bits take twice as long.
+    WORDS: tl.constexpr = 2 if BT > 32 else 1
+    bit_T = tl.full([BT], 1, tl.int32) << (t_T % 32)
+    bits = tl.where(chosen, bit_T[:, None], 0)
+    warps = tl.sum(tl.reshape(bits, [BT // ROWS_AT_ONCE, ROWS_AT_ONCE, BE]), axis=0)
+    words = tl.sum(tl.reshape(warps, [WORDS, ROWS_AT_ONCE // WORDS, BE]), axis=1).to(tl.uint32, bitcast=True)
+    return tl.sum(words.to(tl.int64) << (32 * tl.arange(0, WORDS).to(tl.int64))[:, None], axis=0)
 
 
 @triton.jit
@@ -111,7 +116,7 @@ def route_kernel(
     NUM_LISTS: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr, SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BT: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Route one block of tokens; the last CTA of a small batch goes on to place rows and write queues."""
     if CHAINED or DEPENDENT:
@@ -120,14 +125,16 @@ def route_kernel(
         gdc_wait()
     block = tl.program_id(0)
     num_tokens = live_tokens(num_tokens_ptr, num_rows, PADDED)
-    e_E = tl.arange(0, BE)
+    e_E, row_T = tl.arange(0, BE), tl.arange(0, BT)
+    # A warp's rows are neighbours among the tokens.
+    t_T = row_T % ROWS_AT_ONCE * (BT // ROWS_AT_ONCE) + row_T // ROWS_AT_ONCE
     if PLACES:
         plan = load_plan(plan_ptr, sizes_ptr, e_E, NUM_EXPERTS)
     chosen = choose(
-        logits_ptr, bias_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, block * BT, num_tokens, num_rows, e_E,
+        logits_ptr, bias_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, block * BT, num_tokens, num_rows, t_T, e_E,
         PLACES, NUM_EXPERTS, TOP_K, SOFTMAX, RENORMALISE, GROUPS, TOP_GROUPS, SCALE, HAS_BIAS, BT, BE,
     )  # fmt: skip
-    members_E = members_of(chosen, BT)
+    members_E = members_of(chosen, t_T, BT, BE, ROWS_AT_ONCE)
     if PLACES:
         last = True
         if ALONE:
@@ -172,23 +179,24 @@ def place_kernel(
     block = tl.program_id(0) - NUM_PARTS
     e_E = tl.arange(0, BE)
     plan = load_plan(plan_ptr, sizes_ptr, e_E, NUM_EXPERTS)
-    if block >= 0:
-        weigh(
-            logits_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, block * BT, tl.minimum(num_rows, (block + 1) * BT),
-            NUM_EXPERTS, TOP_K, SOFTMAX, RENORMALISE, SCALE, BT, BK,
-        )  # fmt: skip
     counts_E = tl.zeros([BE], tl.int32)
     before_E = tl.zeros([BE], tl.int32)
     for start in range(0, num_blocks, BB):
         b_B = (start + tl.arange(0, BB))[None, :]
-        at = e_E.to(tl.int64)[:, None] * block_pitch + b_B
-        part = tl.load(block_counts_ptr + at, mask=b_B < num_blocks, other=0).to(tl.int32)
+        at = e_E[:, None] * block_pitch + b_B
+        # A mask that is even over 16 counts lets them load at once.
+        part = tl.load(block_counts_ptr + at, mask=b_B < tl.cdiv(num_blocks, 16) * 16, other=0).to(tl.int32)
+        part = tl.where(b_B < num_blocks, part, 0)
         counts_E += tl.sum(part, axis=1)
         before_E += tl.sum(tl.where(b_B < block, part, 0), axis=1)
     ends_E = tl.cumsum(counts_E, axis=0)
     if block >= 0:
         members_E = tl.load(members_ptr + (1 + block) * BE + e_E)
         tokens_stop = tl.minimum(num_rows, (block + 1) * BT)
+        weigh(
+            logits_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, block * BT, tokens_stop, NUM_EXPERTS, TOP_K,
+            SOFTMAX, RENORMALISE, SCALE, BT, BK,
+        )  # fmt: skip
         starts_E = ends_E - counts_E + before_E
         place_rows(ids_ptr, row_slot_ptr, members_E, starts_E, block * BT, tokens_stop, TOP_K, BN)
     else:
@@ -210,6 +218,8 @@ class Blocking:
     """How a batch is cut: tokens and warps of a CTA, and how many CTAs."""
 
     block_t: int
+    rows_at_once: int
+    """Of a block, over its warps."""
     num_warps: int
     num_blocks: int
     one_launch: bool
@@ -227,7 +237,8 @@ def blocking(num_rows: int, num_experts: int) -> Blocking:
         rows_of_warp = max(1, WARP_SCORES // block_e)
         block_t, most_warps = min(MASK_TOKENS, max(MIN_BLOCK_TOKENS, padded // WAVE_BLOCKS)), LARGE_WARPS
     num_warps = min(most_warps, max(1, block_t // rows_of_warp))
-    return Blocking(block_t, num_warps, max(1, triton.cdiv(num_rows, block_t)), one_launch)
+    rows_at_once = min(block_t, num_warps * rows_of_warp)
+    return Blocking(block_t, rows_at_once, num_warps, max(1, triton.cdiv(num_rows, block_t)), one_launch)
 
 
 def route(
@@ -269,7 +280,8 @@ def route(
     route_kernel[(cut.num_blocks,)](
         logits_TE, bias_E, num_tokens, *plan, *rows, *queues, *blocks, ws.arrivals,
         num_rows, len(launch.slices), ws.capacity, block_pitch, PADDED=num_tokens is not None, PLACES=cut.one_launch,
-        ALONE=cut.num_blocks == 1, GROUPS=router.num_groups, TOP_GROUPS=router.top_groups, HAS_BIAS=bias_E is not None,
+        ALONE=cut.num_blocks == 1, ROWS_AT_ONCE=cut.rows_at_once,
+        GROUPS=router.num_groups, TOP_GROUPS=router.top_groups, HAS_BIAS=bias_E is not None,
         num_warps=cut.num_warps, launch_pdl=dependent, **shared,
     )  # fmt: skip
     if cut.one_launch:

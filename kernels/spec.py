@@ -27,6 +27,8 @@ MAX_BLOCK_M = 256
 MAX_EXPERTS = 512
 FP32_COLUMNS = 32
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PINGPONG_TILES = ((128, 128, 64, 4), (64, 256, 64, 4), (64, 128, 64, 4))
+"""Rows, columns, K step and warps of a group: what its registers hold."""
 TILE_ORDERS = ("expert", "heavy", "light")
 
 # Word offsets of a plan: tile order, bounds and slice ids of the token rule, pinned slices [E]; zeros mean slice 0.
@@ -55,18 +57,24 @@ class LaunchSpec:
     descriptors: bool = False
     """Load weights, and rows where they are contiguous, by tensor descriptors (Hopper's copy engine)."""
     flatten: bool = False
-    """Pipeline loads across tiles; never in the first product, whose gathered rows would lose their own pipelining."""
+    """Pipeline loads across tiles; never where the first product gathers rows, which would lose its own pipelining."""
+    pingpong: bool = False
+    """Specialised warps (Hopper): one loads, two groups of four multiply tiles in turn. Two-byte dtypes, equal experts,
+    rows that lie in expert order."""
 
     def __post_init__(self) -> None:
         blocks = (self.block_m, self.block_n, self.block_k)
+        tile = "x".join(map(str, blocks))
         if any(not SMALLEST_BLOCK_M <= block <= MAX_BLOCK_M or block & (block - 1) for block in blocks):
-            tile = "x".join(map(str, blocks))
             raise ValueError(f"tile {tile}: each side must be a power of two from {SMALLEST_BLOCK_M} to {MAX_BLOCK_M}")
         if self.num_ctas < 1 or self.num_stages < 1 or self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(
                 f"launch of {self.num_ctas} CTAs, {self.num_warps} warps, {self.num_stages} stages: CTAs and stages "
                 "must be at least 1, warps a power of two up to 16"
             )
+        if self.pingpong and (*blocks, self.num_warps) not in PINGPONG_TILES:
+            allowed = ", ".join(f"{m}x{n}x{k} with {w} warps" for m, n, k, w in PINGPONG_TILES)
+            raise ValueError(f"pingpong tile {tile} with {self.num_warps} warps; allowed are {allowed}")
 
     def k_step(self, element_bytes: int) -> int:
         """Return the columns that a tile of a dtype walks at a time."""
@@ -104,6 +112,8 @@ class LayerLaunch:
     """All products of a slice in one launch that owns its SMs: every CTA of the grid is resident at once."""
     dependent: bool = False
     """Programmatic dependent launch: a kernel starts while the one before it finishes."""
+    gathered: bool = False
+    """Tokens are copied into expert order first, so that the first product reads rows one after another."""
     tf32: bool = False
     """Let fp32 products use tf32 matrix instructions; IEEE products otherwise."""
 
@@ -112,6 +122,13 @@ class LayerLaunch:
             raise ValueError(f"a layer of {len(self.slices)} slices; 1 to {MAX_SLICES} are allowed")
         if self.fused and (self.steal or any(s.up.block_m != s.down.block_m for s in self.slices)):
             raise ValueError("a fused slice needs one block_m for up and down, and cannot steal")
+        if self.fused and self.gathered:
+            raise ValueError("a fused slice gathers rows itself; leave `gathered` out")
+        specs = [spec for chosen in self.slices for spec in (chosen.up, chosen.down)]
+        if any(spec.pingpong for spec in specs) and (self.steal or self.fused):
+            raise ValueError("pingpong tiles can be neither fused nor stolen; choose others")
+        if any(chosen.up.pingpong for chosen in self.slices) and not self.gathered:
+            raise ValueError("a pingpong tile for the first product needs `gathered` rows")
 
     def spec(self, slice_id: int, product: int, num_products: int) -> LaunchSpec:
         """Return the launch of one product of one slice."""

@@ -90,14 +90,15 @@ def save(path: Path, tuned: Tuned) -> None:
 
 def _plain(one: TunedRange) -> dict[str, Any]:
     (chosen,) = one.launch.slices
-    flags = {"fused": one.launch.fused, "dependent": one.launch.dependent}
+    flags = {"fused": one.launch.fused, "dependent": one.launch.dependent, "gathered": one.launch.gathered}
     tokens = [one.least_tokens, one.most_tokens]
     return {"tokens": tokens, "up": asdict(chosen.up), "down": asdict(chosen.down), **flags, "us": dict(one.us)}
 
 
 def _range(value: Mapping[str, Any]) -> TunedRange:
     chosen = SliceLaunch(up=LaunchSpec(**value["up"]), down=LaunchSpec(**value["down"]))
-    launch = LayerLaunch(slices=(chosen,), fused=value["fused"], dependent=value["dependent"])
+    flags = {name: value[name] for name in ("fused", "dependent", "gathered")}
+    launch = LayerLaunch(slices=(chosen,), **flags)
     least, most = value["tokens"]
     return TunedRange(least_tokens=least, most_tokens=most, launch=launch, us=value["us"])
 

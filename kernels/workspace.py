@@ -64,6 +64,8 @@ class Workspace:
     tickets: Tensor
     ready_2C: Tensor
     """How many column tiles of a row tile are stored, for the first and the middle product of a fused launch."""
+    gathered_ND: Tensor
+    """Tokens in expert order, for launches that gather them first; the row pitch is a multiple of 16."""
     hidden: tuple[Tensor, ...]
     """One per product but the last: [N and a tile more, columns], expert by expert; the row pitch is a multiple of 16.
     The columns past a width that is not one are never read."""
@@ -110,6 +112,7 @@ class Workspace:
             begins_QS=ints(2, MAX_SLICES + 1),
             tickets=ints(NUM_COUNTERS, MAX_SLICES),
             ready_2C=ints(2, capacity),
+            gathered_ND=rows(num_rows + MAX_BLOCK_M, spec.d_model),
             hidden=tuple(rows(num_rows + MAX_BLOCK_M, p.out_dim) for p in spec.products(max(spec.d_ff))[:-1]),
             rows_ND=rows(num_rows, spec.d_model),
             chains=not INTERPRET.value and torch.cuda.get_device_capability(device) >= HOPPER,

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from expertslice.experiments.cli import run
 from expertslice.experiments.tune import (
     FUSED_BYTES,
+    FUSED_ROWS,
     KEPT,
+    LEAST_GATHERED_ROWS,
     RANGES,
     SKEWS,
     candidates,
@@ -45,7 +47,7 @@ def test_the_search_finds_the_best_pair_of_tiles_that_it_timed(shape, seed):
     assert mean_ns(found[best]) == min(map(mean_ns, found.values()))
     leaders = sorted((c for c in candidates(spec, num_tokens, 132) if not c.fused), key=lambda c: mean_ns(clock(c)))
     for a, b in itertools.product(leaders[:1], repeat=2):
-        assert mean_ns(found[best]) <= mean_ns(clock(unsliced(a.slices[0].up, b.slices[0].down)))
+        assert mean_ns(found[best]) <= mean_ns(clock(unsliced(a.slices[0].up, b.slices[0].down, gathered=a.gathered)))
     assert best.dependent
 
 
@@ -79,8 +81,9 @@ def test_candidates_are_distinct_and_possible(shape):
     found = candidates(spec, num_tokens, 132)
     assert len(set(found)) == len(found) > KEPT
     hit, rows = rows_per_expert(spec, num_tokens)
-    small = hit * spec.expert_bytes() < FUSED_BYTES and min(heights(rows)) < 128
-    assert any(launch.fused for launch in found) == small
+    few = rows <= FUSED_ROWS or hit * spec.expert_bytes() < FUSED_BYTES
+    assert any(launch.fused for launch in found) == (few and min(heights(rows)) < 128)
+    assert any(launch.gathered for launch in found) == (rows >= LEAST_GATHERED_ROWS)
 
 
 def test_a_machine_without_a_gpu_is_told_so(capsys):

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from expertslice.experiments.compile_tiles import SHAPES, SMEM_PER_CTA_MAX_BYTES, SPILL_BYTES
+from expertslice.kernels.launches import PINGPONG, TILES
 
 UP, DOWN, RELU = {"GATHER": True, "EPILOGUE": "swiglu"}, {"SCATTER": True}, {"GATHER": True, "EPILOGUE": "relu"}
 GELU = {"GATHER": True, "EPILOGUE": "gelu"}
@@ -44,6 +46,18 @@ def tiles(**options):
 
 def test_shipped_tiles_compile_without_spilling():
     check([[fields, capability, "bf16", UP] for fields in tiles() for capability in (90, 80)], {90: 0, 80: SPILL_BYTES})
+
+
+def test_tiles_of_launches_compile_without_spilling():
+    chosen = [asdict(spec) for by_height in TILES.values() for spec, _ in by_height]
+    fields = [{name: one[name] for name in FIELDS} for one in chosen]
+    hopper = [one | {"descriptors": True, "flatten": True} for one in fields if one["block_m"] >= 64]
+    check([[one, 90, "bf16", role] for one in (*fields, *hopper) for role in (UP, DOWN)], {90: 0})
+
+
+def test_pingpong_tiles_compile_without_spilling():
+    fields = [{name: value for name, value in asdict(spec).items() if name != "num_ctas"} for spec in PINGPONG]
+    check([[one, 90, "bf16", role] for one in fields for role in (UP, DOWN)], {90: 0})
 
 
 def test_hot_and_cold_tiles_fit_one_sm():

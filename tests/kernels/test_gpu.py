@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.nn import functional
 
 from expertslice.experiments.compile_tiles import SHAPES
 from expertslice.kernels import reference
+from expertslice.kernels.activation import silu
 from expertslice.kernels.grouped import grouped_product
-from expertslice.kernels.launches import default_launch
+from expertslice.kernels.launches import PINGPONG, default_launch
 from expertslice.kernels.layer import moe_layer, run_product, run_slice
 from expertslice.kernels.routing import route
 from expertslice.kernels.spec import (
@@ -58,7 +61,7 @@ PLAIN = one_slice(tile((64, 128, 64, 4, 4)))
 
 
 def poison(ws):
-    for buffer in (*ws.hidden, ws.rows_ND, ws.out_TD):
+    for buffer in (*ws.hidden, ws.gathered_ND, ws.rows_ND, ws.out_TD):
         buffer.fill_(float("nan"))
 
 
@@ -128,6 +131,38 @@ def test_every_tile_gives_the_same_bits(kind):
     assert not differing
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["swiglu", "relu3", "gelu2"])
+def test_gathered_rows_and_pingpong_tiles_give_the_same_bits(kind, dtype):
+    case = Case(num_tokens=700, kind=kind, dtype=dtype, d_model=520, d_ff=(392,))
+    expected = case.plain()
+    piped = tile((128, 256, 64, 8, 4), descriptors=True, flatten=True)
+    for spec, num_ctas in itertools.product(PINGPONG, (1, 7, 132)):
+        chosen = replace(spec, num_ctas=num_ctas)
+        for up, down in ((chosen, chosen), (piped, chosen), (chosen, piped)):
+            assert torch.equal(case.run(one_slice(up, down, gathered=True)), expected), (up, down)
+    chosen = replace(PINGPONG[0], num_ctas=66)
+    case.plan(2, [0, 1] * 4, "heavy")
+    slices = (SliceLaunch(up=chosen, down=chosen), SliceLaunch(up=piped, down=chosen))
+    assert torch.equal(case.run(LayerLaunch(slices=slices, gathered=True)), expected)
+
+
+@triton.jit
+def silu_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, silu(tl.load(x_ptr + at)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_silu_has_the_bits_of_torch_for_every_two_byte_number(dtype):
+    x = torch.arange(-(2**15), 2**15, device="cuda").short().view(dtype).float()
+    out = torch.empty_like(x)
+    silu_kernel[(64,)](x, out, BLOCK=1024)
+    expected = functional.silu(x)
+    differs = (out.view(torch.int32) != expected.view(torch.int32)) & ~(out.isnan() & expected.isnan())
+    assert not x[differs].tolist()
+
+
 def test_grids_slices_orders_and_stealing_change_no_bit():
     case = Case(num_tokens=300, num_experts=16, top_k=4)
     expected = case.plain()
@@ -195,10 +230,14 @@ def test_long_sums_give_the_same_bits(k_dim):
             assert torch.equal(case.run(one_slice(up, tile(shape, descriptors=by_desc))), expected)
 
 
-def test_one_graph_replays_a_thousand_routings_and_plans():
+@pytest.mark.parametrize("pingpong", [False, True])
+def test_one_graph_replays_a_thousand_routings_and_plans(pingpong):
     case, rng = Case(num_tokens=256, d_model=256, d_ff=(384,), kind="relu3"), torch.Generator().manual_seed(9)
     hot, cold = tile((128, 128, 64, 8, 4)), tile((16, 128, 64, 4, 4), 200)
-    launch = LayerLaunch(slices=(SliceLaunch(up=cold, down=cold), SliceLaunch(up=hot, down=hot)))
+    if pingpong:
+        hot, cold = PINGPONG[0], replace(PINGPONG[1], num_ctas=66)
+    slices = (SliceLaunch(up=cold, down=cold), SliceLaunch(up=hot, down=hot))
+    launch = LayerLaunch(slices=slices, gathered=pingpong)
     num_tokens = torch.zeros(1, dtype=torch.int32, device="cuda")
     # A row's bits do not depend on who else is routed where.
     dense_ETD = case.dense()

@@ -18,6 +18,8 @@ MODES = {
     "stealing": {"steal": True},
     "fused": {"fused": True},
     "descriptors": {"descriptors": True},
+    "gathered": {"gathered": True},
+    "gathered descriptors": {"gathered": True, "descriptors": True},
     "fused descriptors": {"fused": True, "descriptors": True},
 }
 
@@ -37,7 +39,7 @@ def relative_error(actual, exact):
 def launch_of(tile, two_slices):
     def build(mode):
         options = dict(MODES[mode])
-        if mode in ("chained", "stealing"):
+        if mode in ("chained", "stealing", "gathered"):
             return two_slices(**options)
         by_desc = options.pop("descriptors", False)
         slices = (
@@ -202,8 +204,36 @@ def test_weights_that_do_not_fit_are_refused(make_layer, two_slices, make_batch,
         ({"block_m": 24}, "24x32x32"),
         ({"block_n": 512}, "from 16 to 256"),
         ({"num_ctas": 0}, "0 CTAs"),
+        ({"pingpong": True}, "pingpong tile 16x32x32 with 4 warps; allowed are 128x128x64 with 4 warps"),
     ],
 )
 def test_a_tile_that_cannot_be_is_refused(fields, message, tile):
     with pytest.raises(ValueError, match=message):
         tile(**fields)
+
+
+PINGPONG_TILE = {"block_m": 64, "block_n": 128, "block_k": 64, "pingpong": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs `gathered` rows"),
+        ({"gathered": True, "steal": True}, "neither fused nor stolen"),
+        ({"gathered": True, "fused": True}, "leave `gathered` out"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_refused(options, message, tile):
+    pingpong = tile(**PINGPONG_TILE)
+    with pytest.raises(ValueError, match=message):
+        LayerLaunch(slices=(SliceLaunch(up=pingpong, down=pingpong),), **options)
+
+
+def test_pingpong_tiles_say_what_they_take(make_layer, make_batch, router_of, tile):
+    spec, weights, ws = make_layer()
+    x_TD, logits_TE = make_batch(spec, 4)
+    launch = LayerLaunch(slices=(SliceLaunch(up=tile(), down=tile(**PINGPONG_TILE)),))
+    with pytest.raises(
+        ValueError, match="two-byte rows of a multiple of 8 columns, experts of one width, and a Hopper"
+    ):
+        moe_layer(x_TD, logits_TE, weights, router_of(spec), ws, launch)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from expertslice.kernels import reference
+from expertslice.kernels import reference, routing
 from expertslice.kernels.queues import EXPERT_BITS, EXPERT_MASK
 from expertslice.kernels.routing import route
 from expertslice.kernels.spec import (
@@ -67,6 +67,23 @@ def test_routing_is_its_definition(router, num_tokens, two_slices):
     torch.testing.assert_close(ws.weights_TK[:num_tokens], weights_TK, rtol=2e-6, atol=1e-7)
     assert torch.equal(ws.counts_E, counts_E)
     assert ws.offsets_E1.tolist() == [0, *counts_E.cumsum(0).tolist()]
+    assert torch.equal(ws.row_slot_N[: len(places_N)], places_N)
+
+
+@pytest.mark.parametrize("num_experts", [8, 128, 300])
+def test_routing_is_its_definition_in_the_largest_blocks(num_experts, two_slices, monkeypatch):
+    monkeypatch.setattr(routing, "WAVE_BLOCKS", 1)
+    router, ws = (
+        RouterSpec(num_experts=num_experts, top_k=2),
+        workspace(RouterSpec(num_experts=num_experts, top_k=2), 150),
+    )
+    ws.plan.copy_(encode_plan(2, num_experts))
+    logits_TE = torch.randn(150, num_experts, generator=torch.Generator().manual_seed(num_experts))
+    route(logits_TE, router, two_slices(), ws)
+    ids_TK, _ = reference.route(logits_TE, router)
+    counts_E, places_N = reference.dispatch(ids_TK, num_experts)
+    assert torch.equal(ws.ids_TK[:150], ids_TK)
+    assert torch.equal(ws.counts_E, counts_E)
     assert torch.equal(ws.row_slot_N[: len(places_N)], places_N)
 
 

@@ -180,7 +180,7 @@ def test_a_device_without_the_counter_says_what_to_do(build, errors, fault):
 
 
 @settings(max_examples=20, deadline=None)
-@given(at_ms=st.integers(500, 7000))
+@given(at_ms=st.integers(500, 5000))
 def test_a_counter_that_falls_is_refused(build, at_ms):
     world, nvml = build()
     nvml.counter_mj = lambda at_ns: world.energy_mj(at_ns) % world.energy_mj(at_ms * MS)

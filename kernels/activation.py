@@ -1,0 +1,27 @@
+"""What SwiGLU does to a gate, for kernels in Triton and in Gluon."""
+
+import triton
+import triton.language as tl
+
+from .choice import expf
+from .spec import INTERPRET
+
+
+@triton.jit
+def silu(x):
+    """Return x / (1 + exp(-x)): the bits of IEEE operations for every bf16 and fp16 number, within an ulp for others.
+
+    A division by the book branches for each element, which holds up a whole epilogue; this one corrects an approximate
+    reciprocal once.
+    """
+    if INTERPRET:
+        return tl.div_rn(x, 1.0 + expf(-x))
+    # All of it in units of 2^-32: the reciprocal of the largest divisor would be no normal number.
+    unit: tl.constexpr = 2.3283064365386963e-10
+    y = tl.fma(expf(-x), unit, unit)
+    rcp = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [y], tl.float32, is_pure=True, pack=1)
+    quotient = x * rcp
+    quotient = tl.fma(tl.fma(-y, quotient, x), rcp, quotient) * unit
+    # x / 1 and x / inf, where the correction may meet an infinity, and -0, whose sign it would lose.
+    quotient = tl.where((y == unit) | (x == 0.0), x, quotient)
+    return tl.where(y == float("inf"), x * 0.0, quotient)
