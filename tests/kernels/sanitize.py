@@ -13,9 +13,11 @@ from pathlib import Path
 ROUTING = "softmax-64 or softmax-65 or groups-64 or groups-1000"
 RUNS = [
     ("memcheck", "all", f"{ROUTING} or fused or widths or streams or grids"),
+    ("memcheck", "pingpong_kernel", "gathered and swiglu and bf16"),
     ("synccheck", "all", "softmax-64 or softmax-65 or fused"),
     ("racecheck", "route_kernel", ROUTING),
     ("racecheck", "place_kernel", "softmax-65 or groups-1000"),
+    ("racecheck", "gather_kernel", "gathered and swiglu and bf16"),
     ("racecheck", "combine_kernel", "neighbours"),
     ("racecheck", "grouped_kernel", "fp32_has"),
     ("racecheck", "grouped_kernel", "widths or streams"),
