@@ -19,14 +19,14 @@ RUNS = [
     ("racecheck", "place_kernel", "softmax-65 or groups-1000"),
     ("racecheck", "gather_kernel", "gathered and swiglu and bf16"),
     ("racecheck", "combine_kernel", "neighbours"),
-    ("racecheck", "grouped_kernel", "fp32_has"),
+    ("racecheck", "grouped_kernel (fp32)", "fp32_has"),
     ("racecheck", "grouped_kernel", "widths or streams"),
     ("racecheck", "fused_kernel", "fused"),
 ]
 
 
 def run(tool, kernels, tests):
-    kernel = "kns=_kernel" if kernels == "all" else f"kne={kernels}"
+    kernel = "kns=_kernel" if kernels == "all" else f"kne={kernels.split()[0]}"
     command = [
         "compute-sanitizer",
         "--tool",
