@@ -20,6 +20,8 @@ FUSED_BYTES = 400_000_000
 """Layers that read more weights are not bound by launches: fusing is tried for few rows of an expert only."""
 LEAST_GATHERED_ROWS = 24
 """Of an expert: with fewer, weights are what is read, and a launch that copies rows only costs."""
+NARROW, NARROW_ROWS = (16, 32), 4
+"""Columns of a fused launch's last tiles, and the rows of an expert up to which they are tried."""
 KEPT = 3
 """Tiles of the joint search that are tried for each product alone."""
 
@@ -62,9 +64,18 @@ def candidates(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LayerLaunc
     for tile in tiles_for(spec, num_tokens, sm_count):
         found.append(unsliced(tile, tile))
         if fusable and tile.block_m < 128 and not tile.flatten:
-            found.append(unsliced(tile, tile, fused=True))
+            found += [unsliced(tile, down, fused=True) for down in narrower(tile, rows)]
     found += [unsliced(tile, tile, gathered=True) for tile in gathered_tiles(spec, num_tokens, sm_count)]
     return list(dict.fromkeys(found))
+
+
+def narrower(tile: LaunchSpec, rows: float) -> list[LaunchSpec]:
+    """Return a fused tile for the last product, also narrower where experts have few rows.
+
+    The last product has fewer columns than the first: wide tiles of few experts would leave SMs without one.
+    """
+    widths = (tile.block_n, *NARROW) if rows <= NARROW_ROWS else (tile.block_n,)
+    return [replace(tile, block_n=n) for n in sorted(set(widths)) if n <= tile.block_n]
 
 
 def unsliced(up: LaunchSpec, down: LaunchSpec, *, fused: bool = False, gathered: bool = False) -> LayerLaunch:

@@ -13,6 +13,7 @@ from expertslice.experiments.tune import (
     FUSED_ROWS,
     KEPT,
     LEAST_GATHERED_ROWS,
+    NARROW_ROWS,
     RANGES,
     SKEWS,
     candidates,
@@ -83,6 +84,8 @@ def test_candidates_are_distinct_and_possible(shape):
     hit, rows = rows_per_expert(spec, num_tokens)
     few = rows <= FUSED_ROWS or hit * spec.expert_bytes() < FUSED_BYTES
     assert any(launch.fused for launch in found) == (few and min(heights(rows)) < 128)
+    narrow = [one for one in found if one.slices[0].down.block_n < one.slices[0].up.block_n and one.fused]
+    assert bool(narrow) == (few and rows <= NARROW_ROWS)
     assert any(launch.gathered for launch in found) == (rows >= LEAST_GATHERED_ROWS)
 
 
