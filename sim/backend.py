@@ -13,12 +13,11 @@ from typing import ClassVar
 
 import numpy as np
 import simpy
-from numpy.typing import NDArray
 
 from ..policies.contract import EnergyWindow, Observation, Plan, Setup, SliceLayout, StepRecord
+from ..policies.control import ControlState
 from ..policies.cost import CostModel
 from ..policies.layouts import fallback_plan, switch_ns
-from ..policies.validate import validate
 from ..traces.schema import RoutedStep
 from .device import Device, Launch
 from .queues import Stream
@@ -82,20 +81,14 @@ class SimBackend:
                 f"{self.truth.model.name!r} on {self.truth.device.name}; build both from the same model and device"
             )
         self._setup = setup
-        self._no_counts_LE = np.zeros((setup.model.num_layers, setup.model.num_experts), dtype=np.int32)
+        self._control = ControlState(setup)
         self._env = simpy.Environment()
         self._stream = Stream(self._env)
-        self._plan = fallback_plan(setup)
-        self._fallback: str | None = "no plan has taken effect yet"
-        self._graphs = Graphs(setup, (*layouts, self._plan.layout))
+        self._graphs = Graphs(setup, (*layouts, fallback_plan(setup).layout))
         self._device = Device(self._env, self.truth, self._ended)
-        self._coming: deque[tuple[int, Plan]] = deque()
-        kept = setup.control.history_steps + setup.control.count_lag_steps + 1
-        self._counts: deque[NDArray[np.int32]] = deque(maxlen=kept)
         self._running: deque[Launch] = deque()
         self._finished: list[StepRecord] = []
         self._newest: StepRecord | None = None
-        self._step = 0
         self._broken = False
         self._control_ns = 0
 
@@ -104,39 +97,23 @@ class SimBackend:
         """Return the host's time since step 0."""
         return int(self._env.now)
 
-    @property
-    def _deciding(self) -> int:
-        """The step a decision belongs to: the newest submitted, or with no delay the next."""
-        return self._step - (1 if self._setup.control.delay_steps else 0)
-
     def observe(self) -> Observation:
         """Return what the policy may see, once the counts it is due are there."""
-        control = self._setup.control
         before = self.now_ns
-        if not control.free_switches:
-            self._wait_for(self._deciding - control.count_lag_steps)
+        if not self._setup.control.free_switches:
+            self._wait_for(self._control.newest_visible)
         self._control_ns += self.now_ns - before
         newest = self._newest
         return Observation(
-            step=self._deciding,
-            counts_HLE=self._history(),
+            step=self._control.deciding,
+            counts_HLE=self._control.history_HLE(),
             now_ns=self.now_ns,
-            plan_id=self._due_plan().plan_id,
+            plan_id=self._control.plan_in_effect().plan_id,
             step_ns=newest.end_ns - newest.start_ns if newest else 0,
-            busy_ns_LS=newest.busy_ns_LS if newest else np.zeros((len(self._no_counts_LE), 0), dtype=np.int64),
+            busy_ns_LS=newest.busy_ns_LS if newest else np.zeros((self._setup.model.num_layers, 0), dtype=np.int64),
             power_w=self._device.power.average_w,
             queued_tokens=sum(launch.step.num_tokens for launch in self._running),
         )
-
-    def _history(self) -> NDArray[np.int32]:
-        control = self._setup.control
-        # Of what was submitted, the steps whose counts are not to be seen yet.
-        hidden = self._step - 1 - (self._deciding - control.count_lag_steps)
-        known = max(0, len(self._counts) - max(hidden, 0))
-        counts = [self._counts[i] for i in range(max(0, known - control.history_steps), known)]
-        history = np.stack(counts) if counts else self._no_counts_LE[None][:0]
-        history.flags.writeable = False
-        return history
 
     def _wait_for(self, step: int) -> None:
         """Let time pass until a step has finished."""
@@ -157,18 +134,10 @@ class SimBackend:
         Raises:
             ValueError: the device cannot hold the plan.
         """
-        validate(plan, self._setup)
-        control = self._setup.control
-        self._control_ns += control.plan_ns
-        self._pass_ns(control.plan_ns)
-        self._coming.append((self._deciding + control.delay_steps, plan))
-
-    def _due_plan(self) -> Plan:
-        plan = self._plan
-        for due, coming in self._coming:
-            if due <= self._deciding:
-                plan = coming
-        return plan
+        self._control.decide(plan)
+        plan_ns = self._setup.control.plan_ns
+        self._control_ns += plan_ns
+        self._pass_ns(plan_ns)
 
     def _pass_ns(self, ns: int) -> None:
         if ns > 0:
@@ -180,49 +149,40 @@ class SimBackend:
         Raises:
             ValueError: the step's counts are not those of the setup's model.
         """
-        shape = self._no_counts_LE.shape
-        if step.counts_LE.shape != shape:
-            raise ValueError(
-                f"step {step.step} has counts of shape {list(step.counts_LE.shape)}; model {self._setup.model.name!r} "
-                f"has [layers, experts] {list(shape)}, choose the trace's model"
-            )
-        while self._coming and self._coming[0][0] <= self._step:
-            self._plan, self._fallback = self._coming.popleft()[1], None
+        plan, fallback = self._control.submit(step.counts_LE, step.step)
         if step.arrival_ns is not None:
             self._pass_ns(step.arrival_ns - self.now_ns)
         if len(self._running) >= MAX_AHEAD:
             self._run_until(self._running[0].done)
         bucket = self.bucket_of(step.num_tokens)
-        reconfigure_ns, capture_ns = self._graphs.change_to(self._plan, bucket)
+        reconfigure_ns, capture_ns = self._graphs.change_to(plan, bucket)
         self._pass_ns(capture_ns + self._setup.device.graph_launch_ns)
         launch = Launch(
             step=step,
-            plan=self._plan,
+            plan=plan,
             bucket=bucket,
             submit_ns=self.now_ns,
             control_ns=self._control_ns,
             reconfigure_ns=reconfigure_ns,
             capture_ns=capture_ns,
-            fallback=self._fallback,
+            fallback=fallback,
         )
         self._running.append(launch)
         launch.done = self._stream.submit(self._device.run(launch))
-        self._counts.append(step.counts_LE)
         self._control_ns = 0
-        self._step += 1
 
     def drain(self, *, wait: bool = False) -> list[StepRecord]:
         """Return the finished steps, in order; all of them when `wait`."""
         if wait:
-            self._wait_for(self._step)
+            self._wait_for(self._control.num_submitted)
         finished, self._finished = self._finished, []
         return finished
 
     def close(self) -> list[EnergyWindow]:
         """Finish and return the energy windows; only a run of less than 2 s has a shorter one."""
         if not self._broken:
-            self._wait_for(self._step)
-        return self._device.meter.windows(self._step - 1)
+            self._wait_for(self._control.num_submitted)
+        return self._device.meter.windows(self._control.num_submitted - 1)
 
     def _ended(self, record: StepRecord) -> None:
         self._running.popleft()

@@ -1,0 +1,79 @@
+"""Which plan runs a step, and which counts a decision may see: the control plane's timing, the same in every backend.
+
+Shape letters: H steps of history, L MoE layers, E routed experts.
+"""
+
+from collections import deque
+
+import numpy as np
+
+from ..traces.schema import I32
+from .contract import Plan, Setup
+from .layouts import fallback_plan
+from .validate import validate
+
+NO_PLAN_YET = "no plan has taken effect yet"
+
+
+class ControlState:
+    """Steps submitted, plans to come, counts to be seen."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._plan = fallback_plan(setup)
+        self._reason: str | None = NO_PLAN_YET
+        self._coming: deque[tuple[int, Plan]] = deque()
+        kept = setup.control.history_steps + setup.control.count_lag_steps + 1
+        self._counts: deque[I32] = deque(maxlen=kept)
+        self._none_LE = np.zeros((setup.model.num_layers, setup.model.num_experts), dtype=np.int32)
+        self.num_submitted = 0
+
+    @property
+    def deciding(self) -> int:
+        """The step a decision belongs to: the newest submitted, or with no delay the next."""
+        return self.num_submitted - (1 if self._setup.control.delay_steps else 0)
+
+    @property
+    def newest_visible(self) -> int:
+        """The newest step whose counts that decision may see; below 0: none."""
+        return self.deciding - self._setup.control.count_lag_steps
+
+    def history_HLE(self) -> I32:
+        """Return the counts that the decision may see, newest last, read-only."""
+        hidden = self.num_submitted - 1 - self.newest_visible
+        known = max(0, len(self._counts) - max(hidden, 0))
+        counts = [self._counts[i] for i in range(max(0, known - self._setup.control.history_steps), known)]
+        history = np.stack(counts) if counts else self._none_LE[None][:0]
+        history.flags.writeable = False
+        return history
+
+    def decide(self, plan: Plan) -> None:
+        """Let a plan take effect `delay_steps` after the step it was decided at.
+
+        Raises:
+            PlanError: the device cannot hold the plan.
+        """
+        validate(plan, self._setup)
+        self._coming.append((self.deciding + self._setup.control.delay_steps, plan))
+
+    def plan_in_effect(self) -> Plan:
+        """Return the plan of the step that is being decided at."""
+        due = [plan for step, plan in self._coming if step <= self.deciding]
+        return due[-1] if due else self._plan
+
+    def submit(self, counts_LE: I32, step: int) -> tuple[Plan, str | None]:
+        """Count one more step; return the plan that runs it, and why that is no policy's, or None.
+
+        Raises:
+            ValueError: the step's counts are not those of the setup's model.
+        """
+        if counts_LE.shape != self._none_LE.shape:
+            raise ValueError(
+                f"step {step} has counts of shape {list(counts_LE.shape)}; model {self._setup.model.name!r} has "
+                f"[layers, experts] {list(self._none_LE.shape)}, choose the trace's model"
+            )
+        while self._coming and self._coming[0][0] <= self.num_submitted:
+            self._plan, self._reason = self._coming.popleft()[1], None
+        self._counts.append(counts_LE)
+        self.num_submitted += 1
+        return self._plan, self._reason
