@@ -1,4 +1,4 @@
-"""The paper's slice allocation (its Algorithm A.3) on values: a pool goes in, a pool comes out.
+"""The paper's slice allocation (its Algorithm A.3) on values: who holds what goes in and comes out.
 
 An expert holds slices with a priority. A request is served from free slices, the least utilised first; when too few
 are free, allocations of strictly lower priority make room, the lowest first. The paper gives a slice to one expert;
@@ -9,7 +9,8 @@ are free, allocations of strictly lower priority make room, the lowest first. Th
 Shape letters: L layers, E experts, S slices.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,63 +21,48 @@ from ..traces.schema import F64, I16
 class Allocation:
     """The slices an expert holds, and how much it matters."""
 
-    expert_id: int
     slice_ids: tuple[int, ...]
     priority: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlicePool:
-    """Slices 0..S-1 with their recent utilisation, and who holds them."""
+Held = Mapping[int, Allocation]
+"""Allocations by expert id, the oldest first."""
 
-    utilisation_S: tuple[float, ...]
-    capacity: int = 1
-    """Allocations that one slice may serve."""
-    allocations: tuple[Allocation, ...] = ()
 
-    def __post_init__(self) -> None:
-        if not self.utilisation_S or self.capacity < 1:
-            raise ValueError(
-                f"pool of {len(self.utilisation_S)} slices with capacity {self.capacity}; both must be at least 1"
-            )
-
-    def free_slices(self) -> tuple[int, ...]:
-        """Return the slices with room, the least utilised first; ties by lower id."""
-        held = [slice_id for a in self.allocations for slice_id in a.slice_ids]
-        free = (s for s in range(len(self.utilisation_S)) if held.count(s) < self.capacity)
-        return tuple(sorted(free, key=lambda s: (self.utilisation_S[s], s)))
+def free_slices(held: Held, utilisation_S: Sequence[float], capacity: int = 1) -> list[int]:
+    """Return the slices with room for one more expert, the least utilised first; ties by lower id."""
+    taken = [slice_id for a in held.values() for slice_id in a.slice_ids]
+    free = (s for s in range(len(utilisation_S)) if taken.count(s) < capacity)
+    return sorted(free, key=lambda s: utilisation_S[s])
 
 
 def allocate(
-    pool: SlicePool, expert_id: int, required_slices: int, priority: float
-) -> tuple[SlicePool, Allocation | None]:
-    """Return the pool after a request and what the expert now holds; None when there is no room even by eviction.
+    held: Held,
+    expert_id: int,
+    required_slices: int,
+    priority: float,
+    *,
+    utilisation_S: Sequence[float],
+    capacity: int = 1,
+) -> Held:
+    """Return the allocations after a request; the expert has none when there is no room even by eviction.
 
     An expert that holds something keeps it unchanged, and a request that fails evicts nobody.
     """
-    if not 1 <= required_slices <= len(pool.utilisation_S):
+    if not 1 <= required_slices <= len(utilisation_S):
         raise ValueError(
-            f"expert {expert_id} asks for {required_slices} slices; the pool has {len(pool.utilisation_S)}, ask for "
-            "1 up to that"
+            f"expert {expert_id} asks for {required_slices} slices; there are {len(utilisation_S)}, ask for no more"
         )
-    existing = next((a for a in pool.allocations if a.expert_id == expert_id), None)
-    if existing is not None:
-        return pool, existing
-    cleared = pool
+    if expert_id in held:
+        return held
+    kept = dict(held)
     # The lowest priority makes room first; of equal ones, the newest.
-    victims = sorted((a for a in reversed(pool.allocations) if a.priority < priority), key=lambda a: a.priority)
-    while len(cleared.free_slices()) < required_slices:
+    victims = sorted((e for e in reversed(kept) if kept[e].priority < priority), key=lambda e: kept[e].priority)
+    while len(free := free_slices(kept, utilisation_S, capacity)) < required_slices:
         if not victims:
-            return pool, None
-        cleared = release(cleared, victims.pop(0).expert_id)
-    chosen = cleared.free_slices()[:required_slices]
-    allocation = Allocation(expert_id=expert_id, slice_ids=chosen, priority=priority)
-    return replace(cleared, allocations=(*cleared.allocations, allocation)), allocation
-
-
-def release(pool: SlicePool, expert_id: int) -> SlicePool:
-    """Return the pool without an expert's allocation, if it has one."""
-    return replace(pool, allocations=tuple(a for a in pool.allocations if a.expert_id != expert_id))
+            return held
+        del kept[victims.pop(0)]
+    return kept | {expert_id: Allocation(slice_ids=tuple(free[:required_slices]), priority=priority)}
 
 
 def place_longest_first(load_LE: F64, speed_S: F64, *, capacity: int | None = None, busy_LS: F64 | None = None) -> I16:

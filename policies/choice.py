@@ -5,10 +5,12 @@ Shape letters: H steps of history, L MoE layers, E routed experts, S slices of a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
 from ..traces.schema import F64, I32
+from .candidates import layouts_of
 from .contract import Observation, Plan, Setup, SliceLayout
 
 CLOSE = 0.03
@@ -58,6 +60,8 @@ class Choice:
     setup: Setup
     plans: tuple[Plan, ...]
     num_unsliced: int = 0
+    min_gain: float = 0.0
+    """Fraction of the best unsliced plan's time that a sliced one must save."""
     index: int = 0
     decided_step: int | None = None
     tokens: int = 0
@@ -83,19 +87,18 @@ def is_due(choice: Choice, obs: Observation, every_steps: int) -> bool:
     return not choice.tokens <= 2 * tokens <= 4 * choice.tokens
 
 
-def choose(choice: Choice, obs: Observation, *, num_samples: int, min_gain: float, stickiness: float) -> Choice:
-    """Return the choice that the belief finds cheapest on recent steps; ties go to the earlier plan.
+def choose(choice: Choice, obs: Observation, samples: Sequence[I32], stickiness: float) -> Choice:
+    """Return the choice that the belief finds cheapest on sampled steps; ties go to the earlier plan.
 
-    A sliced plan must be cheaper than the best unsliced one by the fraction `min_gain`, and any plan cheaper than
-    the one in place by `stickiness`.
+    A sliced plan must be cheaper than the best unsliced one by the fraction `choice.min_gain`, and any plan cheaper
+    than the one in place by `stickiness`.
     """
-    samples = sampled_steps(obs.counts_HLE, num_samples)
     if not samples or choice.setup.belief is None:
         return choice
     costs = plan_costs_ns(choice.setup, choice.plans, samples[0])
     if len(samples) > 1:
         costs = _costs_of_close(choice, costs, samples[1:])
-    costs[: choice.num_unsliced] *= 1.0 - min_gain
+    costs[: choice.num_unsliced] *= 1.0 - choice.min_gain
     costs[choice.index] *= 1.0 - stickiness
     index = int(costs.argmin()) if np.isfinite(costs).any() else choice.index
     return replace(choice, index=index, decided_step=obs.step, tokens=int(obs.counts_HLE[-1].sum()))
@@ -111,3 +114,35 @@ def _costs_of_close(choice: Choice, first: F64, rest: Sequence[I32]) -> F64:
     costs[close] = first[close] + sum(plan_costs_ns(choice.setup, plans, counts_LE) for counts_LE in rest)
     # What the first sample likes may have no price in the others; then the first alone decides.
     return costs if np.isfinite(costs).any() else first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chooser:
+    """A policy that now and then takes the plan that the belief finds cheapest; subclasses say among which."""
+
+    foresees: ClassVar[bool] = False
+    reads_clock: ClassVar[bool] = False
+
+    plan_every: int = 32
+    """Steps between choices."""
+    num_samples: int = 2
+    """Steps that a choice is priced on."""
+    stickiness: float = 0.005
+    """Fraction by which another plan must be cheaper than the one in place."""
+
+    def init(self, setup: Setup) -> Choice:
+        """Return the plans to choose among."""
+        raise NotImplementedError
+
+    def layouts(self, setup: Setup) -> tuple[SliceLayout, ...]:
+        return layouts_of(self.init(setup).plans)
+
+    def plan(self, obs: Observation, state: Choice) -> tuple[Plan, Choice]:
+        if obs.counts_HLE.shape[0] and is_due(state, obs, self.plan_every):
+            state = choose(state, obs, self.samples(obs, state), self.stickiness)
+        return state.plan, state
+
+    def samples(self, obs: Observation, state: Choice) -> list[I32]:
+        """Return the steps to price plans on: recent ones."""
+        del state
+        return sampled_steps(obs.counts_HLE, self.num_samples)

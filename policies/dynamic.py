@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..traces.schema import F64, I16, I64, Bools
-from .allocator import Allocation, SlicePool, allocate, place_longest_first, release
+from .allocator import place_longest_first
 from .contract import Mechanism, Observation, Pinned, Plan, Setup, SliceLayout
 from .static import equal_layouts, round_robin, suited_layout
 
@@ -103,7 +103,8 @@ class Dynamic:
         load_LE = obs.counts_HLE.mean(axis=0)
         for layer in chosen.tolist():
             if move := _move(load_LE[layer], busy_LS[layer], ids_LE[layer]):
-                ids_LE[layer, move.expert_id] = move.slice_ids[0]
+                expert_id, slice_id = move
+                ids_LE[layer, expert_id] = slice_id
                 held_L[layer] = obs.step + self.hold_steps
         if (held_L == state.held_until_L).all():
             return state
@@ -111,23 +112,17 @@ class Dynamic:
         return replace(state, plan=plan, held_until_L=held_L)
 
 
-def _move(load_E: F64, busy_S: F64, ids_E: I16) -> Allocation | None:
-    """Return what the allocator gives the expert of the busiest slice whose move evens it best with the idlest.
+def _move(load_E: F64, busy_S: F64, ids_E: I16) -> tuple[int, int] | None:
+    """Return the expert of the busiest slice whose move evens it best, and the idlest slice, which gets it.
 
     None when every move hurts. A slice's time is shared among its experts by load. Ties: the heavier expert, then the
     lower id.
     """
-    busiest, gap = int(busy_S.argmax()), float(np.ptp(busy_S))
+    busiest, idlest, gap = int(busy_S.argmax()), int(busy_S.argmin()), float(np.ptp(busy_S))
     there_E = np.where(ids_E == busiest, load_E, 0.0)
     time_E = busy_S[busiest] * there_E / (there_E.sum() or 1.0)
     helps_E = (time_E > 0) & (time_E < gap)
     if not helps_E.any():
         return None
     off_E = np.where(helps_E, np.abs(time_E - gap / 2), np.inf)
-    expert = int(np.lexsort((-there_E, off_E))[0])
-    allocations = tuple(
-        Allocation(expert_id=e, slice_ids=(slice_id,), priority=load)
-        for e, (slice_id, load) in enumerate(zip(ids_E.tolist(), load_E.tolist(), strict=True))
-    )
-    pool = SlicePool(utilisation_S=tuple(busy_S.tolist()), capacity=len(allocations), allocations=allocations)
-    return allocate(release(pool, expert), expert, 1, float(load_E[expert]))[1]
+    return int(np.lexsort((-there_E, off_E))[0]), idlest

@@ -14,7 +14,6 @@ from .contract import Policy
 from .dynamic import Dynamic
 from .hot_cold import HotCold
 from .oracle import Oracle
-from .planner import Planner
 from .predictive import Predictive
 from .proportional import Proportional
 from .static import Static
@@ -33,7 +32,7 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "oracle": Oracle,
 }
 """Compared where none is named."""
-ON_REQUEST: dict[str, type[Policy[Any]]] = {"predictive": Predictive, "planner": Planner}
+ON_REQUEST: dict[str, type[Policy[Any]]] = {"predictive": Predictive}
 """Compared where they are named."""
 
 
