@@ -1,15 +1,16 @@
-"""Which plan runs a step, and which counts a decision may see: the control plane's timing, the same in every backend.
+"""Which plan runs a step, which counts a decision may see, what a change of plan costs: the same in every backend.
 
 Shape letters: H steps of history, L MoE layers, E routed experts.
 """
 
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 
 from ..traces.schema import I32
-from .contract import Plan, Setup
-from .layouts import fallback_plan
+from .contract import Plan, Setup, SliceLayout
+from .layouts import fallback_plan, switch_ns
 from .validate import validate
 
 NO_PLAN_YET = "no plan has taken effect yet"
@@ -36,16 +37,19 @@ class ControlState:
     @property
     def newest_visible(self) -> int:
         """The newest step whose counts that decision may see; below 0: none."""
-        return self.deciding - self._setup.control.count_lag_steps
+        return min(self.deciding - self._setup.control.count_lag_steps, self.num_submitted - 1)
 
     def history_HLE(self) -> I32:
         """Return the counts that the decision may see, newest last, read-only."""
-        hidden = self.num_submitted - 1 - self.newest_visible
-        known = max(0, len(self._counts) - max(hidden, 0))
+        known = max(0, len(self._counts) - (self.num_submitted - 1 - self.newest_visible))
         counts = [self._counts[i] for i in range(max(0, known - self._setup.control.history_steps), known)]
         history = np.stack(counts) if counts else self._none_LE[None][:0]
         history.flags.writeable = False
         return history
+
+    def counts_LE(self, index: int) -> I32:
+        """Return what the trace says of a step that a decision may see, or saw last."""
+        return self._counts[index - (self.num_submitted - len(self._counts))]
 
     def decide(self, plan: Plan) -> None:
         """Let a plan take effect `delay_steps` after the step it was decided at.
@@ -77,3 +81,30 @@ class ControlState:
         self._counts.append(counts_LE)
         self.num_submitted += 1
         return self._plan, self._reason
+
+
+class Graphs:
+    """Captured graphs, keyed by layout and token bucket, and the plan that ran last, where time is reckoned."""
+
+    def __init__(self, setup: Setup, declared: Iterable[SliceLayout]) -> None:
+        self._setup = setup
+        self._declared = frozenset(declared)
+        self._captured: set[tuple[SliceLayout, int]] = set()
+        self._plan: Plan | None = None
+
+    def change_to(self, plan: Plan, bucket: int) -> tuple[int, int]:
+        """Return what running a plan next costs, and remember that it ran.
+
+        That is ns on the device before the step's first layer, and ns of capture on the host before the launch.
+        """
+        before, self._plan = self._plan, plan
+        if self._setup.control.free_switches:
+            return 0, 0
+        capture_ns = 0
+        if plan.layout not in self._declared and (plan.layout, bucket) not in self._captured:
+            self._captured.add((plan.layout, bucket))
+            capture_ns = self._setup.device.capture_ns
+        if before is None or before is plan or before.plan_id == plan.plan_id:
+            return 0, capture_ns
+        device = self._setup.device
+        return device.upload_ns + switch_ns(before.layout, plan.layout, device), capture_ns

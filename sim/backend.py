@@ -8,16 +8,16 @@ Shape letters: H steps of history, L MoE layers, E routed experts, S slices.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
 import simpy
 
 from ..policies.contract import EnergyWindow, Observation, Plan, Setup, SliceLayout, StepRecord
-from ..policies.control import ControlState
+from ..policies.control import ControlState, Graphs
 from ..policies.cost import CostModel
-from ..policies.layouts import fallback_plan, switch_ns
+from ..policies.layouts import fallback_plan
 from ..traces.schema import RoutedStep
 from .device import Device, Launch
 from .queues import Stream
@@ -29,33 +29,6 @@ MAX_AHEAD = 64
 def next_power_of_two(num_tokens: int) -> int:
     """Return the default token bucket: the least power of two that holds the tokens; 1 for an empty step."""
     return 1 << max(0, num_tokens - 1).bit_length()
-
-
-class Graphs:
-    """Captured graphs, keyed by layout and token bucket, and the plan that ran last."""
-
-    def __init__(self, setup: Setup, declared: Iterable[SliceLayout]) -> None:
-        self._setup = setup
-        self._declared = frozenset(declared)
-        self._captured: set[tuple[SliceLayout, int]] = set()
-        self._plan: Plan | None = None
-
-    def change_to(self, plan: Plan, bucket: int) -> tuple[int, int]:
-        """Return what running a plan next costs, and remember that it ran.
-
-        That is ns on the device before the step's first layer, and ns of capture on the host before the launch.
-        """
-        before, self._plan = self._plan, plan
-        if self._setup.control.free_switches:
-            return 0, 0
-        capture_ns = 0
-        if plan.layout not in self._declared and (plan.layout, bucket) not in self._captured:
-            self._captured.add((plan.layout, bucket))
-            capture_ns = self._setup.device.capture_ns
-        if before is None or before is plan or before.plan_id == plan.plan_id:
-            return 0, capture_ns
-        device = self._setup.device
-        return device.upload_ns + switch_ns(before.layout, plan.layout, device), capture_ns
 
 
 class SimBackend:

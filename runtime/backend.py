@@ -1,0 +1,231 @@
+"""The runtime's backend: plans carried out by an executor, a GPU's or a machine's without one.
+
+The executor owns the device and its clock; this file owns the contract: when a plan takes effect, which counts a
+decision sees, and what runs when a layout cannot.
+
+Shape letters: L MoE layers, E routed experts, S slices.
+"""
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from ..policies.contract import EnergyWindow, Observation, Plan, Setup, SliceLayout, StepRecord
+from ..policies.control import ControlState
+from ..policies.layouts import fallback_plan
+from ..policies.needs import Needs, StepNeeds
+from ..traces.schema import I32, I64, RoutedStep
+
+MOST_AHEAD = 64
+"""Steps launched and not finished; the host waits for the oldest then."""
+
+
+class ExecutorError(RuntimeError):
+    """A plan that is possible could not be carried out here; the sentence says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """What launching a step took, ns on the executor's clock."""
+
+    submit_ns: int
+    reconfigure_ns: int
+    """On the device, before the step."""
+    capture_ns: int
+    """On the host, before the launch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Finished:
+    """When a step ran, ns on the executor's clock."""
+
+    start_ns: int
+    end_ns: int
+    start_ns_LS: I64
+    busy_ns_LS: I64
+
+
+class Executor(Protocol):
+    """Carries steps out in the order of launching."""
+
+    def open(self, setup: Setup, layouts: Sequence[SliceLayout]) -> None:
+        """Prepare the layouts; the clock starts at 0."""
+        ...
+
+    def now_ns(self) -> int:
+        """Return the host's time."""
+        ...
+
+    def wait_until(self, ns: int) -> None:
+        """Let host time pass."""
+        ...
+
+    def decided(self) -> None:
+        """Take note of a decision: where time is reckoned, its declared time passes."""
+        ...
+
+    def launch(self, step: RoutedStep, plan: Plan, bucket: int) -> Launched:
+        """Enqueue a step; never waits for the device.
+
+        Raises:
+            ExecutorError: the plan cannot be carried out here; nothing has changed.
+        """
+        ...
+
+    def counts_LE(self, index: int) -> I32:
+        """Return the tokens per expert that the device counted in the launch of that number, waiting for them."""
+        ...
+
+    def finished(self, *, wait_for: int) -> list[Finished]:
+        """Return the steps that have finished and were not returned; waits for all up to launch `wait_for`."""
+        ...
+
+    def power_w(self) -> float | None:
+        """Return the device's power."""
+        ...
+
+    def close(self) -> list[EnergyWindow]:
+        """Leave the device as found."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Running:
+    step: int
+    plan_id: str
+    bucket: int
+    num_tokens: int
+    needs: StepNeeds
+    launched: Launched
+    control_stall_ns: int
+    fallback: str | None
+
+
+class RuntimeBackend:
+    """A policy's plans on a real executor."""
+
+    foresight: ClassVar[bool] = False
+
+    def __init__(self, executor: Executor, *, bucket_of: Callable[[int], int]) -> None:
+        self.executor = executor
+        self.bucket_of = bucket_of
+        self.num_fallbacks = 0
+        """Steps that ran unsliced because their plan could not be carried out."""
+
+    def open(self, setup: Setup, layouts: Sequence[SliceLayout]) -> None:
+        """Prepare the layouts and the unsliced one."""
+        self._setup = setup
+        self._control = ControlState(setup)
+        self._unsliced = fallback_plan(setup)
+        self._needs = Needs(setup.model)
+        self._running: deque[_Running] = deque()
+        self._finished: list[StepRecord] = []
+        self._newest: StepRecord | None = None
+        self._stall_ns = 0
+        self.executor.open(setup, tuple(dict.fromkeys((*layouts, self._unsliced.layout))))
+
+    def observe(self) -> Observation:
+        """Return what the policy may see, once the counts it is due are there."""
+        visible = self._control.newest_visible
+        if visible >= 0:
+            before_ns = self.executor.now_ns()
+            self._check_counts(visible)
+            self._stall_ns += self.executor.now_ns() - before_ns
+        self._collect(-1)
+        newest = self._newest
+        return Observation(
+            step=self._control.deciding,
+            counts_HLE=self._control.history_HLE(),
+            now_ns=self.executor.now_ns(),
+            plan_id=self._control.plan_in_effect().plan_id,
+            step_ns=newest.end_ns - newest.start_ns if newest else 0,
+            busy_ns_LS=newest.busy_ns_LS if newest else np.zeros((self._setup.model.num_layers, 0), dtype=np.int64),
+            power_w=self.executor.power_w(),
+            queued_tokens=sum(one.num_tokens for one in self._running),
+        )
+
+    def _check_counts(self, index: int) -> None:
+        """Wait for a step's counts; what the device counted must be what the trace says."""
+        counted_LE, said_LE = self.executor.counts_LE(index), self._control.counts_LE(index)
+        if not np.array_equal(counted_LE, said_LE):
+            layer, expert = np.argwhere(counted_LE != said_LE)[0]
+            raise ExecutorError(
+                f"step {index}: the device routed {counted_LE[layer, expert]} tokens to expert {expert} of layer "
+                f"{layer}, the trace says {said_LE[layer, expert]}; the trace's ids and counts must agree"
+            )
+
+    def apply(self, plan: Plan) -> None:
+        """Check a plan and let it take effect `delay_steps` after the step it was decided at.
+
+        Raises:
+            PlanError: the device cannot hold the plan.
+        """
+        self._control.decide(plan)
+        self.executor.decided()
+
+    def submit(self, step: RoutedStep) -> None:
+        """Enqueue one step; the host waits for its arrival alone, and for room in the launch queue."""
+        plan, fallback = self._control.submit(step.counts_LE, step.step)
+        if step.arrival_ns is not None:
+            self.executor.wait_until(step.arrival_ns)
+        if len(self._running) >= MOST_AHEAD:
+            self._collect(self._control.num_submitted - 1 - MOST_AHEAD)
+        bucket = self.bucket_of(step.num_tokens)
+        try:
+            launched = self.executor.launch(step, plan, bucket)
+        except ExecutorError as error:
+            if plan.layout == self._unsliced.layout:
+                raise
+            plan, fallback = self._unsliced, str(error)
+            self.num_fallbacks += 1
+            if self.num_fallbacks == 1:
+                warnings.warn(f"step {step.step}: {error}; running unsliced", stacklevel=2)
+            launched = self.executor.launch(step, plan, bucket)
+        self._running.append(
+            _Running(
+                step=step.step,
+                plan_id=plan.plan_id,
+                bucket=bucket,
+                num_tokens=step.num_tokens,
+                needs=self._needs.of(step),
+                launched=launched,
+                control_stall_ns=self._stall_ns,
+                fallback=fallback,
+            )
+        )
+        self._stall_ns = 0
+
+    def drain(self, *, wait: bool = False) -> list[StepRecord]:
+        """Return the finished steps, in order; all of them when `wait`."""
+        self._collect(self._control.num_submitted - 1 if wait else -1)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _collect(self, wait_for: int) -> None:
+        for done in self.executor.finished(wait_for=wait_for):
+            run = self._running.popleft()
+            self._newest = StepRecord(
+                step=run.step,
+                plan_id=run.plan_id,
+                bucket=run.bucket,
+                submit_ns=run.launched.submit_ns,
+                start_ns=done.start_ns,
+                end_ns=done.end_ns,
+                start_ns_LS=done.start_ns_LS,
+                busy_ns_LS=done.busy_ns_LS,
+                reconfigure_ns=run.launched.reconfigure_ns,
+                capture_ns=run.launched.capture_ns,
+                control_stall_ns=run.control_stall_ns,
+                hbm_bytes=run.needs.hbm_bytes,
+                flops=run.needs.flops,
+                fallback=run.fallback,
+            )
+            self._finished.append(self._newest)
+
+    def close(self) -> list[EnergyWindow]:
+        """Finish, leave the device as found, and return the energy windows."""
+        return self.executor.close()
