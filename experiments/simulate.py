@@ -5,7 +5,7 @@ Shape letters: L MoE layers, E experts, S slices, N steps.
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,6 @@ from .records import writing
 
 KNOWN_PLANS = 64
 """Plans remembered to find a record's layout; records lag decisions by a few steps."""
-REPORT_EVERY_STEPS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,12 +175,10 @@ def simulate(
     *,
     draw: int | None = None,
     records: Path | None = None,
-    on_steps: Callable[[int], object] = lambda done: None,
 ) -> Outcome:
     """Drive one policy over steps and return its sums.
 
-    `draw` is of the model's errors, None the nominal model; `records` a Parquet file for the StepRecords; `on_steps`
-    is told now and then how many steps are done.
+    `draw` is of the model's errors, None the nominal model; `records` a Parquet file for the StepRecords.
     """
     truth = world.truth(draw)
     setup = world.setup(foresees=policy.foresees, truth=truth)
@@ -191,14 +188,11 @@ def simulate(
         def on_record(record: StepRecord) -> None:
             collector.on_record(record)
             write(record)
-            if record.step % REPORT_EVERY_STEPS == 0:
-                on_steps(record.step)
 
         work = collector.watch(_with_other_work(steps, world.model))
         on_decision = collector.on_decision
         result = drive(policy, SimBackend(truth), work, setup, on_record=on_record, on_decision=on_decision)
     collector.outcome.energy = result.energy
-    on_steps(result.num_steps)
     return collector.outcome
 
 

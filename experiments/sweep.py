@@ -7,23 +7,19 @@ import contextlib
 import fcntl
 import hashlib
 import itertools
-import os
-import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from joblib import Parallel, delayed, parallel_config
+from joblib import parallel_config
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import __version__
 from ..policies.contract import Policy
@@ -32,7 +28,7 @@ from .errors import StoppedError
 from .runs import provenance, sha256_of, to_json
 from .sweep_grid import grid_of
 from .sweep_point import Limits, Workload, composition_of, guarded, measure, steps_of
-from .tasks import stop_workers
+from .tasks import progress, unordered
 
 EXIT_FAILED = 3
 DEVICE = "h100-sxm5-80gb"
@@ -55,22 +51,27 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """What the user asked for: every combination is a point."""
+    """What the user asked for, as `sweep_cli` describes it: every combination is a point."""
 
-    policies: Sequence[str]
-    traces: Sequence[str] = ()
-    models: Sequence[str] = ()
-    devices: Sequence[str] = (DEVICE,)
-    seeds: Sequence[int] = ()
-    fit_routing: str | None = None
-    segment: str | None = None
-    steps: int | None = None
-    out: Path = Path("runs/sweep")
-    backend: str = "loky"
-    scheduler: str | None = None
-    jobs: int = -1
-    limits: Limits = field(default_factory=lambda: Limits(time_s=300, memory_bytes=2 * 2**30))
-    retry_failed: bool = False
+    policies: Sequence[str] | None
+    traces: Sequence[str] | None
+    models: Sequence[str] | None
+    devices: Sequence[str] | None
+    seeds: Sequence[int] | None
+    fit_routing: str | None
+    segment: str | None
+    steps: int | None
+    out: Path
+    backend: str
+    scheduler: str | None
+    jobs: int
+    limit_s: float
+    memory_gib: float
+    retry_failed: bool
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(time_s=self.limit_s, memory_bytes=int(self.memory_gib * 2**30))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +114,11 @@ def sweep(grid: Grid) -> dict[str, Any]:
 
 def points_of(grid: Grid) -> Iterator[Point]:
     """Yield every combination, each workload looked at once and each policy's parameters checked."""
-    policies = [pair for text in grid.policies for pair in grid_of(text)]
-    worlds = itertools.product(grid.traces or (None,), grid.models or (None,), grid.devices, grid.seeds or (None,))
+    policies = [pair for text in grid.policies or () for pair in grid_of(text)]
+    nothing = (None,)
+    worlds = itertools.product(
+        grid.traces or nothing, grid.models or nothing, grid.devices or (DEVICE,), grid.seeds or nothing
+    )
     for trace, model, device, seed in worlds:
         options = Options(
             trace=trace, model=model, device=device, seed=seed or 0, policies=("unsliced",), jobs=1,
@@ -144,11 +148,8 @@ def _point(name: str, policy: Policy[Any], work: Workload, shared: dict[str, Any
     return Point(policy=policy, work=work, facts=facts)
 
 
-def run_point(point: Point, limits: Limits, parent: int) -> dict[str, Any]:
+def run_point(point: Point, limits: Limits) -> dict[str, Any]:
     """Return the point's row."""
-    if os.getpid() != parent and threading.current_thread() is threading.main_thread():
-        # Ctrl-C reaches every process of the terminal; only the parent decides what to keep.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     world, source = steps_of(point.work)
     found, reason = guarded(lambda: measure(point.policy, source, point.work.num_steps, world), limits)
     row = {"status": "failed" if reason else "ok", "reason": reason, **point.facts, **(found or {})}
@@ -157,22 +158,16 @@ def run_point(point: Point, limits: Limits, parent: int) -> dict[str, Any]:
 
 def _run_all(points: Sequence[Point], grid: Grid) -> None:
     """Run points where the backend has workers, writing rows as they come."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-        shown = bar.add_task("sweeping", total=len(points))
-        part = _Part(grid.out)
-        stack.callback(part.write)
-        stack.enter_context(_workers(grid))
-        parallel = Parallel(n_jobs=grid.jobs, return_as="generator_unordered", batch_size=1)
-        calls = (delayed(run_point)(point, grid.limits, os.getpid()) for point in points)
-        results = parallel(calls)
-        stack.callback(stop_workers, results)
-        failed = 0
-        for row in results:
-            part.add(row)
-            failed += row["status"] == "failed"
-            bar.update(shown, advance=1, description=f"sweeping, {failed} failed" if failed else "sweeping")
+    part, failed = _Part(grid.out), 0
+    rows = unordered(run_point, ((point, grid.limits) for point in points), grid.jobs)
+    try:
+        with progress(len(points)) as advance, _workers(grid), contextlib.closing(rows):
+            for row in rows:
+                part.add(row)
+                failed += row["status"] == "failed"
+                advance(1, f"sweeping, {failed} failed" if failed else "sweeping")
+    finally:
+        part.write()
 
 
 @contextlib.contextmanager

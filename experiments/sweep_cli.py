@@ -11,6 +11,7 @@ Many = list[str] | None
 
 
 def sweep(
+    context: typer.Context,
     *,
     policies: Annotated[Many, typer.Option("--policy", help="'name(parameter=value|value)'; repeatable.")] = None,
     traces: Annotated[Many, typer.Option("--trace", help="Repeatable; left out: the bundled one.")] = None,
@@ -34,17 +35,10 @@ def sweep(
     as_json: AsJson = False,
 ) -> int:
     """Run policies x parameters x traces x models x devices x seeds; exits with 3 when some points failed."""
-    from .sweep import DEVICE, EXIT_FAILED, Grid, print_outcome
+    from .sweep import EXIT_FAILED, Grid, print_outcome
     from .sweep import sweep as run_sweep
-    from .sweep_point import Limits
 
-    grid = Grid(
-        policies=policies or (), traces=traces or (), models=models or (), devices=devices or (DEVICE,),
-        seeds=seeds or (), fit_routing=fit_routing, segment=segment, steps=steps, out=out, backend=backend,
-        scheduler=scheduler, jobs=jobs, limits=Limits(time_s=limit_s, memory_bytes=int(memory_gib * 2**30)),
-        retry_failed=retry_failed,
-    )  # fmt: skip
-    outcome = run_sweep(grid)
+    outcome = run_sweep(Grid(**{name: value for name, value in context.params.items() if name != "as_json"}))
     if as_json:
         print_json(outcome)
     else:
