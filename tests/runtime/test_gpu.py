@@ -1,4 +1,4 @@
-"""Meter and timer on a real GPU: figures within physical bounds."""
+"""Meter, timer and partitions on a real GPU: figures within physical bounds, slices apart."""
 
 import json
 import os
@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from expertslice.runtime.meter import EnergyMeter
+from expertslice.runtime.partition import Partition
 from expertslice.runtime.timer import capture, interleave, paired_ratio, quantiles, sets_to_stay_cold
 
 pytestmark = [
@@ -69,3 +72,31 @@ def test_a_copy_is_slower_than_the_data_sheet_and_like_itself():
         assert ratio.low < 1.02
         assert ratio.high > 0.98
     keep("copy", found | {"sets": sets, "layers": arms[0].layers})
+
+
+@triton.jit
+def where_kernel(out_ptr):
+    sm = tl.inline_asm_elementwise("mov.u32 $0, %smid; // $1", "=r,r", [0], tl.int32, is_pure=False, pack=1)
+    tl.store(out_ptr + tl.program_id(0), sm)
+
+
+@pytest.mark.parametrize(("wanted", "group_sms"), [((32, 100), 2), ((16, 24, 40), 8)])
+def test_streams_of_a_partition_keep_to_sms_of_their_own_also_in_graphs(wanted, group_sms):
+    outs = [torch.full((4096,), -1, dtype=torch.int32, device="cuda") for _ in wanted]
+    where_kernel[(4096,)](outs[0])
+    torch.cuda.synchronize()
+    with Partition(wanted=wanted, group_sms=group_sms) as split:
+        assert tuple(share.sm_count for share in split.shares) == wanted
+        graph, fork = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(graph, stream=fork):
+            for share, out in zip(split.shares, outs, strict=True):
+                share.stream.wait_stream(fork)
+                with torch.cuda.stream(share.stream):
+                    where_kernel[(4096,)](out)
+                fork.wait_stream(share.stream)
+        graph.replay()
+        torch.cuda.synchronize()
+        used = [set(out.tolist()) for out in outs]
+        del graph
+    assert [len(sms) for sms in used] == list(wanted)
+    assert len(set.union(*used)) == sum(wanted)
