@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import kendalltau
 
 Floats = NDArray[np.float64]
 
@@ -194,16 +193,6 @@ def compare_all(effect_P: Floats, deviation_BP: Floats, level: float = LEVEL) ->
     return Comparison(difference_PP=difference_PP, low_PP=low_PP, high_PP=high_PP, differ_PP=differ_PP)
 
 
-def holm(p_values_Q: Floats) -> Floats:
-    """Return p-values corrected for the number of tests, by Holm's step-down rule."""
-    q = len(p_values_Q)
-    order = np.argsort(p_values_Q, kind="stable")
-    stepped = np.minimum(1.0, p_values_Q[order] * np.arange(q, 0, -1))
-    adjusted_Q = np.empty(q)
-    adjusted_Q[order] = np.maximum.accumulate(stepped)
-    return adjusted_Q
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
     """A place in the ranking; `tied` when it is shared."""
@@ -222,8 +211,3 @@ def ranks_with_ties(effect_P: Floats, differ_PP: NDArray[np.bool_]) -> list[Rank
         places[p] = first
     shared = Counter(places.values())
     return [Rank(rank=places[p], tied=shared[places[p]] > 1) for p in range(len(effect_P))]
-
-
-def kendall_tau_b(a_P: Floats, b_P: Floats) -> float:
-    """Return the agreement of two rankings with ties, -1..1; NaN when one of them ties everything."""
-    return float(kendalltau(a_P, b_P).statistic)  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ..policies.contract import Plan
 from ..policies.cost import CostModel, floor_ns
-from ..traces.schema import RoutedStep
+from ..policies.work import demands
+from ..traces.schema import DTYPE_BYTES, RoutedStep
 from .simulate import other_work_of
 
 Floats = NDArray[np.float64]
@@ -109,18 +110,13 @@ def _step_terms(truth: CostModel, plan: Plan, step: RoutedStep) -> dict[str, Flo
 def _expert_ns(truth: CostModel, plan: Plan, counts_LE: NDArray[np.int32]) -> tuple[Floats, ...]:
     """Return each expert's memory and arithmetic time on the whole device, and each layer's bytes and FLOP."""
     tables, device, model = truth.tables(plan.layout), truth.device, truth.model
-    wide = (len(tables.weight_bytes_PD), model.num_experts)
-    weight_PE = np.broadcast_to(tables.weight_bytes_PD, wide)
-    row_PE = np.broadcast_to(tables.row_bytes_PD, wide)
-    tiles_PE = np.broadcast_to(tables.columns_PSD[:, 0] * tables.tile_PSD[0, :, 0], wide)
-    n_PLE = counts_LE[None].astype(float)
-    bytes_LE = (np.where(n_PLE > 0, weight_PE[:, None], 0.0) + n_PLE * row_PE[:, None]).sum(axis=0)
-    row_tiles_PLE = np.ceil(n_PLE / tables.rows_PS[:, :1, None])
-    pipe_LE = (row_tiles_PLE * tiles_PE[:, None]).sum(axis=0) / device.sm_count
+    num_experts = model.num_experts
+    width_1E = np.arange(num_experts)[None] % tables.weight_bytes_PD.shape[1]
+    _, asked_CPLE = demands(counts_LE, np.zeros_like(counts_LE), width_1E, tables)
+    pipe_LE, _, _, _, bytes_LE = asked_CPLE.sum(axis=1)
+    flops_E = np.array([2.0 * model.expert_bytes(e) / DTYPE_BYTES[model.dtype] for e in range(num_experts)])
     memory_LE = bytes_LE / max(device.read_curve_bytes_per_s) * 1e9
-    widths = [model.products(model.d_ff_of(e)) for e in range(model.num_experts)]
-    flops_E = np.array([sum(2.0 * p.k_dim * p.n_dim for p in products) for products in widths])
-    return memory_LE, pipe_LE, bytes_LE.sum(axis=1), counts_LE @ flops_E
+    return memory_LE, pipe_LE / device.sm_count, bytes_LE.sum(axis=1), counts_LE @ flops_E
 
 
 def weighted(terms: Sequence[LayerTerms], name: str) -> float:

@@ -4,7 +4,7 @@
 
 Writes the trace, one segment per checkpoint, and beside it the facts of its training. Loss is in nats per byte.
 
-Shape letters: B sequences, C positions, D domains, L layers, E experts.
+Shape letters: B sequences, C positions, N bytes of one domain.
 """
 
 import argparse
@@ -22,9 +22,7 @@ import torch
 import torch.nn.functional as fn
 from numpy.typing import NDArray
 
-from ...traces.dependence import entropy_bits
 from ...traces.schema import Provenance
-from ...traces.statistics import gini, max_mean
 from ...traces.store import write_trace
 from ...traces.trace import UNKNOWN, RoutingTrace, concat
 from .data import Corpus, Sampler, Split, read_corpus
@@ -124,47 +122,19 @@ class Trainer:
             self.spent_s += time.perf_counter() - begin
             rate = log_every * self.cfg.num_sequences * self.cfg.sequence_len / (time.perf_counter() - begin)
             row = dict(zip(("loss", "balance", "z", "grad_norm"), mean, strict=True))
-            row |= {"step": self.step, "seconds": self.spent_s, "lr": self.lr(), "tokens_per_s": rate}
-            self.rows.append(row | gpu_state(self.device))
+            self.rows.append(row | {"step": self.step, "seconds": self.spent_s, "lr": self.lr(), "tokens_per_s": rate})
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, chunks: list[NDArray[np.int64]]) -> tuple[list[float], NDArray[np.int64]]:
-    """Give held-out loss per domain, and rows per expert as int64 [D, L, E]."""
-    losses, counts = [], []
+def evaluate(model: Decoder, tokens_BC: NDArray[np.int64]) -> float:
+    """Return the mean loss of predicting each token of held-out sequences from those before it."""
     with torch.compiler.set_stance("force_eager"):
-        for tokens_BC in chunks:
-            tokens = torch.from_numpy(tokens_BC).to(model.head.device)
-            logits, routings = model(tokens[:, :-1])
-            losses.append(fn.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item())
-            ends_LE = torch.stack([r.ends_E for r in routings]).cpu().numpy().astype(np.int64)
-            counts.append(np.diff(ends_LE, axis=1, prepend=0))
-    return losses, np.stack(counts)
+        tokens = torch.from_numpy(tokens_BC).to(model.head.device)
+        logits, _ = model(tokens[:, :-1])
+        return fn.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
-def balance_statistics(counts_DLE: NDArray[np.int64]) -> dict[str, list[float]]:
-    """Give per layer: Gini and max / mean of the load, and the domains' mean divergence from it in bit."""
-    share_DLE = counts_DLE / counts_DLE.sum(-1, keepdims=True)
-    load_LE = share_DLE.mean(0)
-    return {
-        "gini_L": [gini(load_E) for load_E in load_LE],
-        "max_over_mean_L": [max_mean(load_E) for load_E in load_LE],
-        "domain_expert_information_bit_L": (entropy_bits(load_LE) - entropy_bits(share_DLE).mean(0)).tolist(),
-    }
-
-
-def gpu_state(device: torch.device) -> dict[str, float]:
-    """Read clock, power and temperature of the GPU; empty on a CPU."""
-    if device.type != "cuda":
-        return {}
-    return {
-        "sm_clock_mhz": torch.cuda.clock_rate(),
-        "power_w": torch.cuda.power_draw() / 1000,
-        "temperature_c": torch.cuda.temperature(),
-    }
-
-
-def facts(device: torch.device) -> dict[str, str | int]:
+def facts(device: torch.device) -> dict[str, str]:
     """Name the software and, where there is one, the GPU and its driver."""
     named = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if device.type != "cuda":
@@ -172,14 +142,8 @@ def facts(device: torch.device) -> dict[str, str | int]:
     import pynvml
 
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-    return named | {
-        "device": torch.cuda.get_device_name(device),
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
-        "cuda": torch.version.cuda or "",
-        "power_limit_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) // 1000,
-        "max_sm_clock_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
-    }
+    named |= {"driver": pynvml.nvmlSystemGetDriverVersion(), "cuda": torch.version.cuda or ""}
+    return named | {"device": torch.cuda.get_device_name(device)}
 
 
 def checkpoint(
@@ -187,21 +151,18 @@ def checkpoint(
 ) -> tuple[RoutingTrace, dict[str, Any]]:
     """Evaluate and record the model as it is now; return its routing and the report."""
     length, most = trainer.cfg.sequence_len + 1, trainer.cfg.eval_sequences
-    texts = [SPLIT.chunks(text_N, length)[:most] for text_N in corpus.values()]
-    losses, counts_DLE = evaluate(trainer.model, texts)
+    losses = {name: evaluate(trainer.model, SPLIT.chunks(text_N, length)[:most]) for name, text_N in corpus.items()}
     prompts = {name: SPLIT.chunks(text_N, cfg.prompt_len) for name, text_N in corpus.items()}
     trace = record(serving_copy(trainer.model), prompts, cfg, provenance)
     return trace, {
         "step": trainer.step,
         "training_tokens": trainer.step * trainer.cfg.num_sequences * trainer.cfg.sequence_len,
         "training_seconds": trainer.spent_s,
-        "heldout_loss": dict(zip(corpus, losses, strict=True)),
-        "balance": balance_statistics(counts_DLE),
+        "heldout_loss": losses,
         "record": asdict(cfg),
         "recorded_tokens": trace.num_tokens,
         "recorded_steps": trace.num_steps,
         "steps_held": int((trace.step_table.moe_ns_SL[:, 0] != UNKNOWN).sum()),
-        "gpu_after_recording": gpu_state(trainer.device),
     }
 
 
@@ -224,9 +185,9 @@ def run(
     provenance = Provenance(
         source=f"recorded by {command} at commit {commit}",
         model=NAME,
-        device=str(named["device"]),
+        device=named["device"],
         driver=named.get("driver"),
-        versions={name: str(named[name]) for name in ("python", "torch", "numpy", "cuda") if name in named},
+        versions={name: version for name, version in named.items() if name not in ("device", "driver")},
         seed=cfg.seed,
         notes=NOTES,
     )
@@ -252,8 +213,6 @@ def run(
         table = replace(trace.step_table, segments=SEGMENTS, segment_S=np.full(trace.num_steps, segment, np.uint8))
         first_request = int(traces[-1].request_id_T.max()) + 1 if traces else 0
         traces.append(replace(trace, step_table=table, request_id_T=trace.request_id_T + first_request))
-        if device.type == "cuda":
-            report["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         write_trace(concat(traces), out / f"{NAME}.parquet")
         (out / f"{NAME}.training.json").write_text(json.dumps(report, indent=1))
 

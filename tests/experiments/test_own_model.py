@@ -155,17 +155,8 @@ def test_training_lowers_the_loss_and_keeps_balance(model, corpus):
     assert trainer.step == 60
     assert trainer.rows[-1]["loss"] < 0.75 * trainer.rows[0]["loss"]
     assert trainer.rows[-1]["balance"] < min(1.2, trainer.rows[0]["balance"])
-    losses, counts_DLE = train.evaluate(model, [SPLIT.chunks(t, 33)[:4] for t in corpus.values()])
-    assert len(losses) == 3
-    assert (counts_DLE.sum(-1) == 4 * 32 * CONFIG.top_k).all()
-
-
-def test_domain_information_tells_split_experts_from_shared_ones():
-    shared = np.full((2, 1, 4), 5)
-    split = np.array([[[9, 9, 0, 0]], [[0, 0, 9, 9]]])
-    assert train.balance_statistics(shared)["domain_expert_information_bit_L"] == [0.0]
-    assert train.balance_statistics(split)["domain_expert_information_bit_L"] == [1.0]
-    assert train.balance_statistics(split)["gini_L"] == [0.0]
+    for text_N in corpus.values():
+        assert train.evaluate(model, SPLIT.chunks(text_N, 33)[:4]) < trainer.rows[0]["loss"]
 
 
 def test_served_tokens_route_as_in_one_full_forward(model, corpus):

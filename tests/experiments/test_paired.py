@@ -160,17 +160,6 @@ def test_compositions_add_only_what_blocks_do_not_explain():
     assert np.sqrt((narrow[:, 1] ** 2).mean()) == pytest.approx(1.0)
 
 
-def test_holm_corrects_and_keeps_the_order():
-    np.testing.assert_allclose(paired.holm(np.array([0.01, 0.04, 0.03, 0.5])), [0.04, 0.09, 0.09, 0.5])
-
-
-def test_kendall_tau_counts_ties():
-    assert paired.kendall_tau_b(np.array([1, 2, 3, 4]), np.array([1, 2, 3, 4])) == 1
-    assert paired.kendall_tau_b(np.array([1, 2, 3]), np.array([3, 2, 1])) == -1
-    assert paired.kendall_tau_b(np.array([1, 1, 3]), np.array([1, 2, 3])) == pytest.approx(np.sqrt(2 / 3))
-    assert np.isnan(paired.kendall_tau_b(np.array([1, 1]), np.array([1, 2])))
-
-
 def test_the_same_seed_gives_the_same_draws():
     times_PN = np.random.default_rng(6).random((3, 50))
     first, second = (paired.block_bootstrap(times_PN, 0, seed=9) for _ in range(2))
