@@ -17,7 +17,7 @@ import numpy as np
 from ..traces.schema import Ints, MoeSpec, OtherWork
 from .contract import DeviceSpec, Plan, SliceLayout, TileVariant
 from .roofline import roofs_ns
-from .shares import Shares, shares_of
+from .shares import Shares
 from .stepwork import OtherL, StepWork
 from .tiles import Residual, Tables, TileConstants, matrix_rate_per_s
 
@@ -66,7 +66,7 @@ class CostModel:
         """Return a layout as this model sees it."""
         if layout not in self._shares:
             tiles = {v.name: v for v in self.variants}
-            self._shares[layout] = shares_of(layout, tiles, self.device, self.model, self.constants, self.residual)
+            self._shares[layout] = Shares(layout, tiles, self.device, self.model, self.constants, self.residual)
         return self._shares[layout]
 
     def tables(self, layout: SliceLayout) -> Tables:

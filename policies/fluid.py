@@ -134,7 +134,7 @@ class Fluid:
         if self._contested and self.shares.queues and self._queue[i][-1].kernel not in (GAP, previous_kernel):
             if self._blocked or not self.shares.admits(self._holds & ~(1 << i), i):
                 self._arrivals += 1
-                heappush(self._blocked, (self.shares.slices[i].priority, self._arrivals, i))
+                heappush(self._blocked, (self.shares.slices[i].stream_priority, self._arrivals, i))
                 return
             self._holds |= 1 << i
         self._run(i)

@@ -87,7 +87,7 @@ def rates(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> li
     over = _overloads(ids, segments, shares) if len(ids) > 1 else []
     if not over:
         return speeds
-    weights = [shares.weights[i] for i in ids]
+    weights = [shares.reach_S[i] for i in ids]
     for demands, capacity in over:
         asked = [d * y for d, y in zip(demands, speeds, strict=True)]
         level = water_level(asked, weights, capacity)

@@ -22,30 +22,30 @@ def roofs_ns(counts_LE: Ints, owner_LE: Ints, other_L: OtherL, shares: Shares) -
     _, asked_CPLE = demands(counts_LE, owner_LE, width_1E, shares.tables)
     pipe_ns, _, flops, l2_bytes, dram_bytes = asked_CPLE
     slice_LS = np.zeros((len(counts_LE), len(shares.slices)))
-    for s, share in enumerate(shares.slices):
-        dram_ns = dram_bytes / shares.read_per_ns_SC[s, share.ctas]
+    for s, one in enumerate(shares.slices):
+        dram_ns = dram_bytes / shares.read_per_ns(s)
         # A slice's part of the device's matrix rate is no limit of its own: its SMs' pipes are.
         ns_PLE = np.maximum(
             np.maximum(dram_ns, l2_bytes / shares.l2_per_ns_S[s]),
-            np.maximum(pipe_ns / share.sms, flops / shares.flops_per_ns),
+            np.maximum(pipe_ns / one.sm_count, flops / shares.flops_per_ns),
         )
         slice_LS[:, s] = (ns_PLE * (owner_LE == s)).sum(axis=(0, 2))
-        if share.remote:
+        if one.instance:
             rows_L = (counts_LE * (owner_LE == s)).sum(axis=1)
             slice_LS[:, s] += [hop_ns(int(rows), shares) if rows else 0.0 for rows in rows_L]
     pipe_L, _, flops_L, l2_L, dram_L = asked_CPLE.sum(axis=(1, 3))
     for layer, works in enumerate(other_L):
         for work in works:
             if work.slice_id is not None:
-                share = shares.slices[work.slice_id]
-                read_ns = work.hbm_bytes / float(shares.read_per_ns_SC[work.slice_id, share.ctas])
-                math_ns = work.flops / (shares.flops_per_ns * share.sms / shares.device.sm_count)
+                sms = shares.slices[work.slice_id].sm_count
+                read_ns = work.hbm_bytes / shares.read_per_ns(work.slice_id)
+                math_ns = work.flops / (shares.flops_per_ns * sms / shares.device.sm_count)
                 slice_LS[layer, work.slice_id] += max(read_ns, math_ns)
                 dram_L[layer] += work.hbm_bytes
                 flops_L[layer] += work.flops
     layer_L = np.maximum(slice_LS.max(axis=1), flops_L / shares.flops_per_ns)
     if not shares.own_memory:
-        together = read_bytes_per_ns(shares.device, sum(share.reach for share in shares.slices))
+        together = read_bytes_per_ns(shares.device, sum(shares.reach_S))
         layer_L = np.maximum(layer_L, np.maximum(dram_L / together, l2_L / shares.l2_bytes_per_ns))
     if shares.pooled:
         layer_L = np.maximum(layer_L, pipe_L / shares.device.sm_count)

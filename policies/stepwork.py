@@ -83,8 +83,8 @@ class StepWork:
         self._moved_bytes_L: list[float] = sums[..., 6].sum(axis=(1, 2, 3)).tolist()
         self._rows_L: list[int] = counts_LE.sum(axis=1).tolist()
         self._remote_rows_SL: list[list[int]] = [
-            np.where(owner_LE == s, counts_LE, 0).sum(axis=1).tolist() if share.remote else []
-            for s, share in enumerate(shares.slices)
+            np.where(owner_LE == s, counts_LE, 0).sum(axis=1).tolist() if one.instance else []
+            for s, one in enumerate(shares.slices)
         ]
         self._stolen_sums: list[Sums] = []
         """Of each thief: every queue at that slice's prices."""
@@ -134,11 +134,11 @@ class StepWork:
         return chain
 
     def _beside(self, work: OtherWork, s: int, kernel: int, clock: float) -> Segment:
-        share, device = self.shares.slices[s], self.shares.device
+        device = self.shares.device
         peak = peak_flops_per_clk(device, self.shares.model.dtype) * device.clock_mhz / 1e3 * clock
         device_ns = work.flops / (self.shares.flops_per_ns * clock)
-        dram_ns = work.hbm_bytes / float(self.shares.read_per_ns_SC[s, share.ctas])
-        solo = max(work.flops / peak / share.sms, device_ns, dram_ns, 1.0)
+        dram_ns = work.hbm_bytes / self.shares.read_per_ns(s)
+        solo = max(work.flops / peak / self.shares.slices[s].sm_count, device_ns, dram_ns, 1.0)
         pipe = work.flops / peak / device.sm_count / solo
         l2 = work.hbm_bytes / (self.shares.l2_bytes_per_ns * clock)
         return Segment(solo, pipe, l2 / solo, device_ns / solo, work.hbm_bytes / solo, kernel)

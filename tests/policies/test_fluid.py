@@ -12,7 +12,7 @@ from expertslice.policies.data import load_device
 from expertslice.policies.fluid import Fluid, Theft
 from expertslice.policies.layouts import uniform_slice
 from expertslice.policies.rates import Segment, gap, rates, water_level
-from expertslice.policies.shares import Shares, shares_of
+from expertslice.policies.shares import Shares
 from expertslice.policies.tiles import TileConstants
 from expertslice.traces.schema import MoeSpec
 
@@ -26,7 +26,7 @@ def shares(*tiles: str, mechanism: str = "sm_budget", sms: int = 132, priorities
         for i, tile in enumerate(tiles)
     )
     variants = {v.name: v for v in (HOT, COLD, WIDE)}
-    return shares_of(SliceLayout(slices=slices), variants, DEVICE, MODEL, TileConstants())
+    return Shares(SliceLayout(slices=slices), variants, DEVICE, MODEL, TileConstants())
 
 
 def ends(fluid: Fluid) -> list[int]:
