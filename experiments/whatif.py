@@ -130,9 +130,9 @@ def _simulate(case: Case, folder: Path) -> tuple[Evidence, dict[str, Path]]:
         found[task.run.kind][task.run.index][task.name] = outcome
     compositions, draws = ([one for _, one in sorted(found[kind].items())] for kind in ("composition", "draw"))
     bounds = frozenset(name for name, policy in case.policies.items() if policy.foresees)
-    evidence = Evidence(
-        main=found["trace"][0], compositions=compositions, nominal=found["nominal"][0], draws=draws, bounds=bounds
-    )
+    # In the order asked for, not in that in which workers ended.
+    main = {name: found["trace"][0][name] for name in case.policies}
+    evidence = Evidence(main=main, compositions=compositions, nominal=found["nominal"][0], draws=draws, bounds=bounds)
     return evidence, records
 
 

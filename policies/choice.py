@@ -45,14 +45,6 @@ def plan_costs_ns(setup: Setup, plans: Sequence[Plan], counts_LE: I32) -> F64:
     return np.asarray(costs)
 
 
-def suitable_tile(setup: Setup, names: Sequence[str], counts_LE: I32) -> str:
-    """Return the first of the tiles whose rows suit the experts as an average row sees them, or the last."""
-    rows = float((counts_LE.astype(np.float64) ** 2).sum() / max(1, counts_LE.sum()))
-    # Tiles of too few rows read the weights again, of too many they are padding.
-    least, most = min(rows / 2, 128), max(4 * rows, 64)
-    return next((name for name in names if least <= setup.variant(name).block_m <= most), names[-1])
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """Plans to choose among and the one chosen; the first num_unsliced of them are unsliced."""

@@ -8,6 +8,7 @@ instance can be added.
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import combinations
 
 from .contract import DeviceSpec, MigPlacement, MigProfile, SliceLayout
 from .layouts import uniform_slice
@@ -39,17 +40,10 @@ def illegality(placements: Sequence[MigPlacement], device: DeviceSpec) -> str | 
         most = by_name[name].max_instances
         if count > most:
             return f"layout has {count} instances of {name}; {device.name} holds {most}, drop some"
-    return _overlap(placements, by_name)
-
-
-def _overlap(placements: Sequence[MigPlacement], by_name: dict[str, MigProfile]) -> str | None:
-    taken: dict[int, str] = {}
-    for place in placements:
-        for memory_slice in range(place.start, place.start + by_name[place.profile].memory_slices):
-            if memory_slice in taken:
-                other = taken[memory_slice]
-                return f"{place.profile} and {other} both take memory slice {memory_slice}; move or drop one of them"
-            taken[memory_slice] = place.profile
+    for one, other in combinations(placements, 2):
+        first = max(one.start, other.start)
+        if first < min(place.start + by_name[place.profile].memory_slices for place in (one, other)):
+            return f"{one.profile} and {other.profile} both take memory slice {first}; move or drop one of them"
     return None
 
 

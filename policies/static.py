@@ -12,7 +12,6 @@ import numpy as np
 from ..traces.schema import I16, I32
 from .allocator import place_longest_first
 from .candidates import auto_tiles, exclusive_slice
-from .choice import suitable_tile
 from .contract import (
     DeviceSpec,
     Mechanism,
@@ -92,9 +91,12 @@ def equal_layouts(setup: Setup, num_slices: int, mechanism: Mechanism, tile: str
 
 
 def suited_layout(setup: Setup, layouts: tuple[SliceLayout, ...], counts_LE: I32) -> SliceLayout:
-    """Return the layout whose tile suits a load."""
-    by_tile = {layout.slices[0].up: layout for layout in layouts}
-    return by_tile[suitable_tile(setup, tuple(by_tile), counts_LE)]
+    """Return the first layout whose tile has rows that suit the experts as an average row sees them, or the last."""
+    rows = float((counts_LE.astype(np.float64) ** 2).sum() / max(1, counts_LE.sum()))
+    # Tiles of too few rows read the weights again, of too many they are padding.
+    least, most = min(rows / 2, 128), max(4 * rows, 64)
+    suited = (one for one in layouts if least <= setup.variant(one.slices[0].up).block_m <= most)
+    return next(suited, layouts[-1])
 
 
 def round_robin(setup: Setup, num_slices: int) -> I16:

@@ -6,7 +6,6 @@ Firmware watches a moving average: a burst runs at the full clock, and once the 
 until the sustained rate is left; idle time lets it recover.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import cbrt, exp, floor
 
@@ -19,7 +18,6 @@ GAIN = 5.0
 CLOCK_STEPS = 256
 LEAST_CLOCK = 0.25
 WINDOW_NS = 2_000_000_000
-SETTLE_NS = 10 * AVERAGE_NS
 
 
 class Power:
@@ -62,22 +60,6 @@ class Power:
             return 1.0
         clock = cbrt(max(0.0, allowed_w - memory_w) / matrix_w) if matrix_w else 1.0
         return max(LEAST_CLOCK, min(1.0, floor(clock * CLOCK_STEPS) / CLOCK_STEPS))
-
-
-def sustained_clock(device: DeviceSpec, run: Callable[[float], tuple[float, float, float]]) -> float:
-    """Return the clock that a workload settles at when repeated without rest.
-
-    `run` maps a clock to the (duration ns, bytes moved, FLOP) of one repetition.
-    """
-    power = Power(device)
-    spent_ns, clock, repetition = 0.0, 0.0, (0.0, 0.0, 0.0)
-    while spent_ns < SETTLE_NS:
-        if power.clock != clock:
-            clock = power.clock
-            repetition = run(clock)
-        power.spend(round(repetition[0]), repetition[1], repetition[2])
-        spent_ns += max(1.0, repetition[0])
-    return power.clock
 
 
 class EnergyMeter:

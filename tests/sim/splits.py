@@ -19,7 +19,7 @@ from expertslice.policies.cost import CostModel
 from expertslice.policies.data import load_device
 from expertslice.policies.layouts import max_ctas_per_sm, uniform_slice
 from expertslice.policies.stepwork import StepWork
-from expertslice.sim.power import sustained_clock
+from expertslice.sim.power import AVERAGE_NS, Power
 from expertslice.traces.schema import MoeSpec, OtherWork, Product
 
 Regime = Literal["burst", "sustained"]
@@ -175,6 +175,22 @@ class _Bench:
             flops = 2.0 * params.k_dim * params.n_dim * int(counts_E.sum()) + sum(w.flops for w in other)
             clock = sustained_clock(self.cost.device, lambda c: (_slices_ns(work, c), work.moved_bytes(0), flops))
         return _slices_ns(work, clock) / 1e6
+
+
+def sustained_clock(device: DeviceSpec, run: Callable[[float], tuple[float, float, float]]) -> float:
+    """Return the clock that a workload settles at when repeated without rest.
+
+    `run` maps a clock to the (duration ns, bytes moved, FLOP) of one repetition.
+    """
+    power = Power(device)
+    spent_ns, clock, repetition = 0.0, 0.0, (0.0, 0.0, 0.0)
+    while spent_ns < 10 * AVERAGE_NS:
+        if power.clock != clock:
+            clock = power.clock
+            repetition = run(clock)
+        power.spend(round(repetition[0]), repetition[1], repetition[2])
+        spent_ns += max(1.0, repetition[0])
+    return power.clock
 
 
 def _slices_ns(work: StepWork, clock: float) -> int:
