@@ -6,7 +6,7 @@ instance can be added.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import combinations
 
@@ -40,11 +40,14 @@ def illegality(placements: Sequence[MigPlacement], device: DeviceSpec) -> str | 
         most = by_name[name].max_instances
         if count > most:
             return f"layout has {count} instances of {name}; {device.name} holds {most}, drop some"
+    return next(_overlaps(placements, by_name), None)
+
+
+def _overlaps(placements: Sequence[MigPlacement], by_name: dict[str, MigProfile]) -> Iterator[str]:
     for one, other in combinations(placements, 2):
         first = max(one.start, other.start)
         if first < min(place.start + by_name[place.profile].memory_slices for place in (one, other)):
-            return f"{one.profile} and {other.profile} both take memory slice {first}; move or drop one of them"
-    return None
+            yield f"{one.profile} and {other.profile} both take memory slice {first}; move or drop one of them"
 
 
 @lru_cache(maxsize=16)
