@@ -19,7 +19,7 @@ INTRODUCTION = f"""expertslice {__version__}: would slicing a GPU between expert
   expertslice whatif                 rank the slicing policies on the bundled trace; a report is written
   expertslice whatif my.parquet      the same on a trace of yours, for any --device and --model
   expertslice trace info my.parquet  what a routing trace looks like; `trace import` reads other formats
-  expertslice policies | devices | models
+  expertslice policies | devices | models | doctor
 
 No GPU is needed. Add --help to any command; start with: expertslice whatif
 """
@@ -76,6 +76,7 @@ def whatif(
         print_summary(summary, folder, report=not no_report)
 
 
+app.command(name="doctor")(cli_gpu.doctor)
 app.command(name="tune")(cli_gpu.tune)
 app.command(name="bench")(cli_bench.bench)
 app.command(name="sweep")(sweep_cli.sweep)

@@ -1,10 +1,12 @@
-"""The commands that need a GPU."""
+"""The commands about a GPU."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from .cli_lists import AsJson, print_json
 
 
 def tune(
@@ -27,6 +29,21 @@ def tune(
         spec = replace(spec, num_layers=1, dtype="bf16", kind=kind or spec.kind)
         path = tune_shape(spec, seconds=seconds, folder=folder or FOLDER, say=typer.echo)
         typer.echo(f"{model}: {path}")
+
+
+def doctor(*, as_json: AsJson = False) -> None:
+    """Say what this machine can do for slicing, and what to do about what it cannot."""
+    from ..runtime.doctor import examine
+
+    found = examine()
+    if as_json:
+        print_json([asdict(one) for one in found])
+        return
+    width = max(len(one.subject) for one in found)
+    for one in found:
+        typer.echo(f"{one.subject:{width}}  {one.found}")
+        if one.advice:
+            typer.echo(f"{'':{width}}  -> {one.advice}")
 
 
 def require_gpu(command: str) -> None:
