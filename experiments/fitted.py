@@ -28,6 +28,7 @@ from ..traces.spec import SynthSpec, logits_of_load
 from ..traces.synth import synthesise
 from ..traces.trace import RoutingTrace
 from .inputs import Opened, choose_segment, in_memory, open_source
+from .runs import whole
 from .workload import rebatched
 
 if TYPE_CHECKING:
@@ -83,9 +84,8 @@ def fit_like(opened: Opened) -> SynthSpec:
     # A cache that cannot be written costs time, nothing else.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(spec.to_json(), encoding="utf-8")
-        part.rename(path)
+        with whole(path) as part:
+            part.write_text(spec.to_json(), encoding="utf-8")
     return spec
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..policies.contract import StepRecord
+from .runs import whole
 
 ROWS_PER_GROUP = 512
 SCALARS = {
@@ -40,26 +41,16 @@ def writing(path: Path | None) -> Iterator[Callable[[StepRecord], None]]:
     if path is None:
         yield lambda record: None
         return
-    part = path.with_name(path.name + ".part")
-    file = pq.ParquetWriter(part, SCHEMA, compression="zstd")
     rows: list[dict[str, Any]] = []
+    with whole(path) as part, pq.ParquetWriter(part, SCHEMA, compression="zstd") as file:
 
-    def append(record: StepRecord) -> None:
-        rows.append(_row(record))
-        if len(rows) == ROWS_PER_GROUP:
-            write_rows(file, rows)
+        def append(record: StepRecord) -> None:
+            rows.append(_row(record))
+            if len(rows) == ROWS_PER_GROUP:
+                write_rows(file, rows)
 
-    try:
         yield append
         write_rows(file, rows)
-        file.close()
-    except BaseException:
-        # The disk may be full, which is why the file is dropped.
-        with contextlib.suppress(OSError):
-            file.close()
-        part.unlink(missing_ok=True)
-        raise
-    part.rename(path)
 
 
 def write_rows(file: pq.ParquetWriter, rows: list[dict[str, Any]]) -> None:

@@ -4,11 +4,13 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +20,18 @@ from .. import __version__
 from .errors import PACKAGE_ROOT
 
 LIBRARIES = ("numpy", "scipy", "pyarrow", "simpy", "joblib", "seaborn", "matplotlib")
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a name that readers pass over; what is written there gets its own in the end, or is dropped."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 class RunFolder:
@@ -38,9 +52,8 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, complete or not at all."""
-        part = self.path / (name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.rename(self.path / name)
+        with whole(self.path / name) as part:
+            part.write_text(text, encoding="utf-8")
 
     def finish(self, status: str = "complete") -> Path:
         """Give the folder its name."""

@@ -10,7 +10,7 @@ import itertools
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .. import __version__
 from ..policies.contract import Policy
 from .case import Options, prepare
 from .errors import StoppedError
-from .runs import provenance, sha256_of, to_json
+from .runs import provenance, sha256_of, to_json, whole
 from .sweep_grid import grid_of
 from .sweep_point import Limits, Workload, composition_of, guarded, measure, steps_of
 from .tasks import progress, unordered
@@ -98,7 +98,8 @@ def sweep(grid: Grid) -> dict[str, Any]:
             _forget_failed(grid.out)
         there = outcomes(grid.out)
         missing = [point for name, point in points.items() if name not in there]
-        _write(grid.out / "_manifest.json", lambda path: path.write_text(to_json(provenance() | asdict(grid))))
+        with whole(grid.out / "_manifest.json") as part:
+            part.write_text(to_json(provenance() | asdict(grid)), encoding="utf-8")
         begin_s = time.monotonic()
         try:
             _run_all(missing, grid)
@@ -212,15 +213,9 @@ class _Part:
         if self._rows:
             table = pa.Table.from_pylist(self._rows, schema=SCHEMA)
             name = hashlib.sha256("".join(table["point"].to_pylist()).encode()).hexdigest()[:16]
-            _write(self._folder / f"part-{name}.parquet", lambda path: pq.write_table(table, path, compression="zstd"))
+            with whole(self._folder / f"part-{name}.parquet") as part:
+                pq.write_table(table, part, compression="zstd")
         self._rows, self._written_s = [], time.monotonic()
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a name that readers pass over, then give it its own."""
-    hidden = path.with_name(f".{path.name}")
-    write(hidden)
-    hidden.replace(path)
 
 
 def outcomes(folder: Path) -> dict[str, str | None]:
@@ -234,7 +229,8 @@ def _forget_failed(folder: Path) -> None:
         table = pq.read_table(path)
         good = table.filter(pc.equal(table["status"], "ok"))
         if len(good) < len(table):
-            _write(path, lambda hidden, good=good: pq.write_table(good, hidden, compression="zstd"))
+            with whole(path) as part:
+                pq.write_table(good, part, compression="zstd")
 
 
 @contextlib.contextmanager
