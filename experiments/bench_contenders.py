@@ -71,6 +71,13 @@ def ours_modelled(batch: Batch) -> Contender:
     return _our(batch, launch, "modelled")
 
 
+def ours_paper(batch: Batch) -> Contender:
+    """Return our layer under the paper's block sizes (A.1)."""
+    from ..kernels.tuned import paper_launch
+
+    return _our(batch, paper_launch(batch.spec, len(batch.x_TD), sm_count=sm_count()), "the paper's tiles")
+
+
 def _our(batch: Batch, launch: "LayerLaunch", source: str) -> Contender:
     return Contender(
         step=our_step(batch, launch),
@@ -154,6 +161,7 @@ def hf(batch: Batch, *, implementation: str) -> Contender:
 ARMS: dict[str, Callable[[Batch], Contender]] = {
     OURS: ours,
     "ours_modelled": ours_modelled,
+    "ours_paper": ours_paper,
     "sequential": sequential,
     "sequential_graph": sequential_graph,
     "torch_grouped": partial(grouped, in_graph=False),

@@ -116,7 +116,7 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    for name in ("ours", "ours_modelled"):
+    for name in ("ours", "ours_modelled", "ours_paper"):
         monkeypatch.setitem(ARMS, name, ours)
     monkeypatch.setattr(bench_measure, "capture", capture)
     monkeypatch.setattr(bench_measure, "interleave", interleave)
@@ -456,3 +456,6 @@ def test_where_it_is_not_the_best_launch_found_is_taken_and_the_modelled_one_is_
     modelled = bench_contenders.ours_modelled(batch_on_cpu())
     assert modelled.step == timed[0]
     assert modelled.about["launch_source"] == "modelled"
+    paper = bench_contenders.ours_paper(batch_on_cpu())
+    assert paper.about["launch_source"] == "the paper's tiles"
+    assert paper.about["launch"].startswith("64x64x32")
