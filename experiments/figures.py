@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from ..policies.contract import StepRecord
 from .plotting import GRID, INK, PALETTE, Drawn, Sketch, axes, finish, styled
-from .ranking import REFERENCE
+from .ranking import REFERENCE, Outcomes
 from .records import read_records
-from .simulate import Outcome
 from .table import effect_words, rank_words, share_words, signed
 
 TERMS = (
@@ -37,7 +36,7 @@ def unit_of(ns: float) -> tuple[float, str]:
 
 def draw_all(
     summary: dict[str, Any],
-    main: Mapping[str, Outcome],
+    main: Outcomes,
     mean_LE: NDArray[np.float64],
     records: Mapping[str, Path],
     folder: Path,
@@ -132,7 +131,7 @@ def _load(mean_LE: NDArray[np.float64]) -> Sketch:
     return figure, "load", "Load of every expert", caption
 
 
-def _times(main: Mapping[str, Outcome]) -> Sketch:
+def _times(main: Outcomes) -> Sketch:
     """Draw the distribution of step times of every policy."""
     figure, ax = axes(2.9)
     share = np.linspace(0, 1, ECDF_POINTS)
@@ -154,7 +153,7 @@ def _times(main: Mapping[str, Outcome]) -> Sketch:
     return figure, "times", "Step times, each policy", caption
 
 
-def _timeline(names: Sequence[str], main: Mapping[str, Outcome], records: Mapping[str, Path]) -> Sketch | None:
+def _timeline(names: Sequence[str], main: Outcomes, records: Mapping[str, Path]) -> Sketch | None:
     """Draw one step of the best policy that slices, beside the same step unsliced; None when none slices."""
     found = sliced_step(names, main)
     if found is None:
@@ -200,7 +199,7 @@ def _draw_slices(ax: Any, record: StepRecord, scale: float) -> None:
     ax.grid(axis="x", color=GRID)
 
 
-def sliced_step(names: Sequence[str], main: Mapping[str, Outcome]) -> tuple[str, int] | None:
+def sliced_step(names: Sequence[str], main: Outcomes) -> tuple[str, int] | None:
     """Return the first policy that slices, and the one of its sliced steps whose gain is the median of all."""
     for name in names:
         sliced_N = np.flatnonzero(main[name].sliced())

@@ -6,8 +6,7 @@ Shape letters: P policies, the reference first, N steps, B bootstrap draws, M dr
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,36 +21,35 @@ Floats = NDArray[np.float64]
 REFERENCE = "unsliced"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """Outcomes by policy name: of the trace's own steps, of re-batched ones, and of draws of the model's errors."""
-
-    main: Mapping[str, Outcome]
-    compositions: Sequence[Mapping[str, Outcome]]
-    nominal: Mapping[str, Outcome]
-    """The sampled steps under the nominal model: what draws are compared with."""
-    draws: Sequence[Mapping[str, Outcome]]
-    """Bounds, which are slow, are left out of the later draws."""
-    bounds: frozenset[str]
-    """The policies that foresee: they take no place."""
+Outcomes = Mapping[str, Outcome]
+"""What every policy made of the same steps, by name."""
 
 
-def rank(evidence: Evidence, *, seed: int) -> tuple[dict[str, Any], str | None]:
-    """Rank the policies by mean step time on the trace's own steps, as plain values; name the slowest if it surely is.
+def rank(
+    main: Outcomes,
+    compositions: Sequence[Outcomes],
+    nominal: Outcomes,
+    draws: Sequence[Outcomes],
+    *,
+    bounds: Collection[str],
+    seed: int,
+) -> dict[str, Any]:
+    """Rank the policies by mean step time on the trace's own steps (`main`), as plain values.
 
-    Effects are in percent of the reference's mean step time, negative is faster.
+    Effects are in percent of the reference's mean step time, negative is faster. `compositions` are other batches of
+    the same requests; `draws`, of the model's errors, are compared with `nominal`, the same sampled steps without
+    one, and the later ones may lack bounds, which are slow. Bounds take no place.
     """
-    names = sorted(evidence.main, key=lambda name: name != REFERENCE)
-    times_PN = times_of(evidence.main, names)
+    names = sorted(main, key=lambda name: name != REFERENCE)
+    times_PN = times_of(main, names)
     block = paired.common_block_length(times_PN, 0)
     effect_P = paired.effect_percent(times_PN, 0)
-    composition_CP, between_BP = _between(evidence, names, seed)
+    composition_CP, between_BP = _between(compositions, names, seed)
     workload_BP = paired.block_bootstrap(times_PN, 0, seed=seed, length=block) + between_BP
-    nominal_P = _effects(evidence.nominal, names)
-    draw_MP = np.array([_effects(one, names) for one in evidence.draws])
+    nominal_P = _effects(nominal, names)
+    draw_MP = np.array([_effects(one, names) for one in draws])
     model_BP = paired.t_draws(draw_MP - nominal_P, seed=seed + 2, about_mean=True)
     deviations = {"effect": workload_BP + model_BP, "workload": workload_BP, "model": model_BP}
-    rows, loser = _rows(evidence, names, effect_P, deviations)
     return {
         "statistics": {
             "effect": "mean step time against unsliced on the same steps, percent; negative is faster",
@@ -59,20 +57,20 @@ def rank(evidence: Evidence, *, seed: int) -> tuple[dict[str, Any], str | None]:
             "block_steps": block,
             "compositions": len(composition_CP),
             "model_draws": len(draw_MP),
-            "sampled_steps": len(evidence.nominal[REFERENCE].step_ns),
+            "sampled_steps": len(nominal[REFERENCE].step_ns),
         },
-        "ranking": rows,
-        "phases": phase_effects(evidence, names, seed),
+        "ranking": _rows(main, names, bounds, effect_P, deviations),
+        "phases": phase_effects(main, names, seed),
         "compositions": [_by_name(names, effects_P) for effects_P in composition_CP],
         "sampled": _by_name(names, nominal_P),
         "draws": [_by_name(names, effects_P) for effects_P in draw_MP],
         "pairs": _pairs(names, paired.compare_all(effect_P, deviations["effect"])),
-    }, loser
+    }
 
 
-def _between(evidence: Evidence, names: Sequence[str], seed: int) -> tuple[Floats, Floats]:
+def _between(compositions: Sequence[Outcomes], names: Sequence[str], seed: int) -> tuple[Floats, Floats]:
     """Return the effects on other batches, and draws of how far they lie from each other."""
-    times = [times_of(one, names) for one in evidence.compositions]
+    times = [times_of(one, names) for one in compositions]
     effect_CP = np.array([paired.effect_percent(one_PN, 0) for one_PN in times]).reshape(-1, len(names))
     within = [paired.block_bootstrap(one_PN, 0, seed=seed, num_draws=200).std(axis=0) for one_PN in times]
     between_CP = paired.between_compositions(effect_CP, np.array(within).reshape(-1, len(names)))
@@ -80,42 +78,41 @@ def _between(evidence: Evidence, names: Sequence[str], seed: int) -> tuple[Float
 
 
 def _rows(
-    evidence: Evidence, names: Sequence[str], effect_P: Floats, deviations: Mapping[str, Floats]
-) -> tuple[list[dict[str, Any]], str | None]:
-    """Return a row for each policy, bounds last, and who is surely slower than the reference and slowest.
+    main: Outcomes, names: Sequence[str], bounds: Collection[str], effect_P: Floats, deviations: Mapping[str, Floats]
+) -> list[dict[str, Any]]:
+    """Return a row for each policy, bounds last.
 
     Only comparisons of what can be deployed are corrected for, so bounds cost no power.
     """
-    placed = [p for p, name in enumerate(names) if name not in evidence.bounds]
+    placed = [p for p, name in enumerate(names) if name not in bounds]
     differ_PP = paired.compare_all(effect_P[placed], deviations["effect"][:, placed]).differ_PP
     place_of = dict(zip(placed, paired.ranks_with_ties(effect_P[placed], differ_PP), strict=True))
     told = {p for p, differs in zip(placed, differ_PP[:, 0], strict=True) if differs}
     intervals = {f"{part}_interval_percent": paired.interval(effect_P, d_BP).T for part, d_BP in deviations.items()}
-    rows = [
+    return [
         {
             "policy": names[p],
             "deployable": p in place_of,
             "rank": place_of[p].rank if p in place_of else None,
             "tied": p in place_of and place_of[p].tied,
             "surely_faster": p in told and bool(effect_P[p] < 0),
+            "surely_slower": p in told and bool(effect_P[p] > 0),
             "effect_percent": float(effect_P[p]),
             **{name: ends_P2[p].tolist() for name, ends_P2 in intervals.items()},
-            **metrics(evidence.main[names[p]]),
+            **metrics(main[names[p]]),
         }
         for p in sorted(range(len(names)), key=lambda p: (p not in place_of, effect_P[p]))
     ]
-    slowest = max(placed, key=lambda p: effect_P[p])
-    return rows, names[slowest] if slowest in told and effect_P[slowest] > 0 else None
 
 
-def _effects(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> Floats:
+def _effects(outcomes: Outcomes, names: Sequence[str]) -> Floats:
     there = [p for p, name in enumerate(names) if name in outcomes]
     effect_P = np.full(len(names), np.nan)
     effect_P[there] = paired.effect_percent(times_of(outcomes, [names[p] for p in there]), 0)
     return effect_P
 
 
-def times_of(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> Floats:
+def times_of(outcomes: Outcomes, names: Sequence[str]) -> Floats:
     """Return step times [P, N], ns."""
     return np.stack([outcomes[name].times() for name in names])
 
@@ -177,10 +174,10 @@ def slice_words(one: Slice) -> str:
     return f"{one.mechanism} {one.sm_count} SMs, {one.num_ctas} CTAs, {tiles}"
 
 
-def phase_effects(evidence: Evidence, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
+def phase_effects(main: Outcomes, names: Sequence[str], seed: int) -> list[dict[str, Any]]:
     """Return each phase's effects and their workload half-widths, for phases of at least 8 steps."""
-    times_PN = times_of(evidence.main, names)
-    phase_N = np.array(evidence.main[names[0]].phases)
+    times_PN = times_of(main, names)
+    phase_N = np.array(main[names[0]].phases)
     rows: list[dict[str, Any]] = []
     for index, phase in enumerate(PHASES):
         part_PN = times_PN[:, phase_N == index]

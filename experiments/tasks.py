@@ -26,7 +26,7 @@ class Run:
     """What every policy is run on: the first steps of a source, under the nominal model or a draw of its errors."""
 
     kind: str
-    """What the outcomes are for: "trace", "composition", "nominal" or "draw"."""
+    """What the outcomes are for: one of `whatif.KINDS`."""
     label: str
     source: StepSource
     num_steps: int

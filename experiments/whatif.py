@@ -6,7 +6,7 @@ The same tasks, in the same order, with seeds of their own: one worker or severa
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..policies.candidates import unsliced_plans
 from ..policies.layouts import one_slice_plan
 from .case import Case, Options, prepare
 from .errors import StoppedError
-from .ranking import REFERENCE, Evidence, rank
+from .ranking import REFERENCE, Outcomes, rank
 from .runs import RunFolder, provenance
 from .simulate import Outcome
 from .tasks import Run, Task, run_tasks
@@ -28,6 +28,9 @@ NUM_COMPOSITIONS = 3
 COMPOSITION_LAYERS = 512
 """Layers of all steps of one other batching; at least LEAST_STEPS steps."""
 LEAST_STEPS = 16
+KINDS = ("trace", "composition", "nominal", "draw")
+Runs = Mapping[str, Sequence[Outcomes]]
+"""What came out, by the kind of run and its index."""
 
 
 def what_if(options: Options) -> tuple[Case, dict[str, Any], Path]:
@@ -42,14 +45,14 @@ def what_if(options: Options) -> tuple[Case, dict[str, Any], Path]:
     folder = RunFolder(options.out, "whatif", _manifest(case))
     try:
         # Workers that served an earlier call in this process may stand in another folder.
-        evidence, records = _simulate(case, folder.path.resolve())
-        summary = summarise(case, evidence)
+        runs, records = _simulate(case, folder.path.resolve())
+        summary = summarise(case, runs)
         folder.write_json("summary.json", summary)
         if options.report:
             from .figures import draw_all
             from .report import render
 
-            figures = draw_all(summary, evidence.main, case.survey.mean_LE, records, folder.path)
+            figures = draw_all(summary, runs["trace"][0], case.survey.mean_LE, records, folder.path)
             folder.write_text("report.html", render(case, summary, figures))
         return case, summary, folder.finish()
     except KeyboardInterrupt:
@@ -123,24 +126,26 @@ def plan_tasks(case: Case, records: Mapping[str, Path]) -> list[Task]:
     ]
 
 
-def _simulate(case: Case, folder: Path) -> tuple[Evidence, dict[str, Path]]:
+def _simulate(case: Case, folder: Path) -> tuple[Runs, dict[str, Path]]:
+    """Run every task; return what came out, and each policy's file of records."""
     records = {name: folder / f"steps-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.parquet" for name in case.policies}
     found: dict[str, dict[int, dict[str, Outcome]]] = defaultdict(lambda: defaultdict(dict))
     for task, outcome in run_tasks(plan_tasks(case, records), case.world, jobs=case.options.jobs):
         found[task.run.kind][task.run.index][task.name] = outcome
-    compositions, draws = ([one for _, one in sorted(found[kind].items())] for kind in ("composition", "draw"))
-    bounds = frozenset(name for name, policy in case.policies.items() if policy.foresees)
-    # In the order asked for, not in that in which workers ended.
-    main = {name: found["trace"][0][name] for name in case.policies}
-    evidence = Evidence(main=main, compositions=compositions, nominal=found["nominal"][0], draws=draws, bounds=bounds)
-    return evidence, records
+
+    def in_order(by_name: dict[str, Outcome]) -> dict[str, Outcome]:
+        """Return outcomes in the order that was asked for, not in that in which workers ended."""
+        return {name: by_name[name] for name in case.policies if name in by_name}
+
+    return {kind: [in_order(found[kind][i]) for i in sorted(found[kind])] for kind in KINDS}, records
 
 
-def summarise(case: Case, evidence: Evidence) -> dict[str, Any]:
+def summarise(case: Case, runs: Runs) -> dict[str, Any]:
     """Return the outcome as plain values: what `--json` prints and the report shows."""
     seed, device, look = case.options.seed, case.world.device, case.survey
-    ranked, loser = rank(evidence, seed=seed)
-    truth, layouts = case.world.truth(), evidence.main[REFERENCE].layouts
+    (main,), (nominal,), bounds = runs["trace"], runs["nominal"], [n for n, p in case.policies.items() if p.foresees]
+    ranked = rank(main, runs["composition"], nominal, runs["draw"], bounds=bounds, seed=seed)
+    truth, layouts = case.world.truth(), main[REFERENCE].layouts
     usual = one_slice_plan(max(layouts, key=lambda layout: layouts[layout].steps))
     controls = unsliced_plans(case.world.setup(foresees=False, truth=truth))
     workload = ("num_steps", "num_tokens", "steps_of_phase", "tokens_of_phase")
@@ -153,6 +158,6 @@ def summarise(case: Case, evidence: Evidence) -> dict[str, Any]:
         "workload": {name: getattr(look, name) for name in workload},
         "seed": seed,
         **ranked,
-        "why": explain(ranked["ranking"], loser, evidence, truth, usual, look.windows.kept, controls),
+        "why": explain(ranked["ranking"], main, truth, usual, look.windows.kept, controls),
         "notes": list(case.notes),
     }

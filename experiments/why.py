@@ -10,7 +10,7 @@ from typing import Any
 from ..policies.contract import Plan
 from ..policies.cost import CostModel
 from ..traces.schema import RoutedStep
-from .ranking import REFERENCE, Evidence
+from .ranking import REFERENCE, Outcomes
 from .simulate import Outcome, other_work_of
 from .table import effect_words, share_words
 from .terms import LayerTerms, layer_terms, mean, weighted
@@ -30,8 +30,7 @@ Row = Mapping[str, Any]
 
 def explain(
     rows: Sequence[Row],
-    loser: str | None,
-    evidence: Evidence,
+    main: Outcomes,
     truth: CostModel,
     plan: Plan,
     steps: Sequence[RoutedStep],
@@ -47,16 +46,17 @@ def explain(
     others = [row for row in rows if row["deployable"] and row["policy"] != REFERENCE]
     best = min(others, key=lambda row: not row["surely_faster"], default=None)
     name = best["policy"] if best else None
-    ours, theirs = evidence.main[name or REFERENCE].layer_ns_L, evidence.main[REFERENCE].layer_ns_L
+    ours, theirs = main[name or REFERENCE].layer_ns_L, main[REFERENCE].layer_ns_L
     gain_L = [float(100 * (1 - a / b)) if b else 0.0 for a, b in zip(ours, theirs, strict=True)]
     sentences = [_where_time_goes(terms), _room(terms)]
     if best is None:
         sentences += ["No other deployable policy was asked for."]
     elif best["surely_faster"]:
-        sentences += _gain(best, evidence, terms, gain_L)
+        sentences += _gain(best, main, terms, gain_L)
     else:
         sentences += [_no_gain(rows, best), f"{_dominant(terms)}."]
-    sentences += [_loss(row, evidence.main[loser]) for row in rows if row["policy"] == loser]
+    slowest = max((row for row in rows if row["deployable"]), key=lambda row: row["effect_percent"])
+    sentences += [_loss(slowest, main[slowest["policy"]])] if slowest["surely_slower"] else []
     sentences += _control(truth, plan, steps, controls)
     layers = [asdict(t) | {"bound": t.bound, "gain_percent": gain} for t, gain in zip(terms, gain_L, strict=True)]
     return {"best": name, "sentences": sentences, "layers": layers}
@@ -122,7 +122,7 @@ def _and(words: Sequence[str]) -> str:
     return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
-def _gain(best: Row, evidence: Evidence, terms: Sequence[LayerTerms], gain_L: Sequence[float]) -> list[str]:
+def _gain(best: Row, main: Outcomes, terms: Sequence[LayerTerms], gain_L: Sequence[float]) -> list[str]:
     def bound_by(layers: Sequence[int]) -> str:
         return f"bound by {' or '.join(sorted({terms[layer].bound for layer in layers}))}"
 
@@ -134,7 +134,7 @@ def _gain(best: Row, evidence: Evidence, terms: Sequence[LayerTerms], gain_L: Se
         average = sum(gain_L[layer] for layer in gained) / len(gained)
         said += f": it is {average:.1f} % faster in {layer_words(gained)}, {bound_by(gained)}"
     # At which rate the same bytes move is what a gain amounts to where memory binds.
-    runs = (evidence.main[name] for name in (best["policy"], REFERENCE))
+    runs = (main[name] for name in (best["policy"], REFERENCE))
     ours, theirs = (run.hbm_bytes / run.makespan_ns / 1e3 for run in runs)
     rates = f"Over the whole run it moves its bytes at {ours:.2f} TB/s, unsliced at {theirs:.2f} TB/s."
     nothing = [f"Nothing to gain in {layer_words(flat)} ({bound_by(flat)})."] if flat and gained else []
