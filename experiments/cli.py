@@ -77,6 +77,7 @@ def whatif(
 
 
 app.command(name="doctor")(cli_gpu.doctor)
+app.command(name="run")(cli_gpu.run_trace)
 app.command(name="tune")(cli_gpu.tune)
 app.command(name="bench")(cli_bench.bench)
 app.command(name="sweep")(sweep_cli.sweep)

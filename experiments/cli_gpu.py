@@ -46,6 +46,48 @@ def doctor(*, as_json: AsJson = False) -> None:
             typer.echo(f"{'':{width}}  -> {one.advice}")
 
 
+def run_trace(
+    trace: Annotated[str | None, typer.Argument(help="A routing trace; left out: the bundled one.")] = None,
+    *,
+    policies: Annotated[
+        list[str] | None, typer.Option("--policy", help="May be repeated; unsliced always runs first.")
+    ] = None,
+    on: Annotated[Literal["host", "gpu"], typer.Option(help="host: no GPU timing.")] = "host",
+    device: Annotated[str, typer.Option(help="See `expertslice devices`; on a GPU: the one that is there.")] = (
+        "h100-sxm5-80gb"
+    ),
+    model: Annotated[str | None, typer.Option(help="A name from `expertslice models`, or a config.json.")] = None,
+    segment: Annotated[str | None, typer.Option(help="Part of the trace; 'all' takes every step.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Take only the first steps.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and inputs.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="POLICY.NAME=VALUE", help="Set a policy's parameter.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Run policies on a trace's steps, on this GPU or reckoned on this host, and keep a record of every step."""
+    from .run import RunOptions, run_trace
+
+    options = RunOptions(
+        trace=trace,
+        policies=policies or ("unsliced",),
+        settings=settings or (),
+        model=model,
+        device=device,
+        where=on,
+        segment=segment,
+        steps=steps,
+        seed=seed,
+        out=out,
+    )
+    summary, folder = run_trace(options, say=(lambda _: None) if as_json else typer.echo)
+    if as_json:
+        print_json({**summary, "folder": str(folder)})
+    else:
+        typer.echo(f"{summary['label']}\nrecords: {folder}")
+
+
 def require_gpu(command: str) -> None:
     """Raise ValueError where torch is missing or sees no CUDA device."""
     try:

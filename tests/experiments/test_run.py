@@ -1,0 +1,133 @@
+"""`expertslice run` on a host without a GPU: records of every step, and what goes wrong."""
+
+import itertools
+import json
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import ClassVar
+
+import pytest
+
+from expertslice.experiments.cli import run
+from expertslice.experiments.records import read_records
+from expertslice.policies.layouts import fallback_plan
+
+
+@pytest.fixture
+def go(trace_path, config_path, tmp_path, capsys):
+    """Run policies over the small trace; return the exit code, what was printed, and the run's folder."""
+
+    def ran(*arguments):
+        given = ["run", str(trace_path), "--model", str(config_path), "--out", str(tmp_path), *arguments]
+        code = run(given)
+        said = capsys.readouterr()
+        folders = sorted(tmp_path.glob("*-run*"))
+        return code, said.out + said.err, folders[-1] if folders else None
+
+    return ran
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A policy that goes wrong at its fifth decision."""
+
+    foresees: ClassVar[bool] = False
+    reads_clock: ClassVar[bool] = False
+    error: ClassVar[BaseException] = ValueError("odd")
+
+    def init(self, setup):
+        return 0, fallback_plan(setup)
+
+    def layouts(self, setup):
+        return ()
+
+    def plan(self, obs, state):
+        decisions, plan = state
+        if decisions == 4:
+            raise self.error
+        return plan, (decisions + 1, plan)
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    """Make a policy importable by name, raising what is given."""
+
+    def named(error):
+        monkeypatch.setattr(Odd, "error", error)
+        module = ModuleType("odd_policies")
+        module.Odd = Odd
+        monkeypatch.setitem(sys.modules, "odd_policies", module)
+        return "odd_policies:Odd"
+
+    return named
+
+
+def test_every_step_has_a_record_and_the_host_says_that_it_timed_nothing(go):
+    code, said, folder = go("--policy", "hot_cold", "--steps", "20")
+    assert code == 0
+    assert "no GPU timing" in said
+    for name in ("unsliced", "hot_cold"):
+        records = list(read_records(folder / f"{name}.parquet"))
+        assert [record.step for record in records] == list(range(20))
+        assert all(a.end_ns <= b.start_ns for a, b in itertools.pairwise(records))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["label"].startswith("no GPU timing")
+    assert summary["policies"]["hot_cold"]["steps"] == 20
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "complete"
+
+
+def test_the_same_run_gives_the_same_records(go, tmp_path):
+    folders = [go("--policy", "dynamic", "--steps", "12")[2] for _ in range(2)]
+    assert folders[0] != folders[1]
+    a, b = ([vars_of(r) for r in read_records(folder / "dynamic.parquet")] for folder in folders)
+    assert a == b
+
+
+def vars_of(record):
+    return [str(getattr(record, name)) for name in record.__dataclass_fields__]
+
+
+def test_json_is_one_document(go):
+    code, said, folder = go("--steps", "3", "--json")
+    assert code == 0
+    found = json.loads(said)
+    assert found["folder"] == str(folder)
+    assert found["policies"]["unsliced"]["steps"] == 3
+
+
+def test_a_policy_that_raises_runs_unsliced_and_is_counted(go, odd):
+    code, said, folder = go("--policy", odd(ValueError("odd")), "--steps", "10")
+    assert code == 0
+    assert "6 decisions replaced by unsliced" in said
+    found = json.loads((folder / "summary.json").read_text())["policies"]["odd_policies:Odd"]
+    assert found["warnings"] == ["Odd at step 4: odd; running unsliced"]
+
+
+def test_a_stop_by_the_user_keeps_the_records_up_to_then(go, odd):
+    code, said, folder = go("--policy", odd(KeyboardInterrupt()), "--steps", "10")
+    assert code == 130
+    assert "stopped; records up to then are kept in" in said
+    assert len(list(read_records(folder / "unsliced.parquet"))) == 10
+    (name,) = (path.name for path in folder.glob("odd*.parquet"))
+    assert 0 < len(list(read_records(folder / name))) < 10
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "partial"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--policy", "oracle"), "policy oracle foresees steps, which only the simulator offers"),
+        (("--policy", "nosuch"), "nosuch"),
+        (("--device", "nosuch"), "nosuch"),
+        (("--on", "gpu"), "needs a CUDA device"),
+    ],
+)
+def test_what_cannot_run_is_one_sentence_and_leaves_nothing(go, arguments, sentence, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, said, folder = go(*arguments)
+    assert code == 2
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert folder is None
