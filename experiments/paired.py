@@ -147,14 +147,14 @@ def between_compositions(effect_CP: Floats, within_sd_CP: Floats) -> Floats:
     return deviation_CP * np.sqrt(excess)
 
 
-def half_width(deviation_BP: Floats, level: float = LEVEL) -> Floats:
+def half_width(deviation_BP: Floats) -> Floats:
     """Return the half-width of each policy's interval, for deviations without a side."""
-    return np.quantile(np.abs(deviation_BP), level, axis=0)
+    return np.quantile(np.abs(deviation_BP), LEVEL, axis=0)
 
 
-def interval(effect_P: Floats, deviation_BP: Floats, level: float = LEVEL) -> Floats:
+def interval(effect_P: Floats, deviation_BP: Floats) -> Floats:
     """Return [2, P] low and high ends; the estimate itself is always inside."""
-    tails = [(1 - level) / 2, (1 + level) / 2]
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     low_P, high_P = effect_P + np.quantile(deviation_BP, tails, axis=0)
     return np.stack([np.minimum(low_P, effect_P), np.maximum(high_P, effect_P)])
 
@@ -170,8 +170,8 @@ class Comparison:
     """Whether the pair's interval leaves out 0."""
 
 
-def compare_all(effect_P: Floats, deviation_BP: Floats, level: float = LEVEL) -> Comparison:
-    """Compare every pair so that with probability `level` no interval misses its difference (max-T).
+def compare_all(effect_P: Floats, deviation_BP: Floats) -> Comparison:
+    """Compare every pair so that with probability `LEVEL` no interval misses its difference (max-T).
 
     Intervals are as wide as the deviations spread about their mean, shifted by that mean, and reach to the estimate.
     """
@@ -184,7 +184,7 @@ def compare_all(effect_P: Floats, deviation_BP: Floats, level: float = LEVEL) ->
     moving = sd_Q > 0
     if moving.any():
         largest_B = (np.abs(pairs_BQ[:, moving] - mean_Q[moving]) / sd_Q[moving]).max(axis=1)
-        half_PP[upper] = float(np.quantile(largest_B, level)) * sd_Q
+        half_PP[upper] = float(np.quantile(largest_B, LEVEL)) * sd_Q
     shift_PP[upper] = mean_Q
     shift_PP, half_PP = shift_PP - shift_PP.T, half_PP + half_PP.T
     low_PP = np.minimum(difference_PP, difference_PP + shift_PP - half_PP)

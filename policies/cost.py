@@ -19,7 +19,7 @@ from .contract import DeviceSpec, Plan, SliceLayout, TileVariant
 from .roofline import roofs_ns
 from .shares import Shares
 from .stepwork import OtherL, StepWork
-from .tiles import Residual, Tables, TileConstants, matrix_rate_per_s
+from .tiles import Tables, TileConstants, matrix_rate_per_s
 
 __all__ = ["CostModel", "StepWork", "TileConstants", "floor_ns", "perturb"]
 
@@ -41,7 +41,6 @@ class CostModel:
     variants: tuple[TileVariant, ...]
     detail: Literal["tiles", "roofline"] = "tiles"
     constants: TileConstants = field(default_factory=TileConstants)
-    residual: Residual | None = None
     _shares: dict[SliceLayout, Shares] = field(
         default_factory=dict[SliceLayout, Shares], init=False, repr=False, compare=False
     )
@@ -66,7 +65,7 @@ class CostModel:
         """Return a layout as this model sees it."""
         if layout not in self._shares:
             tiles = {v.name: v for v in self.variants}
-            self._shares[layout] = Shares(layout, tiles, self.device, self.model, self.constants, self.residual)
+            self._shares[layout] = Shares(layout, tiles, self.device, self.model, self.constants)
         return self._shares[layout]
 
     def tables(self, layout: SliceLayout) -> Tables:

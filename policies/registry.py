@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import json
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING
@@ -20,8 +21,6 @@ from .static import Static
 from .unsliced import Unsliced
 
 ENTRY_POINT_GROUP = "expertslice.policies"
-
-FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 POLICIES: dict[str, type[Policy[Any]]] = {
     "unsliced": Unsliced,
@@ -109,18 +108,17 @@ def _read_as(kind: Any, value: object, where: str) -> object:
         if value not in args:
             raise ValueError(f"{where} is {value!r}; allowed are {', '.join(map(str, args))}")
         return value
-    if isinstance(value, str):
+    if isinstance(value, str) and kind is not str:
         if origin is tuple:
             return tuple(_read_as(args[0], part.strip(), where) for part in value.split(",") if part.strip())
-        if kind is bool and value.lower() not in FLAGS:
-            raise ValueError(f"{where} is {value!r}; give true or false")
-        with contextlib.suppress(TypeError, ValueError):
-            return FLAGS[value.lower()] if kind is bool else kind(value)
-    elif isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool)):
-        return value
+        with contextlib.suppress(ValueError):
+            return _read_as(kind, json.loads(value.lower()), where)
     elif kind is float and type(value) is int:
         return float(value)
-    raise ValueError(f"{where} is {value!r}; give a value of type {_type_name(kind)}")
+    elif isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    wanted = "true or false" if kind is bool else f"a value of type {_type_name(kind)}"
+    raise ValueError(f"{where} is {value!r}; give {wanted}")
 
 
 def _type_name(kind: Any) -> str:

@@ -14,7 +14,7 @@ from ..traces.schema import F64, MoeSpec
 from .contract import EXCLUSIVE, DeviceSpec, SliceLayout, TileVariant
 from .layouts import fits_together
 from .mig import profile_of
-from .tiles import Residual, TileConstants, cta_gain, matrix_rate_per_s, read_bytes_per_ns, tables_of
+from .tiles import TileConstants, cta_gain, matrix_rate_per_s, read_bytes_per_ns, tables_of
 
 
 class Shares:
@@ -27,12 +27,11 @@ class Shares:
         device: DeviceSpec,
         model: MoeSpec,
         constants: TileConstants,
-        residual: Residual | None = None,
     ) -> None:
         self.device, self.model, self.slices = device, model, layout.slices
         self._constants = constants
         self._tiles_S = [(variants[one.up], variants[one.down]) for one in self.slices]
-        self.tables = tables_of(self._tiles_S, model, device, constants, residual)
+        self.tables = tables_of(self._tiles_S, model, device, constants)
         self.pooled = not any(one.mechanism in EXCLUSIVE for one in self.slices)
         """Whether all slices run on the same SMs."""
         self.own_memory = bool(layout.mig)

@@ -11,7 +11,7 @@ Shape letters: S slices, P products, D widths (1 where experts are alike).
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,14 +40,6 @@ class TileConstants:
         ("warp_mma_flops_per_clk", 0.1),
     )
     """(field, one standard error as a fraction)."""
-
-
-class Residual(Protocol):
-    """The seam for calibration: what measured kernels take, as a multiple of the physics."""
-
-    def factor(self, variant: TileVariant, product: Product) -> float:
-        """Return measured over modelled pipe time of a tile."""
-        ...
 
 
 class TileCost(NamedTuple):
@@ -96,21 +88,15 @@ def _clocks_per_step(variant: TileVariant, device: DeviceSpec, constants: TileCo
 
 
 def tile_cost(
-    variant: TileVariant,
-    product: Product,
-    device: DeviceSpec,
-    constants: TileConstants,
-    dtype: str,
-    residual: Residual | None = None,
+    variant: TileVariant, product: Product, device: DeviceSpec, constants: TileConstants, dtype: str
 ) -> TileCost:
     """Return the cost of one tile of a product."""
     slowest = _clocks_per_step(variant, device, constants, dtype)
     k_padded = -(-product.k_dim // variant.block_k) * variant.block_k
-    factor = 1.0 if residual is None else residual.factor(variant, product)
     port_bytes_per_ns = constants.l2_port_bytes_per_clk * device.clock_mhz / 1e3
     stored = variant.block_m * variant.block_n * DTYPE_BYTES[dtype] * product.out_dim / product.n_dim
     return TileCost(
-        pipe_ns=k_padded / variant.block_k * slowest * 1e3 / device.clock_mhz * factor,
+        pipe_ns=k_padded / variant.block_k * slowest * 1e3 / device.clock_mhz,
         wait_ns=constants.fill_ns + stored / port_bytes_per_ns,
         flops=2.0 * variant.block_m * variant.block_n * k_padded,
     )
@@ -136,14 +122,13 @@ def tables_of(
     model: MoeSpec,
     device: DeviceSpec,
     constants: TileConstants,
-    residual: Residual | None,
 ) -> Tables:
     """Return the tables of a model on slices that run their first products by one tile, the down product by another."""
     by_product = list(zip(*(model.products(width) for width in model.d_ff), strict=True))
     variants = [[tiles[int(p == len(by_product) - 1)] for tiles in tiles_S] for p in range(len(by_product))]
 
     def cost(variant: TileVariant, product: Product) -> TileCost:
-        return tile_cost(variant, product, device, constants, model.dtype, residual)
+        return tile_cost(variant, product, device, constants, model.dtype)
 
     tile_PSD3 = np.array(
         [[[cost(v, d) for d in widths] for v in of_s] for widths, of_s in zip(by_product, variants, strict=True)]

@@ -171,16 +171,6 @@ def test_fp32_products_run_at_the_ieee_rate_off_the_tensor_cores(detail: str):
     assert alone >= 10**12 / DEVICE.fp32_flops_per_s * 1e9
 
 
-def test_calibration_scales_tiles_through_its_seam():
-    class Twice:
-        def factor(self, variant: TileVariant, product: Product) -> float:
-            return 2.0
-
-    plain, scaled = truth(), replace(truth(), residual=Twice())
-    values = counts([4096] * 8)
-    assert scaled.layer_ns(green(64), 0, values) > 1.6 * plain.layer_ns(green(64), 0, values)
-
-
 def test_belief_and_truth_differ_in_form():
     values = counts([70] * 8)
     belief = replace(truth(), detail="roofline")
