@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ..kernels.launches import PINGPONG, TILES, default_launch, rows_per_expert, tile_for
+from ..kernels.launches import LONG_RUNS, PINGPONG, TILES, default_launch, rows_per_expert, tile_for
 from ..kernels.spec import LaunchSpec, LayerLaunch, SliceLaunch
 from ..traces.schema import MoeSpec
 
@@ -38,7 +38,8 @@ def heights(rows: float) -> tuple[int, ...]:
 def tiles_for(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LaunchSpec]:
     """Return the tiles worth trying for a load, each by pointers, by descriptors, and pipelined across tiles."""
     _, rows = rows_per_expert(spec, num_tokens)
-    spread = [replace(tile, num_ctas=sm_count * n) for height in heights(rows) for tile, n in TILES[height]]
+    tiles = [one for height in heights(rows) for one in (*TILES[height], *LONG_RUNS.get(height, ()))]
+    spread = [replace(tile, num_ctas=sm_count * n) for tile, n in tiles]
     ways = ({}, {"descriptors": True}, {"descriptors": True, "flatten": True})
     return [replace(tile, **way) for tile in spread for way in ways]
 
