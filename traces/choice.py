@@ -56,8 +56,6 @@ class LayerChoice:
     logit_E: F32
     first_E: F32
     """Added for the first choice alone: who leads is not who is in the set."""
-    sharpness: float
-    """Multiplies the logits of the first choice."""
     profile_BE: F32
     memory_HE: F32
     """Gain on having been chosen before, per memory."""
@@ -133,8 +131,7 @@ def _run(
     for p, alive in enumerate(alive_P):
         past_HRE = memory_HRE[:, :alive]
         score_RE = standing_PRE[p, :alive] + np.einsum("he,hre->re", layer.memory_HE, past_HRE)
-        lead_RE = np.float32(layer.sharpness) * score_RE + lead_PRE[p, :alive]
-        ids_PRK[p, :alive] = ids_RK = _pick(lead_RE, score_RE + noise_PRE[p, :alive], k)
+        ids_PRK[p, :alive] = ids_RK = _pick(score_RE + lead_PRE[p, :alive], score_RE + noise_PRE[p, :alive], k)
         remember(past_HRE, ids_RK)
     return ids_PRK
 

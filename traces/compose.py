@@ -6,7 +6,6 @@ Shape letters: T tokens, S steps, L MoE layers, K top-k.
 """
 
 import itertools
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from .requests import Request, draw_requests
-from .schema import PHASES, Phase, Provenance, RoutedStep
+from .schema import I64, PHASES, Phase, Provenance, RoutedStep
 from .trace import UNKNOWN, RoutingTrace, StepTable, counts_of, take_tokens
 
 
@@ -63,52 +62,60 @@ class Composition:
 @dataclass(slots=True)
 class _Running:
     request: Request
+    arrival: float
+    """The step, a real number, at which it arrives; closed: 0."""
     done: int = 0
-    arrival: float = 0.0
 
-    def left(self, prompt: bool) -> int:
-        return (self.request.prompt_tokens if prompt else len(self.request.rows_T)) - self.done
+    @property
+    def left(self) -> int:
+        return len(self.request.rows_T) - self.done
+
+    @property
+    def prompt_left(self) -> int:
+        return max(self.request.prompt_tokens - self.done, 0)
 
 
-Segment = tuple[Request, int, int]
-"""A request and the range of its tokens that a step runs."""
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What runs in one step: some rows of the trace, and the requests that they belong to there."""
+
+    rows_T: I64
+    request_id_T: I64
+    phase: Phase
+    arrival_ns: int | None
+    """When the youngest request that enters has arrived; None: none enters, or steps have no time."""
 
 
-def _arrivals(requests: Iterable[Request], composition: Composition) -> Iterator[_Running]:
-    """Yield requests with the step, a real number, at which each arrives; closed: all are there at 0."""
+def _arrivals(trace: RoutingTrace, composition: Composition) -> Iterator[_Running]:
     rng, now = np.random.default_rng([composition.seed, 1]), 0.0
-    for request in requests:
-        if composition.arrival != "closed" and not request.with_previous:
+    for request in draw_requests(trace, composition.seed, forever=composition.num_steps is not None):
+        if composition.arrival != "closed":
             now += float(rng.exponential(1 / composition.arrival.per_step))
-        yield _Running(request, arrival=now)
+        yield _Running(request, now)
 
 
-def _share(running: Iterable[_Running], composition: Composition) -> list[Segment]:
+def _shares(running: Iterable[_Running], composition: Composition) -> Iterator[tuple[_Running, int]]:
     """Give each running request its tokens of one step: decode first, oldest first, then prompts by chunk."""
     budget = composition.max_tokens_per_step or np.iinfo(np.int64).max
     chunk = composition.prefill_chunk_tokens or np.iinfo(np.int64).max
-    segments: list[Segment] = []
-    for prompt in (False, True):
-        for one in running:
-            left = one.left(prompt=True)
-            if (left > 0) != prompt:
-                continue
-            tokens = min(budget, chunk, left) if prompt else min(budget, 1)
-            if tokens:
-                segments.append((one.request, one.done, one.done + tokens))
-                budget -= tokens
-    return segments
+    for one in sorted(running, key=lambda one: one.prompt_left > 0):
+        tokens = min(budget, chunk, one.prompt_left or 1)
+        if tokens:
+            yield one, tokens
+            budget -= tokens
 
 
-def schedule(requests: Iterable[Request], composition: Composition) -> Iterator[tuple[list[Segment], int | None]]:
-    """Yield, step by step, what runs and when the youngest request that enters has arrived (None: none enters).
+def _batches(trace: RoutingTrace, composition: Composition) -> Iterator[_Batch]:
+    """Yield what runs, step by step; memory holds the running requests alone.
 
     A step always has tokens: where nobody runs, the clock jumps to the next arrival.
     """
-    waiting = _arrivals(requests, composition)
-    coming, running, now = next(waiting, None), deque[_Running](), 0.0
+    waiting = _arrivals(trace, composition)
+    coming, running, now = next(waiting, None), list[_Running](), 0.0
     step_ns = None if composition.arrival == "closed" else composition.arrival.step_ns
-    while running or coming:
+    for _ in itertools.count() if composition.num_steps is None else range(composition.num_steps):
+        if not running and not coming:
+            return
         if coming and not running:
             now = max(now, coming.arrival)
         entered: int | None = None
@@ -116,33 +123,18 @@ def schedule(requests: Iterable[Request], composition: Composition) -> Iterator[
             running.append(coming)
             entered = None if step_ns is None else int(coming.arrival * step_ns)
             coming = next(waiting, None)
-        segments = _share(running, composition)
-        yield segments, entered
-        stop_of = {id(request): stop for request, _, stop in segments}
-        for one in running:
-            one.done = stop_of.get(id(one.request), one.done)
-        running = deque(one for one in running if one.left(prompt=False))
-        now += 1
-
-
-def _phase(segments: list[Segment]) -> Phase:
-    prefill = [start < request.prompt_tokens for request, start, _ in segments]
-    return "prefill" if all(prefill) else "mixed" if any(prefill) else "decode"
-
-
-def routed_steps(requests: Iterable[Request], composition: Composition, num_experts: int) -> Iterator[RoutedStep]:
-    """Yield the composed steps; memory holds the running requests alone."""
-    plan = itertools.islice(schedule(requests, composition), composition.num_steps)
-    for step, (segments, arrival_ns) in enumerate(plan):
-        ids_TLK = np.concatenate([request.expert_ids_TLK[start:stop] for request, start, stop in segments])
-        yield RoutedStep(
-            step=step,
-            phase=_phase(segments),
-            counts_LE=counts_of(ids_TLK, num_experts),
-            arrival_ns=arrival_ns,
-            num_tokens=len(ids_TLK),
-            expert_ids_TLK=ids_TLK,
+        shares = list(_shares(running, composition))
+        prompts = {one.prompt_left > 0 for one, _ in shares}
+        yield _Batch(
+            rows_T=np.concatenate([one.request.rows_T[one.done : one.done + tokens] for one, tokens in shares]),
+            request_id_T=np.repeat([one.request.request_id for one, _ in shares], [tokens for _, tokens in shares]),
+            phase="mixed" if len(prompts) > 1 else "prefill" if True in prompts else "decode",
+            arrival_ns=entered,
         )
+        for one, tokens in shares:
+            one.done += tokens
+        running = [one for one in running if one.left]
+        now += 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,44 +161,40 @@ class ComposedSource:
 
     @property
     def num_steps(self) -> int:
-        return self.composition.num_steps or sum(1 for _ in schedule(self._draw(), self.composition))
+        return self.composition.num_steps or sum(1 for _ in _batches(self.trace, self.composition))
 
     @property
     def provenance(self) -> Provenance:
-        return composed_provenance(self.trace.provenance, self.composition)
+        made, seed = self.trace.provenance, self.composition.seed
+        notes = f"composed: batches of {self.composition.batch_size}, seed {seed}"
+        return replace(made, seed=seed, notes=f"{made.notes}; {notes}" if made.notes else notes)
 
     def steps(self) -> Iterator[RoutedStep]:
-        return routed_steps(self._draw(), self.composition, self.num_experts)
-
-    def _draw(self) -> Iterator[Request]:
-        return draw_requests(self.trace, self.composition.seed, forever=self.composition.num_steps is not None)
-
-
-def composed_provenance(provenance: Provenance, composition: Composition) -> Provenance:
-    """Return where composed batches come from."""
-    notes = f"composed: batches of {composition.batch_size}, seed {composition.seed}"
-    return replace(
-        provenance, seed=composition.seed, notes=f"{provenance.notes}; {notes}" if provenance.notes else notes
-    )
+        for step, batch in enumerate(_batches(self.trace, self.composition)):
+            ids_TLK = self.trace.expert_ids_TLK[batch.rows_T]
+            yield RoutedStep(
+                step=step,
+                phase=batch.phase,
+                counts_LE=counts_of(ids_TLK, self.num_experts),
+                arrival_ns=batch.arrival_ns,
+                num_tokens=len(ids_TLK),
+                expert_ids_TLK=ids_TLK,
+            )
 
 
 def compose(trace: RoutingTrace, composition: Composition) -> RoutingTrace:
     """Return the same steps as `ComposedSource`, in memory, with every column of the trace."""
-    requests = draw_requests(trace, composition.seed, forever=composition.num_steps is not None)
-    plan = list(itertools.islice(schedule(requests, composition), composition.num_steps))
-    parts = [(step, part) for step, (segments, _) in enumerate(plan) for part in segments]
-    rows_T = np.concatenate([request.rows_T[start:stop] for _, (request, start, stop) in parts])
-    lengths = [stop - start for _, (_, start, stop) in parts]
-    arrival_S = np.array([UNKNOWN if arrival is None else arrival for _, arrival in plan], np.int64)
+    batches = list(_batches(trace, composition))
+    arrival_S = np.array([UNKNOWN if batch.arrival_ns is None else batch.arrival_ns for batch in batches], np.int64)
     return take_tokens(
         trace,
-        rows_T,
-        provenance=composed_provenance(trace.provenance, composition),
-        request_id_T=np.repeat([request.request_id for _, (request, _, _) in parts], lengths).astype(np.int64),
-        step_T=np.repeat([step for step, _ in parts], lengths).astype(np.int64),
+        np.concatenate([batch.rows_T for batch in batches]),
+        provenance=ComposedSource(trace=trace, composition=composition).provenance,
+        request_id_T=np.concatenate([batch.request_id_T for batch in batches]),
+        step_T=np.repeat(np.arange(len(batches)), [len(batch.rows_T) for batch in batches]),
         step_table=StepTable(
-            phase_S=np.array([PHASES.index(_phase(segments)) for segments, _ in plan], np.uint8),
-            segment_S=np.zeros(len(plan), np.uint8),
+            phase_S=np.array([PHASES.index(batch.phase) for batch in batches], np.uint8),
+            segment_S=np.zeros(len(batches), np.uint8),
             arrival_ns_S=None if (arrival_S == UNKNOWN).all() else arrival_S,
         ),
     )

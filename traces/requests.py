@@ -1,4 +1,4 @@
-"""Requests inside a trace: which rows are whose, in reading order; drawing, picking and splitting them.
+"""Requests inside a trace: which rows are whose, in reading order; drawing and picking them.
 
 Shape letters: T tokens, S steps, R requests, L MoE layers, K top-k.
 """
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .schema import I64, PHASES, U8, Ints
-from .trace import UNKNOWN, RoutingTrace, pick_rows, take_tokens
+from .schema import I64, PHASES, U8
+from .trace import RoutingTrace, pick_rows, take_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,45 +80,13 @@ def phases_of(phase_T: U8, step_T: I64, num_steps: int) -> U8:
     return np.where(decode_S == tokens_S, PHASES.index("decode"), pure_S).astype(np.uint8)
 
 
-def select_segment(trace: RoutingTrace, name: str) -> RoutingTrace:
-    """Return the part of a trace that was recorded as one segment (a checkpoint, a run)."""
-    segments = trace.step_table.segments
-    if name not in segments:
-        raise ValueError(f"no segment {name!r} in the trace; it has {', '.join(segments)}")
-    chosen_T = trace.step_table.segment_S[trace.step_T] == segments.index(name)
-    return select_rows(trace, np.flatnonzero(chosen_T))
-
-
-def split_requests(trace: RoutingTrace, fraction: float, seed: int) -> tuple[RoutingTrace, RoutingTrace]:
-    """Split a trace by requests, to learn on the first part (`fraction` of them) and judge on the second.
-
-    Each part has at least one request; the same seed gives the same parts.
-    """
-    groups = group_requests(trace)
-    if not 0 < fraction < 1 or groups.num_requests < 2:
-        raise ValueError(
-            f"cannot split {groups.num_requests} request(s) at fraction {fraction}; "
-            "give a fraction between 0 and 1 and a trace of at least two requests"
-        )
-    num_first = min(max(round(fraction * groups.num_requests), 1), groups.num_requests - 1)
-    chosen_R = np.random.default_rng([seed, groups.num_requests]).permutation(groups.num_requests) < num_first
-    first_T = chosen_R[groups.request_of]
-    learn, judge = (select_rows(trace, np.sort(groups.order_T[part_T])) for part_T in (first_T, ~first_T))
-    return learn, judge
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request's tokens in order; the first `prompt_tokens` are prefill."""
+    """One request's rows of a trace, in reading order; the first `prompt_tokens` are prefill."""
 
     request_id: int
     prompt_tokens: int
-    expert_ids_TLK: Ints
     rows_T: I64
-    """Rows of the trace it comes from."""
-    domain: int = UNKNOWN
-    with_previous: bool = False
-    """Arrives together with the request before it: part of a burst."""
 
 
 def draw_requests(trace: RoutingTrace, seed: int, *, forever: bool) -> Iterator[Request]:
@@ -129,7 +97,7 @@ def draw_requests(trace: RoutingTrace, seed: int, *, forever: bool) -> Iterator[
     if len(np.unique(trace.step_table.segment_S[trace.step_T])) > 1:
         raise ValueError(
             f"the trace holds the segments {', '.join(trace.step_table.segments)}, which never shared a batch; "
-            "choose one with select_segment"
+            "choose one (--segment, or StoredTrace.select)"
         )
     groups = group_requests(trace)
     prompt_R = prompt_lengths(trace, groups)
@@ -138,9 +106,4 @@ def draw_requests(trace: RoutingTrace, seed: int, *, forever: bool) -> Iterator[
     stride = int(id_R.max()) + 1
     for draw in itertools.count() if forever else range(1):
         for r in np.random.default_rng([seed, 0, draw]).permutation(len(rows)):
-            yield Request(
-                request_id=draw * stride + int(id_R[r]),
-                prompt_tokens=int(prompt_R[r]),
-                expert_ids_TLK=trace.expert_ids_TLK[rows[r]],
-                rows_T=rows[r],
-            )
+            yield Request(request_id=draw * stride + int(id_R[r]), prompt_tokens=int(prompt_R[r]), rows_T=rows[r])

@@ -1,11 +1,12 @@
 """A specification of synthetic routing in plain numbers, with its JSON form; `synth` draws requests from it.
 
-Shape letters: L MoE layers, E experts, F factors of the tilt, D domains, Q lengths, H memories, B position bins.
+Shape letters: L MoE layers, E experts, F factors of the tilt, D domains, Q lengths, H memories,
+B position bins, R requests.
 """
 
 import base64
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,32 +14,40 @@ import numpy as np
 from .choice import MEMORY_H, NUM_BINS, LayerChoice, log_weight
 from .schema import F32, F64, I64
 
-FORMAT = 1
-"""Version of the JSON form."""
+FORMAT = "expertslice-synth-2"
+"""Names and numbers the JSON form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SynthSpec:
-    """A generator of routing; arrays are float32 in natural-log units unless named otherwise."""
+class Tilt:
+    """How log popularity varies between requests; float32, natural-log units."""
+
+    factor_FLE: F32
+    """Per unit of a request's hidden factors, standard normal: what moves together over experts and layers."""
+    own_LE: F32
+    """Standard deviation of the rest, independent per expert."""
+    domain_DLE: F32
+
+    def draw(self, domain_R: I64, rng: np.random.Generator) -> F32:
+        """Draw the tilts of requests of these domains, float32 [R, L, E]."""
+        factor_RF = rng.standard_normal((len(domain_R), len(self.factor_FLE)), np.float32)
+        tilt_RLE = np.tensordot(factor_RF, self.factor_FLE, axes=1)
+        tilt_RLE += self.own_LE * rng.standard_normal(tilt_RLE.shape, np.float32)
+        return tilt_RLE + self.domain_DLE[domain_R]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SynthSpec(Tilt):
+    """A generator of routing."""
 
     top_k: int
     layers: tuple[LayerChoice, ...]
-    factor_FLE: F32
-    """Tilt per unit of a request's hidden factors, standard normal: what moves together over experts and layers."""
-    own_LE: F32
-    """Standard deviation of the rest of the tilt, independent per expert."""
-    domain_DLE: F32
     weight_D: F64
     domains: tuple[str, ...] = ()
     """Names of the domains; empty: one domain, unnamed."""
     prompt_tokens_Q: I64 = field(default_factory=lambda: np.array([0]))
     decode_tokens_Q: I64 = field(default_factory=lambda: np.array([256]))
     """Lengths of requests, in pairs with `prompt_tokens_Q`; each pair is as likely as the others."""
-    drift_per_million: float = 0.0
-    """Standard deviation over a million tokens of the random walk of each expert's log popularity."""
-    burst_share: float = 0.0
-    """Share of requests that come in bursts: together, on one topic."""
-    burst_size: int = 1
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -51,30 +60,21 @@ class SynthSpec:
             raise ValueError(f"{len(self.domain_DLE)} domain tilts for {len(self.weight_D)} weights; give as many")
         if len(self.prompt_tokens_Q) != len(self.decode_tokens_Q) or (self.tokens < 1).any():
             raise ValueError("prompt and decode lengths must be of equal number, each pair of at least one token")
-        if not 0 <= self.burst_share <= 1 or self.burst_size < 1 or self.drift_per_million < 0:
-            raise ValueError(
-                f"burst share {self.burst_share}, burst size {self.burst_size}, drift {self.drift_per_million}; "
-                "give a share in 0..1, a size of at least 1 and a drift of at least 0"
-            )
 
     def to_json(self) -> str:
         """Return the specification as JSON; arrays keep every bit."""
-        content = {f.name: _encode(getattr(self, f.name)) for f in fields(self) if f.name != "layers"}
-        layers = [{f.name: _encode(getattr(layer, f.name)) for f in fields(layer)} for layer in self.layers]
-        return json.dumps({f"expertslice-synth-{FORMAT}": True, **content, "layers": layers})
+        return json.dumps({FORMAT: True, **asdict(self)}, default=_plain)
 
     @staticmethod
     def from_json(text: str) -> "SynthSpec":
         """Read what `to_json` wrote."""
         try:
-            content: dict[str, Any] = json.loads(text)
-            content.pop(f"expertslice-synth-{FORMAT}")
-            layers = tuple(LayerChoice(**_decode_all(layer)) for layer in content.pop("layers"))
-            return SynthSpec(layers=layers, **_decode_all(content))
+            content: dict[str, Any] = json.loads(text, object_hook=_array)
+            content.pop(FORMAT)
+            layers = tuple(LayerChoice(**layer) for layer in content.pop("layers"))
+            return SynthSpec(layers=layers, domains=tuple(content.pop("domains")), **content)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"not a synthesis specification of format {FORMAT} ({error}); write it with to_json"
-            ) from error
+            raise ValueError(f"not a synthesis specification {FORMAT} ({error}); write it with to_json") from error
 
     @property
     def num_layers(self) -> int:
@@ -87,6 +87,17 @@ class SynthSpec:
     @property
     def tokens(self) -> I64:
         return self.prompt_tokens_Q + self.decode_tokens_Q
+
+
+def _plain(array: Any) -> dict[str, Any]:
+    data = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return {"dtype": data.dtype.str, "shape": data.shape, "base64": base64.b64encode(data.tobytes()).decode()}
+
+
+def _array(value: dict[str, Any]) -> Any:
+    if "base64" not in value:
+        return value
+    return np.frombuffer(base64.b64decode(value["base64"]), np.dtype(value["dtype"])).reshape(value["shape"])
 
 
 def zipf_spec(
@@ -147,7 +158,6 @@ def plain_layer(logit_E: F32) -> LayerChoice:
     return LayerChoice(
         logit_E=logit_E,
         first_E=np.zeros(num_experts, np.float32),
-        sharpness=1.0,
         profile_BE=np.zeros((NUM_BINS, num_experts), np.float32),
         memory_HE=np.zeros((len(MEMORY_H), num_experts), np.float32),
         below_first_EE=np.zeros((num_experts, num_experts), np.float32),
@@ -159,21 +169,3 @@ def plain_layer(logit_E: F32) -> LayerChoice:
 def logits_of_load(share_E: F64, top_k: int) -> F32:
     """Return logits under which Gumbel top-k gives about these shares of load (summing to 1)."""
     return log_weight(share_E * top_k).astype(np.float32)
-
-
-def _encode(value: Any) -> Any:
-    if not isinstance(value, np.ndarray):
-        return value
-    data = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
-    return {"dtype": data.dtype.str, "shape": data.shape, "base64": base64.b64encode(data.tobytes()).decode()}
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, dict):
-        data = np.frombuffer(base64.b64decode(value["base64"]), np.dtype(value["dtype"]))
-        return data.reshape(value["shape"])
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _decode_all(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: _decode(value) for name, value in content.items()}

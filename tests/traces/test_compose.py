@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertslice.traces.compose import ComposedSource, Composition, Poisson, compose
-from expertslice.traces.requests import group_requests, prompt_lengths, select_segment, split_requests
+from expertslice.traces.requests import group_requests, prompt_lengths
 from expertslice.traces.schema import PHASES
 from expertslice.traces.synth import synthesise, zipf_spec
+from expertslice.traces.trace import take_steps
 
 
 def ragged_trace(num_requests=9, seed=0):
@@ -120,19 +121,6 @@ def test_arrivals_have_times_where_a_step_has_one():
     assert compose(trace, Composition(batch_size=2)).step_table.arrival_ns_S is None
 
 
-@given(st.floats(0.01, 0.99), st.integers(2, 12), st.integers(0, 50))
-@settings(max_examples=30, deadline=None)
-def test_a_split_gives_every_request_to_one_part(fraction, num_requests, seed):
-    trace = ragged_trace(num_requests)
-    learn, judge = split_requests(trace, fraction, seed)
-    assert learn.num_tokens + judge.num_tokens == trace.num_tokens
-    assert not set(learn.request_id_T) & set(judge.request_id_T)
-    assert min(learn.num_tokens, judge.num_tokens) > 0
-    for part in (learn, judge):
-        assert sum(step.num_tokens for step in part.steps()) == part.num_tokens
-        assert (np.bincount(part.step_T, minlength=part.num_steps) > 0).all()
-
-
 def test_prompts_end_at_the_first_decode_token():
     trace = ragged_trace(4)
     prompts = prompt_lengths(trace, group_requests(trace))
@@ -144,12 +132,10 @@ def test_segments_are_chosen_before_composing():
     half = np.arange(trace.num_steps) >= trace.num_steps // 2
     table = replace(trace.step_table, segment_S=half.astype(np.uint8), segments=("early", "late"))
     trace = replace(trace, step_table=table)
-    with pytest.raises(ValueError, match=r"early, late.*select_segment"):
+    with pytest.raises(ValueError, match=r"early, late.*--segment"):
         compose(trace, Composition(batch_size=2))
-    late = select_segment(trace, "late")
+    late = take_steps(trace, half)
     assert compose(late, Composition(batch_size=2)).num_tokens == late.num_tokens < trace.num_tokens
-    with pytest.raises(ValueError, match=r"'middle'.*early, late"):
-        select_segment(trace, "middle")
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": 1, "max_tokens_per_step": 0}])
@@ -158,11 +144,9 @@ def test_impossible_limits_are_refused(wrong):
         Composition(**wrong)
 
 
-def test_impossible_arrivals_and_splits_are_refused():
+def test_impossible_arrivals_and_empty_traces_are_refused():
     with pytest.raises(ValueError, match="rate above 0"):
         Poisson(per_step=0)
-    with pytest.raises(ValueError, match="at least two requests"):
-        split_requests(ragged_trace(1), 0.5, 0)
     with pytest.raises(ValueError, match="no tokens"):
         compose(replace_rows(ragged_trace(1)), Composition(batch_size=1))
 

@@ -1,6 +1,5 @@
-"""Synthesis: laws of the draw, the streaming source, the JSON form; and the fit, on known generators."""
+"""Synthesis: laws of the draw, the JSON form; and the fit, on known generators."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -9,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertslice.traces.choice import gumbel, top_k
-from expertslice.traces.compose import Composition, Poisson, compose
+from expertslice.traces.compose import Composition, compose
 from expertslice.traces.fit import fit
-from expertslice.traces.likelihood import log_likelihood
-from expertslice.traces.requests import group_requests
+from expertslice.traces.requests import group_requests, prompt_lengths
 from expertslice.traces.schema import Provenance
 from expertslice.traces.spec import SynthSpec
 from expertslice.traces.statistics import summarise
-from expertslice.traces.synth import SynthSource, synthesise, zipf_spec
+from expertslice.traces.synth import synthesise, zipf_spec
 from expertslice.traces.trace import ExpertLoad, RoutingTrace
 
 
@@ -34,16 +32,6 @@ def test_gumbel_top_1_chooses_by_softmax():
     logit_E = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     ids_NK = top_k(logit_E + gumbel(np.random.default_rng(0), (200_000, 4)), 1)
     assert np.bincount(ids_NK[:, 0]) / 200_000 == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.005)
-
-
-def test_likelihood_is_a_distribution_over_ordered_choices_and_its_slope_is_right():
-    logit_NE, first_E = np.random.default_rng(0).normal(size=(1, 4)).astype(np.float32), np.zeros(4, np.float32)
-    orders = [np.array([order]) for order in itertools.permutations(range(4), 3)]
-    assert sum(np.exp(log_likelihood(logit_NE, first_E, ids)[0]) for ids in orders) == pytest.approx(1, abs=1e-5)
-    _, slope_NE, _ = log_likelihood(logit_NE, first_E, orders[5])
-    step = np.float32(1e-2) * np.eye(4, dtype=np.float32)
-    ends = [[log_likelihood(logit_NE + sign * row, first_E, orders[5])[0] for sign in (1, -1)] for row in step]
-    assert slope_NE[0] == pytest.approx([(up - down) / 0.02 for up, down in ends], abs=1e-3)
 
 
 specs = st.builds(
@@ -71,76 +59,34 @@ def test_draws_are_whole_and_the_same_for_the_same_seed(spec, num_requests, seed
     assert (counts.sum(axis=1) == trace.num_tokens * spec.top_k).all()
 
 
+def test_every_pair_of_lengths_comes_once_a_round_and_prompts_are_one_step():
+    lengths = {"prompt_tokens_Q": np.array([4, 0, 2]), "decode_tokens_Q": np.array([6, 9, 0])}
+    trace = synthesise(replace(zipf_spec(2, 8, 2), **lengths), 7, 5)
+    groups = group_requests(trace)
+    pairs = list(zip(prompt_lengths(trace, groups).tolist(), groups.lengths.tolist(), strict=True))
+    assert set(pairs[:3]) == set(pairs[3:6]) == {(4, 10), (0, 9), (2, 2)}
+    assert [(step.phase, step.num_tokens) for step in trace.steps() if step.phase == "prefill"] == [
+        ("prefill", prompt) for prompt, _ in pairs if prompt
+    ]
+    assert {step.num_tokens for step in trace.steps() if step.phase == "decode"} == {1}
+
+
 def test_another_seed_draws_other_tokens():
     one, two = (synthesise(zipf_spec(2, 8, 2), 3, seed) for seed in (0, 1))
     assert (one.expert_ids_TLK != two.expert_ids_TLK).any()
 
 
 def test_json_keeps_every_bit():
-    spec = replace(fit(synthesise(zipf_spec(2, 8, 2, decode_tokens=20), 12, 0)), burst_share=0.5, burst_size=3)
+    spec = fit(synthesise(zipf_spec(2, 8, 2, decode_tokens=20), 12, 0))
     back = SynthSpec.from_json(spec.to_json())
     assert synthesise(back, 8, 1).expert_ids_TLK.tobytes() == synthesise(spec, 8, 1).expert_ids_TLK.tobytes()
     assert back.to_json() == spec.to_json()
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"expertslice-synth-1": true}', "null"])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"expertslice-synth-2": true}', "null"])
 def test_foreign_json_is_refused(text):
     with pytest.raises(ValueError, match="not a synthesis specification"):
         SynthSpec.from_json(text)
-
-
-def test_the_stream_never_ends_early_and_starts_anew():
-    lengths = {"prompt_tokens_Q": np.array([4, 0, 2]), "decode_tokens_Q": np.array([6, 9, 0])}
-    spec = replace(zipf_spec(2, 8, 2), drift_per_million=300.0, **lengths)
-    composition = Composition(batch_size=3, num_steps=700, prefill_chunk_tokens=2)
-    source = SynthSource(spec=spec, composition=composition, seed=5)
-    one, two = ([step.expert_ids_TLK.tobytes() for step in source.steps()] for _ in range(2))
-    assert one == two
-    assert len(one) == source.num_steps == 700
-    assert "mixed" in {step.phase for step in source.steps()}
-
-
-def test_the_stream_draws_what_synthesise_draws():
-    spec = zipf_spec(2, 8, 2, decode_tokens=5)
-    source = SynthSource(spec=spec, composition=Composition(batch_size=1, num_steps=15), seed=3)
-    streamed = np.concatenate([step.expert_ids_TLK for step in source.steps()])
-    whole_block = synthesise(spec, 512, 3)
-    np.testing.assert_array_equal(streamed, whole_block.expert_ids_TLK[:15])
-
-
-def test_bursts_arrive_together_on_one_topic():
-    spec = replace(zipf_spec(2, 32, 2, tilt=2.0, decode_tokens=40), burst_share=0.6, burst_size=4)
-    trace = synthesise(spec, 300, 0)
-    together = np.bincount(trace.step_T[trace.position_T == 0])
-    assert together[together > 1].sum() / 300 == pytest.approx(0.6, abs=0.12)
-    of_R = [trace.expert_ids_TLK[trace.request_id_T == r, 0].ravel() for r in range(300)]
-    counts_RE = np.stack([np.bincount(ids, minlength=32) for ids in of_R])
-    first_of_R = trace.step_T[trace.position_T == 0][np.argsort(trace.request_id_T[trace.position_T == 0])]
-    alike_RR = np.corrcoef(counts_RE) - 2 * np.eye(300)
-    same_RR = (first_of_R[:, None] == first_of_R) & ~np.eye(300, dtype=bool)
-    assert alike_RR[same_RR].mean() > 0.5 > alike_RR[alike_RR > -1.5].mean() + 0.2
-    poisson = Composition(batch_size=64, arrival=Poisson(per_step=0.05), num_steps=400)
-    tokens = [step.num_tokens for step in SynthSource(spec=spec, composition=poisson, seed=0).steps()]
-    single = replace(spec, burst_size=1)
-    calm = [step.num_tokens for step in SynthSource(spec=single, composition=poisson, seed=0).steps()]
-    assert max(tokens) > max(calm)
-
-
-def test_drift_moves_the_load_and_is_found_again():
-    still = zipf_spec(2, 16, 2, tilt=0.0, memory=(0, 0, 0), decode_tokens=16)
-    composition = Composition(batch_size=8, num_steps=4000)
-    walks = [replace(still, drift_per_million=drift) for drift in (0.0, 8.0)]
-    sources = [SynthSource(spec=walk, composition=composition, seed=1) for walk in walks]
-    loads = [
-        ExpertLoad(
-            top_k=2,
-            provenance=Provenance(source="test"),
-            counts_SLE=np.stack([step.counts_LE for step in source.steps()]).astype(np.int64),
-        )
-        for source in sources
-    ]
-    assert fit(loads[0]).drift_per_million == 0
-    assert fit(loads[1]).drift_per_million == pytest.approx(8, rel=0.4)
 
 
 def test_counts_alone_give_their_load_back():
@@ -235,14 +181,10 @@ def test_impossible_specifications_are_refused():
     spec = zipf_spec(2, 8, 2)
     with pytest.raises(ValueError, match="top_k 9 of 8 experts"):
         replace(spec, top_k=9)
-    with pytest.raises(ValueError, match=r"share in 0\.\.1"):
-        replace(spec, burst_share=2.0)
     with pytest.raises(ValueError, match="at least one token"):
         replace(spec, decode_tokens_Q=np.array([0]))
     with pytest.raises(ValueError, match="give at least 1"):
         synthesise(spec, 0, 0)
-    with pytest.raises(ValueError, match="give the composition num_steps"):
-        SynthSource(spec=spec, composition=Composition(batch_size=1), seed=0)
     with pytest.raises(ValueError, match="no tokens"):
         fit(empty(synthesise(spec, 1, 0)))
 
