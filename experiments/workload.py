@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..traces.compose import ComposedSource, Composition
+from ..traces.compose import Composition, compose
 from ..traces.schema import PHASES, Provenance, RoutedStep, StepSource
 from ..traces.trace import RoutingTrace
 
@@ -126,5 +126,5 @@ def rebatched(trace: RoutingTrace, like: Composition, *, num_steps: int, seed: i
     Batches start empty, with every prompt at once: steps are taken from when as many have passed as a request lasts.
     """
     skip = min(MOST_SKIPPED, int((trace.phase_T != 0).sum()) // len(np.unique(trace.request_id_T)))
-    composed = ComposedSource(trace=trace, composition=replace(like, num_steps=skip + num_steps, seed=seed))
-    return fixed(itertools.islice(composed.steps(), skip, None), composed)
+    composed = compose(trace, replace(like, num_steps=skip + num_steps, seed=seed), skip=skip)
+    return fixed(composed.steps(first_step=skip), composed)

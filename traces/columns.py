@@ -23,8 +23,9 @@ from .trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable, id_dtype, step_
 DICTIONARY = ["domain", "phase", "step_phase", "segment", "label", "layer"]
 NUMBERS = ("step", "request_id", "position", "arrival_ns", "start_ns", "moe_ns.list.element", "other_ns.list.element")
 ENCODING = dict.fromkeys(NUMBERS, "DELTA_BINARY_PACKED")
-STEP_NAMES = ["step", "request_id", "step_phase", "segment", "arrival_ns", "start_ns", "moe_ns", "other_ns"]
 STEP_FIELDS = {"step_phase": "phase_S", "segment": "segment_S", "arrival_ns": "arrival_ns_S", "start_ns": "start_ns_S"}
+STEP_NAMES = ["step", "request_id", *STEP_FIELDS]
+"""What to read for `read_steps`, where times by layer are not wanted."""
 
 # pyarrow ships no types; these names at least tell a table from a column.
 ArrowTable = Any
@@ -105,7 +106,9 @@ def read_steps(table: ArrowTable, header: Header) -> tuple[int, I64, StepTable]:
     if not np.array_equal(step_S, step_S[0] + np.arange(len(step_S))):
         raise TraceError("its rows skip a step or are not sorted by step; record or import it again")
     tokens_S = np.add.reduceat(token_R.astype(np.int64), np.flatnonzero(first_R))
-    firsts = table.select([name for name in STEP_NAMES if name in table.column_names]).filter(pa.array(first_R))
+    firsts = table.select([name for name in (*STEP_FIELDS, "moe_ns", "other_ns") if name in table.column_names]).filter(
+        pa.array(first_R)
+    )
     columns: dict[str, Any] = {
         field: _numpy(firsts, name).astype(NARROW.get(field, "<i8"), copy=False) for name, field in STEP_FIELDS.items()
     }

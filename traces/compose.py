@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from .requests import Request, draw_requests
-from .schema import I64, PHASES, Phase, Provenance, RoutedStep
-from .trace import UNKNOWN, RoutingTrace, StepTable, counts_of, take_tokens
+from .requests import group_requests, prompt_lengths
+from .schema import I64, PHASES, Phase
+from .trace import UNKNOWN, RoutingTrace, StepTable, take_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,37 +61,39 @@ class Composition:
 
 @dataclass(slots=True)
 class _Running:
-    request: Request
+    request_id: int
+    rows_T: I64
+    """Its rows of the trace, in reading order."""
+    prompt_tokens: int
     arrival: float
     """The step, a real number, at which it arrives; closed: 0."""
     done: int = 0
 
     @property
-    def left(self) -> int:
-        return len(self.request.rows_T) - self.done
-
-    @property
     def prompt_left(self) -> int:
-        return max(self.request.prompt_tokens - self.done, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """What runs in one step: some rows of the trace, and the requests that they belong to there."""
-
-    rows_T: I64
-    request_id_T: I64
-    phase: Phase
-    arrival_ns: int | None
-    """When the youngest request that enters has arrived; None: none enters, or steps have no time."""
+        return max(self.prompt_tokens - self.done, 0)
 
 
 def _arrivals(trace: RoutingTrace, composition: Composition) -> Iterator[_Running]:
-    rng, now = np.random.default_rng([composition.seed, 1]), 0.0
-    for request in draw_requests(trace, composition.seed, forever=composition.num_steps is not None):
-        if composition.arrival != "closed":
-            now += float(rng.exponential(1 / composition.arrival.per_step))
-        yield _Running(request, now)
+    """Yield the requests of a trace in random order: once, or with `num_steps` in rounds without end.
+
+    A request keeps its id in the first round; later rounds add a stride, so that ids stay unique.
+    """
+    if len(np.unique(trace.step_table.segment_S[trace.step_T])) > 1:
+        raise ValueError(
+            f"the trace holds the segments {', '.join(trace.step_table.segments)}, which never shared a batch; "
+            "choose one (--segment, or StoredTrace.select)"
+        )
+    groups = group_requests(trace)
+    prompt_R, rows = prompt_lengths(trace, groups), list(groups.rows())
+    id_R = trace.request_id_T[groups.order_T[groups.offsets_R[:-1]]]
+    stride, seed, now = int(id_R.max()) + 1, composition.seed, 0.0
+    between = np.random.default_rng([seed, 1])
+    for draw in itertools.count() if composition.num_steps else range(1):
+        for r in np.random.default_rng([seed, 0, draw]).permutation(len(rows)):
+            if composition.arrival != "closed":
+                now += float(between.exponential(1 / composition.arrival.per_step))
+            yield _Running(draw * stride + int(id_R[r]), rows[r], int(prompt_R[r]), now)
 
 
 def _shares(running: Iterable[_Running], composition: Composition) -> Iterator[tuple[_Running, int]]:
@@ -105,91 +107,56 @@ def _shares(running: Iterable[_Running], composition: Composition) -> Iterator[t
             budget -= tokens
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What runs in one step: some rows of the trace, and the requests that they belong to there."""
+
+    rows_T: I64
+    request_id_T: I64
+    phase: Phase
+    arrival_ns: int
+    """When the youngest request that enters has arrived; UNKNOWN: none enters, or steps have no time."""
+
+
 def _batches(trace: RoutingTrace, composition: Composition) -> Iterator[_Batch]:
-    """Yield what runs, step by step; memory holds the running requests alone.
+    """Yield what runs, step by step.
 
     A step always has tokens: where nobody runs, the clock jumps to the next arrival.
     """
     waiting = _arrivals(trace, composition)
     coming, running, now = next(waiting, None), list[_Running](), 0.0
     step_ns = None if composition.arrival == "closed" else composition.arrival.step_ns
-    for _ in itertools.count() if composition.num_steps is None else range(composition.num_steps):
-        if not running and not coming:
-            return
+    while running or coming:
         if coming and not running:
             now = max(now, coming.arrival)
-        entered: int | None = None
+        arrival_ns = UNKNOWN
         while coming and len(running) < composition.batch_size and coming.arrival <= now:
             running.append(coming)
-            entered = None if step_ns is None else int(coming.arrival * step_ns)
+            arrival_ns = UNKNOWN if step_ns is None else int(coming.arrival * step_ns)
             coming = next(waiting, None)
         shares = list(_shares(running, composition))
         prompts = {one.prompt_left > 0 for one, _ in shares}
         yield _Batch(
-            rows_T=np.concatenate([one.request.rows_T[one.done : one.done + tokens] for one, tokens in shares]),
-            request_id_T=np.repeat([one.request.request_id for one, _ in shares], [tokens for _, tokens in shares]),
+            rows_T=np.concatenate([one.rows_T[one.done : one.done + tokens] for one, tokens in shares]),
+            request_id_T=np.repeat([one.request_id for one, _ in shares], [tokens for _, tokens in shares]),
             phase="mixed" if len(prompts) > 1 else "prefill" if True in prompts else "decode",
-            arrival_ns=entered,
+            arrival_ns=arrival_ns,
         )
         for one, tokens in shares:
             one.done += tokens
-        running = [one for one in running if one.left]
+        running = [one for one in running if one.done < len(one.rows_T)]
         now += 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComposedSource:
-    """A trace's requests in continuous batches, one step at a time; satisfies `StepSource`.
-
-    `steps()` starts anew at each call and gives the same steps.
-    """
-
-    trace: RoutingTrace
-    composition: Composition
-
-    @property
-    def num_layers(self) -> int:
-        return self.trace.num_layers
-
-    @property
-    def num_experts(self) -> int:
-        return self.trace.num_experts
-
-    @property
-    def top_k(self) -> int:
-        return self.trace.top_k
-
-    @property
-    def num_steps(self) -> int:
-        return self.composition.num_steps or sum(1 for _ in _batches(self.trace, self.composition))
-
-    @property
-    def provenance(self) -> Provenance:
-        made, seed = self.trace.provenance, self.composition.seed
-        notes = f"composed: batches of {self.composition.batch_size}, seed {seed}"
-        return replace(made, seed=seed, notes=f"{made.notes}; {notes}" if made.notes else notes)
-
-    def steps(self) -> Iterator[RoutedStep]:
-        for step, batch in enumerate(_batches(self.trace, self.composition)):
-            ids_TLK = self.trace.expert_ids_TLK[batch.rows_T]
-            yield RoutedStep(
-                step=step,
-                phase=batch.phase,
-                counts_LE=counts_of(ids_TLK, self.num_experts),
-                arrival_ns=batch.arrival_ns,
-                num_tokens=len(ids_TLK),
-                expert_ids_TLK=ids_TLK,
-            )
-
-
-def compose(trace: RoutingTrace, composition: Composition) -> RoutingTrace:
-    """Return the same steps as `ComposedSource`, in memory, with every column of the trace."""
-    batches = list(_batches(trace, composition))
-    arrival_S = np.array([UNKNOWN if batch.arrival_ns is None else batch.arrival_ns for batch in batches], np.int64)
+def compose(trace: RoutingTrace, composition: Composition, *, skip: int = 0) -> RoutingTrace:
+    """Return a trace's requests in continuous batches, with every column of the trace, less the first `skip` steps."""
+    batches = list(itertools.islice(_batches(trace, composition), skip, composition.num_steps))
+    arrival_S = np.array([batch.arrival_ns for batch in batches], np.int64)
+    made, notes = trace.provenance, f"composed: batches of {composition.batch_size}, seed {composition.seed}"
     return take_tokens(
         trace,
         np.concatenate([batch.rows_T for batch in batches]),
-        provenance=ComposedSource(trace=trace, composition=composition).provenance,
+        provenance=replace(made, seed=composition.seed, notes="; ".join(filter(None, (made.notes, notes)))),
         request_id_T=np.concatenate([batch.request_id_T for batch in batches]),
         step_T=np.repeat(np.arange(len(batches)), [len(batch.rows_T) for batch in batches]),
         step_table=StepTable(

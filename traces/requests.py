@@ -1,9 +1,8 @@
-"""Requests inside a trace: which rows are whose, in reading order; drawing and picking them.
+"""Requests inside a trace: which rows are whose, in reading order; picking some of them.
 
 Shape letters: T tokens, S steps, R requests, L MoE layers, K top-k.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -78,32 +77,3 @@ def phases_of(phase_T: U8, step_T: I64, num_steps: int) -> U8:
     decode_S = np.bincount(step_T, weights=phase_T != 0, minlength=num_steps)
     pure_S = np.where(decode_S == 0, PHASES.index("prefill"), PHASES.index("mixed"))
     return np.where(decode_S == tokens_S, PHASES.index("decode"), pure_S).astype(np.uint8)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One request's rows of a trace, in reading order; the first `prompt_tokens` are prefill."""
-
-    request_id: int
-    prompt_tokens: int
-    rows_T: I64
-
-
-def draw_requests(trace: RoutingTrace, seed: int, *, forever: bool) -> Iterator[Request]:
-    """Yield the requests of a trace in random order: once, or in rounds without end.
-
-    A request keeps its id in the first round; later rounds add a stride, so that ids stay unique.
-    """
-    if len(np.unique(trace.step_table.segment_S[trace.step_T])) > 1:
-        raise ValueError(
-            f"the trace holds the segments {', '.join(trace.step_table.segments)}, which never shared a batch; "
-            "choose one (--segment, or StoredTrace.select)"
-        )
-    groups = group_requests(trace)
-    prompt_R = prompt_lengths(trace, groups)
-    rows = list(groups.rows())
-    id_R = trace.request_id_T[groups.order_T[groups.offsets_R[:-1]]]
-    stride = int(id_R.max()) + 1
-    for draw in itertools.count() if forever else range(1):
-        for r in np.random.default_rng([seed, 0, draw]).permutation(len(rows)):
-            yield Request(request_id=draw * stride + int(id_R[r]), prompt_tokens=int(prompt_R[r]), rows_T=rows[r])

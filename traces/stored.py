@@ -13,8 +13,9 @@ from .check import TraceError, check_block, reading
 from .columns import STEP_NAMES, read_block, read_steps
 from .header import Checksum, Header, parse_header
 from .schema import I64, PHASES, Bools, Phase, Provenance, RoutedStep
-from .trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable, concat, concat_tables, pick_rows, take_steps
+from .trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable, concat, take_steps
 
+CLOCKS = ("arrival_ns_S", "start_ns_S")
 B = TypeVar("B", RoutingTrace, ExpertLoad)
 
 
@@ -103,14 +104,11 @@ class StoredTrace(Stored[RoutingTrace]):
         return concat(list(self.blocks()))
 
     def _kept(self, block: RoutingTrace) -> Iterator[RoutingTrace]:
-        keep_S = self._keep(block.step_table)
+        table, keep_S = block.step_table, self._keep(block.step_table)
         if keep_S.any():
-            kept = block if keep_S.all() else take_steps(block, keep_S)
-            yield replace(kept, step_table=self._rebased(kept.step_table))
-
-    def step_table(self) -> StepTable:
-        """Return what is known of every step, without reading ids."""
-        return concat_tables([self._rebased(table) for table, _ in self._tables(STEP_NAMES)], self.num_layers)
+            clocks = {name: times_S for name in CLOCKS if (times_S := getattr(table, name)) is not None}
+            moved = {name: np.where(ns == UNKNOWN, UNKNOWN, ns - self.base_ns) for name, ns in clocks.items()}
+            yield take_steps(replace(block, step_table=replace(table, **moved)), keep_S)
 
     def select(self, *, segment: str | None = None, phase: Phase | None = None) -> "StoredTrace":
         """Return the steps of one segment, of one phase, or both, renumbered and with a clock of their own."""
@@ -119,25 +117,24 @@ class StoredTrace(Stored[RoutingTrace]):
         if phase is not None and phase not in PHASES:
             raise TraceError(f"phase {phase!r} is unknown; allowed are {', '.join(PHASES)}")
         narrowed = replace(self, segment=segment or self.segment, phase=phase or self.phase)
-        tables = list(narrowed._tables(STEP_NAMES[:-2]))
-        if not tables:
+        num_steps, num_tokens, known = 0, 0, list[int]()
+        for tokens_S, table in self._step_tables():
+            keep_S = narrowed._keep(table)
+            num_steps += int(keep_S.sum())
+            num_tokens += int(tokens_S[keep_S].sum())
+            times = [ns[keep_S] for name in CLOCKS if (ns := getattr(table, name)) is not None]
+            known += [int(ns[ns != UNKNOWN].min()) for ns in times if (ns != UNKNOWN).any()]
+        if not num_steps:
             raise TraceError(f"no step has segment {narrowed.segment!r} and phase {narrowed.phase!r}; select less")
-        times = [times_S for table, _ in tables for times_S in (table.arrival_ns_S, table.start_ns_S)]
-        times = np.concatenate([times_S for times_S in times if times_S is not None])
-        known = times[times != UNKNOWN]
-        num_steps = sum(table.num_steps for table, _ in tables)
-        header = replace(self.header, num_steps=num_steps, num_tokens=sum(tokens for _, tokens in tables))
-        return replace(narrowed, header=header, base_ns=int(known.min()) if known.size else 0)
+        header = replace(self.header, num_steps=num_steps, num_tokens=num_tokens)
+        return replace(narrowed, header=header, base_ns=min(known, default=0))
 
-    def _tables(self, names: list[str]) -> Iterator[tuple[StepTable, int]]:
-        """Yield the kept steps of each row group, and their tokens."""
+    def _step_tables(self) -> Iterator[tuple[I64, StepTable]]:
+        """Yield the tokens of each step and what is known of it, a row group at a time, without reading ids."""
         for path, own in self.files:
             with reading(path), closing(pq.ParquetFile(path)) as file:
                 for group in range(file.num_row_groups):
-                    _, tokens_S, table = read_steps(file.read_row_group(group, columns=names), own)
-                    keep_S = self._keep(table)
-                    if keep_S.any():
-                        yield pick_rows(replace(table, segments=self.segments), keep_S), int(tokens_S[keep_S].sum())
+                    yield read_steps(file.read_row_group(group, columns=STEP_NAMES), own)[1:]
 
     def _keep(self, table: StepTable) -> Bools:
         keep_S = np.ones(table.num_steps, dtype=bool)
@@ -146,12 +143,6 @@ class StoredTrace(Stored[RoutingTrace]):
         if self.phase is not None:
             keep_S &= table.phase_S == PHASES.index(self.phase)
         return keep_S
-
-    def _rebased(self, table: StepTable) -> StepTable:
-        def rebased(times_S: I64 | None) -> I64 | None:
-            return None if times_S is None else np.where(times_S == UNKNOWN, UNKNOWN, times_S - self.base_ns)
-
-        return replace(table, arrival_ns_S=rebased(table.arrival_ns_S), start_ns_S=rebased(table.start_ns_S))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -185,18 +185,12 @@ def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     tokens = {
         name: None if any(part is None for part in parts) else np.concatenate(parts) for name, parts in columns.items()
     }
-    table = concat_tables([trace.step_table for trace in traces], traces[0].num_layers)
-    return replace(traces[-1], step_T=step_T, step_table=table, **tokens)
-
-
-def concat_tables(tables: Sequence[StepTable], num_layers: int) -> StepTable:
-    """Join step tables end to end; a column that nobody recorded comes back as None."""
-    columns: dict[str, Ints | None] = {}
+    steps: dict[str, Ints | None] = {}
     for name in STEP_COLUMNS:
-        column = np.concatenate([step_column(table, name, num_layers) for table in tables])
+        column = np.concatenate([step_column(trace.step_table, name, trace.num_layers) for trace in traces])
         unknown = column.dtype == np.int64 and (column == UNKNOWN).all()
-        columns[name] = None if unknown else column
-    return replace(tables[-1], **columns)
+        steps[name] = None if unknown else column
+    return replace(traces[-1], step_T=step_T, step_table=replace(traces[-1].step_table, **steps), **tokens)
 
 
 def step_column(table: StepTable, name: str, num_layers: int) -> Ints:
