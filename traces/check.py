@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .schema import PHASES, Ints
-from .trace import STEP_COLUMNS, UNKNOWN, ExpertLoad, RoutingTrace, StepTable
+from .schema import F16, PHASES, Ints
+from .trace import STEP_COLUMNS, UNKNOWN, ExpertLoad, RoutingTrace
 
 MAX_COUNT = np.iinfo(np.int32).max
 
@@ -53,19 +53,36 @@ def check_block(block: RoutingTrace | ExpertLoad) -> None:
 
 def check_trace(trace: RoutingTrace) -> None:
     """Raise `TraceError` unless the trace is whole: shapes agree, steps are sorted, ids and gates are sound."""
-    ids_TLK, gates_TLK = trace.expert_ids_TLK, trace.gates_TLK
+    ids_TLK = trace.expert_ids_TLK
     if ids_TLK.ndim != 3 or 0 in ids_TLK.shape[1:]:
         raise TraceError(f"expert ids of shape {ids_TLK.shape} are no [tokens, layers, top-k]; give all three")
     if trace.top_k > trace.num_experts:
         raise TraceError(f"top-{trace.top_k} routing cannot come from {trace.num_experts} experts; check num_experts")
-    _check_columns(trace)
-    _check_ids(ids_TLK, trace.num_experts)
-    if gates_TLK is not None and gates_TLK.shape != ids_TLK.shape:
-        raise TraceError(f"gates have shape {gates_TLK.shape} and ids {ids_TLK.shape}; the two must agree")
+    table, tokens, steps = trace.step_table, len(ids_TLK), trace.num_steps
+    if not steps:
+        raise TraceError("the trace has no steps; record at least one")
+    by_token = {"step_T": (0, steps), "request_id_T": (None, None), "phase_T": (0, 2), "position_T": (0, 1 << 31)}
+    by_token["domain_T"] = (UNKNOWN, len(trace.domains))
+    for name, limits in by_token.items():
+        _check_column(name, getattr(trace, name), (tokens,), *limits)
+    by_step = {"phase_S": (0, len(PHASES)), "segment_S": (0, len(table.segments))}
+    for name in STEP_COLUMNS:
+        shape = (steps, trace.num_layers) if name.endswith("_SL") else (steps,)
+        _check_column(name, getattr(table, name), shape, *by_step.get(name, (UNKNOWN, None)))
+    if len(set(trace.domains)) < len(trace.domains):
+        raise TraceError(f"domains {trace.domains} name one twice; give each name once")
+    if np.any(np.diff(trace.step_T) < 0):
+        raise TraceError("token rows are not sorted by step; sort them")
+    _check_column("expert ids", ids_TLK, ids_TLK.shape, 0, trace.num_experts)
+    _check_distinct(ids_TLK)
+    _check_gates(trace.gates_TLK, ids_TLK.shape)
+
+
+def _check_gates(gates_TLK: F16 | None, shape: tuple[int, ...]) -> None:
+    _check_column("gates", gates_TLK, shape, None, None)
     if gates_TLK is not None and not np.isfinite(gates_TLK).all():
         token, layer, _ = np.argwhere(~np.isfinite(gates_TLK))[0]
         raise TraceError(f"the gates of token {token} in layer {layer} are not finite; record them again or drop gates")
-    _check_step_table(trace.step_table, trace.num_layers)
 
 
 def check_load(load: ExpertLoad) -> None:
@@ -83,32 +100,20 @@ def check_load(load: ExpertLoad) -> None:
         raise TraceError(f"phase {load.phase!r} is unknown; allowed are {', '.join(PHASES)}")
 
 
-def _check_columns(trace: RoutingTrace) -> None:
-    ranges = {"step_T": (0, trace.num_steps), "phase_T": (0, 2), "position_T": (0, 1 << 31)}
-    ranges["domain_T"] = (UNKNOWN, len(trace.domains))
-    for name in ("request_id_T", *ranges):
-        shape, tokens = getattr(trace, name).shape, trace.expert_ids_TLK.shape[0]
-        if shape != (tokens,):
-            raise TraceError(f"{name} has shape {shape}; {tokens} tokens need that many")
-    if len(set(trace.domains)) < len(trace.domains):
-        raise TraceError(f"domains {trace.domains} name one twice; give each name once")
-    if np.any(np.diff(trace.step_T) < 0):
-        raise TraceError("token rows are not sorted by step; sort them")
-    for name, (low, high) in ranges.items():
-        _check_range(name, getattr(trace, name), low, high)
-
-
-def _check_range(name: str, values: Ints, low: int, high: int | None) -> None:
-    """Refuse values outside low..high-1 (None: no upper end)."""
-    if values.size and (values.min() < low or (high is not None and values.max() >= high)):
+def _check_column(
+    name: str, values: Ints | F16 | None, shape: tuple[int, ...], low: int | None, high: int | None
+) -> None:
+    """Refuse another shape, and values outside low..high-1 (None: no such end); a missing column is sound."""
+    if values is None:
+        return
+    if values.shape != shape:
+        raise TraceError(f"{name} has shape {values.shape}; the trace needs {shape}")
+    if values.size and ((low is not None and values.min() < low) or (high is not None and values.max() >= high)):
         allowed = f"at least {low}" if high is None else f"{low} to {high - 1}"
         raise TraceError(f"{name} spans {values.min()} to {values.max()}; allowed is {allowed}")
 
 
-def _check_ids(expert_ids_TLK: Ints, num_experts: int) -> None:
-    if not expert_ids_TLK.size:
-        return
-    _check_range("expert ids", expert_ids_TLK, 0, num_experts)
+def _check_distinct(expert_ids_TLK: Ints) -> None:
     sorted_TLK = np.sort(expert_ids_TLK, axis=2)
     twice_TL = (sorted_TLK[:, :, 1:] == sorted_TLK[:, :, :-1]).any(axis=2)
     if twice_TL.any():
@@ -117,17 +122,3 @@ def _check_ids(expert_ids_TLK: Ints, num_experts: int) -> None:
         raise TraceError(
             f"token {token} names an expert twice in layer {layer} ({ids}); a token's experts are distinct"
         )
-
-
-def _check_step_table(table: StepTable, num_layers: int) -> None:
-    steps = table.num_steps
-    if not steps:
-        raise TraceError("the trace has no steps; record at least one")
-    highest: dict[str, int] = {"phase_S": len(PHASES), "segment_S": len(table.segments)}
-    for name in STEP_COLUMNS:
-        values: Ints | None = getattr(table, name)
-        shape = (steps, num_layers) if name.endswith("_SL") else (steps,)
-        if values is not None and values.shape != shape:
-            raise TraceError(f"{name} has shape {values.shape}; the step table needs {shape}")
-        if values is not None:
-            _check_range(name, values, 0 if name in highest else UNKNOWN, highest.get(name))

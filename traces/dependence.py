@@ -74,23 +74,6 @@ def overlap_by_lag(ids_TK: Ints, request_T: I64, num_experts: int, lags: tuple[i
     return shares
 
 
-def overlap_within_requests(counts_RE: Ints, tokens_R: I64, top_k: int) -> float:
-    """Return the overlap of two random tokens of one request, all pairs weighing alike; nan: no request has two."""
-    num_pairs = int((tokens_R * (tokens_R - 1)).sum())
-    shared = float((counts_RE.astype(np.float64) ** 2).sum() - counts_RE.sum())
-    return shared / (num_pairs * top_k) if num_pairs else np.nan
-
-
-def overlap_independent(counts_E: Ints, num_tokens: int, top_k: int) -> float:
-    """Return the overlap of two tokens that choose independently with this load."""
-    return float(((counts_E / num_tokens) ** 2).sum() / top_k)
-
-
-def distinct_independent(counts_E: Ints, num_tokens: int, batch: int) -> float:
-    """Return how many experts `batch` tokens use on average when they choose independently with this load."""
-    return float((1 - (1 - np.minimum(counts_E / num_tokens, 1)) ** batch).sum())
-
-
 def lru_hit_rate(ids_TK: Ints, num_experts: int) -> F64:
     """Return the hit rate of a least-recently-used cache of experts with 0..E slots, float64 [E + 1].
 

@@ -15,15 +15,12 @@ from .choice import multi_hot
 from .dependence import (
     aligned_batches,
     conditional_recall,
-    distinct_independent,
     entropy_bits,
     information_bias_bits,
     jsd_bits,
     lru_hit_rate,
     mutual_information_bits,
     overlap_by_lag,
-    overlap_independent,
-    overlap_within_requests,
     step_statistics,
 )
 from .requests import Grouping, group_requests
@@ -81,6 +78,7 @@ class TraceStatistics:
     distinct_LZ: F64 | None = None
     """Experts in use in a step of so many requests that started together, one token each, over 200 steps at most."""
     distinct_independent_LZ: F64 | None = None
+    """Experts that as many tokens use on average when they choose independently with the layer's load."""
     step_max_mean_LZ: F64 | None = None
     """Mean over those steps of the fullest expert's load over the mean load."""
     autocorrelation_LZ: F64 | None = None
@@ -158,22 +156,24 @@ def _load(counts_E: Ints, num_tokens: int, top_k: int) -> dict[str, Column]:
         "gini_L": gini(counts_E),
         "max_mean_L": max_mean(counts_E),
         "zipf_s_L": zipf_s(counts_E),
-        "overlap_independent_L": overlap_independent(counts_E, num_tokens, top_k),
+        "overlap_independent_L": float(((counts_E / num_tokens) ** 2).sum() / top_k),
     }
 
 
 def _locality(ids_TK: Ints, groups: Grouping, num_experts: int, lags: tuple[int, ...]) -> dict[str, Column]:
     counts_RE = counts_by(groups.request_of[:, None], ids_TK, groups.num_requests, num_experts)
+    num_pairs = int((groups.lengths * (groups.lengths - 1)).sum())
+    shared = float((counts_RE.astype(np.float64) ** 2).sum() - counts_RE.sum())
     return {
         "overlap_LG": overlap_by_lag(ids_TK, groups.request_of, num_experts, lags),
-        "overlap_request_L": overlap_within_requests(counts_RE, groups.lengths, ids_TK.shape[1]),
+        "overlap_request_L": shared / (num_pairs * ids_TK.shape[1]) if num_pairs else np.nan,
         "jsd_bits_L": jsd_bits(counts_RE).mean(),
         "lru_hit_LE": lru_hit_rate(ids_TK, num_experts),
     }
 
 
 def _batches(ids_TK: Ints, batches: dict[int, list[I64]], num_experts: int) -> dict[str, Column]:
-    counts_E = np.bincount(ids_TK.ravel(), minlength=num_experts)
+    inside_E = np.minimum(np.bincount(ids_TK.ravel(), minlength=num_experts) / len(ids_TK), 1)
     seen_Z3 = np.full((len(batches), 3), np.nan)
     for z, rows in enumerate(batches.values()):
         steps = [step_statistics(ids_TK[rows_PB], num_experts) for rows_PB in rows]
@@ -182,7 +182,7 @@ def _batches(ids_TK: Ints, batches: dict[int, list[I64]], num_experts: int) -> d
         "distinct_LZ": seen_Z3[:, 0],
         "step_max_mean_LZ": seen_Z3[:, 1],
         "autocorrelation_LZ": seen_Z3[:, 2],
-        "distinct_independent_LZ": [distinct_independent(counts_E, len(ids_TK), size) for size in batches],
+        "distinct_independent_LZ": [float((1 - (1 - inside_E) ** size).sum()) for size in batches],
     }
 
 
