@@ -49,7 +49,7 @@ def draw_all(
             _layers(summary["why"]),
             _load(mean_LE),
             _timeline(names, main, records),
-            _times(main),
+            _times(names, main),
         ]
         drawn = []
         for figure, name, title, caption in filter(None, made):
@@ -131,13 +131,13 @@ def _load(mean_LE: NDArray[np.float64]) -> Sketch:
     return figure, "load", "Load of every expert", caption
 
 
-def _times(main: Outcomes) -> Sketch:
+def _times(names: Sequence[str], main: Outcomes) -> Sketch:
     """Draw the distribution of step times of every policy."""
     figure, ax = axes(2.9)
     share = np.linspace(0, 1, ECDF_POINTS)
     top = max(float(np.quantile(o.times(), 0.985)) for o in main.values())
     scale, unit = unit_of(top)
-    for i, name in enumerate(sorted(main, key=lambda name: name != REFERENCE)):
+    for i, name in enumerate(sorted(names, key=lambda name: name != REFERENCE)):
         colour = PALETTE[(i - 1) % len(PALETTE)] if name != REFERENCE else GREY
         # Curves may lie on each other: dashes of different lengths let both be seen.
         dashes = ("-", "--", "-.", ":")[i % 4]

@@ -40,7 +40,7 @@ def rank(
     the same requests; `draws`, of the model's errors, are compared with `nominal`, the same sampled steps without
     one, and the later ones may lack bounds, which are slow. Bounds take no place.
     """
-    names = sorted(main, key=lambda name: name != REFERENCE)
+    names = sorted(main, key=lambda name: (name != REFERENCE, name in bounds))
     times_PN = times_of(main, names)
     block = paired.common_block_length(times_PN, 0)
     effect_P = paired.effect_percent(times_PN, 0)

@@ -45,8 +45,8 @@ class Task:
     records: Path | None = None
 
 
-def run_tasks(tasks: Sequence[Task], world: World, *, jobs: int) -> Iterator[tuple[Task, Outcome]]:
-    """Yield each task with its outcome, in the order in which they end; progress goes to stderr."""
+def run_tasks(tasks: Sequence[Task], world: World, *, jobs: int) -> Iterator[tuple[int, Outcome]]:
+    """Yield each task's place with its outcome, in the order in which they end; progress goes to stderr."""
     calls = unordered(_run, ((*one, world) for one in enumerate(tasks)), jobs)
     with progress(sum(task.run.num_steps for task in tasks)) as advance, closing(calls):
         advance(0, f"simulating {', '.join(dict.fromkeys(task.name for task in tasks))}")
@@ -55,7 +55,7 @@ def run_tasks(tasks: Sequence[Task], world: World, *, jobs: int) -> Iterator[tup
                 raise ValueError(refusal)
             task = tasks[place]
             advance(task.run.num_steps, f"simulated {task.name} ({task.run.label}) · {left} of {len(tasks)} left")
-            yield task, outcome
+            yield place, outcome
 
 
 def _run(place: int, task: Task, world: World) -> tuple[int, Outcome | None, str | None]:

@@ -5,7 +5,6 @@ The same tasks, in the same order, with seeds of their own: one worker or severa
 
 import contextlib
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -129,15 +128,16 @@ def plan_tasks(case: Case, records: Mapping[str, Path]) -> list[Task]:
 def _simulate(case: Case, folder: Path) -> tuple[Runs, dict[str, Path]]:
     """Run every task; return what came out, and each policy's file of records."""
     records = {name: folder / f"steps-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.parquet" for name in case.policies}
-    found: dict[str, dict[int, dict[str, Outcome]]] = defaultdict(lambda: defaultdict(dict))
-    for task, outcome in run_tasks(plan_tasks(case, records), case.world, jobs=case.options.jobs):
-        found[task.run.kind][task.run.index][task.name] = outcome
-
-    def in_order(by_name: dict[str, Outcome]) -> dict[str, Outcome]:
-        """Return outcomes in the order that was asked for, not in that in which workers ended."""
-        return {name: by_name[name] for name in case.policies if name in by_name}
-
-    return {kind: [in_order(found[kind][i]) for i in sorted(found[kind])] for kind in KINDS}, records
+    tasks = plan_tasks(case, records)
+    ended = dict(run_tasks(tasks, case.world, jobs=case.options.jobs))
+    runs: dict[str, list[dict[str, Outcome]]] = {kind: [] for kind in KINDS}
+    # In the order planned, not in that in which workers ended.
+    for place, task in enumerate(tasks):
+        of_kind = runs[task.run.kind]
+        if task.run.index == len(of_kind):
+            of_kind.append({})
+        of_kind[task.run.index][task.name] = ended[place]
+    return runs, records
 
 
 def summarise(case: Case, runs: Runs) -> dict[str, Any]:
