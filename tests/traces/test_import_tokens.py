@@ -82,7 +82,7 @@ class TestSglangPerToken:
         assert trace.request_id_T.tolist() == [0, 0, 0, 1, 1, 0, 1, 0, 2, 2, 2, 0, 2, 3, 4]
         assert trace.position_T.tolist() == [0, 1, 2, 0, 1, 3, 2, 4, 0, 1, 2, 5, 3, 5, 5]
         assert (trace.num_layers, trace.num_experts, trace.top_k) == (2, 8, 2)
-        assert "5 padding rows dropped" in notes
+        assert "5 rows without experts (padding, or never written) dropped" in notes
         assert "layers [0] hold no routing (dense layers)" in notes
         assert "num_experts" not in notes
 
@@ -255,7 +255,7 @@ class TestArrays:
         np.save(tmp_path / "routed.npy", ids)
         trace, notes = trace_of(tmp_path / "routed.npy", "arrays")
         assert trace.num_tokens == 4
-        assert "1 rows of zeros, which nobody wrote, dropped" in notes
+        assert "1 rows without experts (padding, or never written) dropped" in notes
 
     def test_requests_in_a_folder(self, tmp_path):
         for request, (prompt, rows) in enumerate([(3, 5), (2, 4)]):
@@ -346,7 +346,7 @@ class TestRouterLogits:
         assert trace.request_id_T.tolist() == [0, 0, 1, 1, 1]
         assert trace.position_T.tolist() == [0, 1, 0, 1, 2]
         assert (phases(trace), trace.num_experts) == ([("prefill", 5)], 8)
-        assert "1 padding rows dropped" in notes
+        assert "1 rows without experts (padding, or never written) dropped" in notes
         with pytest.raises(TraceError, match="need one of 1 to 8"):
             import_trace(tmp_path / "x.pt")
 

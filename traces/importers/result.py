@@ -82,9 +82,7 @@ def finish_tokens(
         TraceError: No token is left, some lack experts, or the trace is not sound.
     """
     said = list(notes)
-    rows = _without_padding(rows, said)
-    rows = _without_dense_layers(rows, said)
-    rows = _without_spare_columns(rows, options)
+    rows = _without_spare_columns(_without_blanks(rows, said), options)
     num_experts = options.get("num_experts")
     if num_experts is None:
         num_experts = int(rows.expert_ids_TLK.max()) + 1
@@ -117,34 +115,25 @@ def _provenance(options: ImportOptions, said: Sequence[str]) -> Provenance:
     return Provenance(source="imported", model=options.get("model"), notes="; ".join(said))
 
 
-def _without_padding(rows: Rows, said: list[str]) -> Rows:
-    ids_TLK: NDArray[Any] = rows.expert_ids_TLK
-    empty_TL = ids_TLK.max(axis=2) < 0
-    zero_TL = np.abs(ids_TLK).max(axis=2) == 0
-    padding_T = np.asarray(empty_TL.all(axis=1))
-    # A token never chooses expert 0 twice, so zeros throughout were never written; zeros in all rows are told later.
-    unwritten_T = (empty_TL | zero_TL).all(axis=1) & ~padding_T & bool(ids_TLK.shape[2] > 1 and (ids_TLK > 0).any())
-    for dropped_T, what in ((padding_T, "padding rows"), (unwritten_T, "rows of zeros, which nobody wrote,")):
-        if dropped_T.any():
-            said.append(f"{dropped_T.sum()} {what} dropped")
-    real_T = np.asarray(~(padding_T | unwritten_T))
-    if not real_T.any():
+def _without_blanks(rows: Rows, said: list[str]) -> Rows:
+    """Drop layers and rows that nobody wrote: -1 throughout, or zeros, as no token chooses expert 0 twice."""
+    empty_TL, zero_TL = (rows.expert_ids_TLK < 0).all(axis=2), (rows.expert_ids_TLK == 0).all(axis=2)
+    if empty_TL.all():
         raise TraceError("it holds no token with experts; record while requests are served")
-    return rows.keep(real_T)
-
-
-def _without_dense_layers(rows: Rows, said: list[str]) -> Rows:
-    ids_TLK = rows.expert_ids_TLK
-    dense_L = (ids_TLK == 0).all(axis=(0, 2)) | (ids_TLK < 0).all(axis=(0, 2))
+    dense_L = (empty_TL | zero_TL).all(axis=0)
     if dense_L.all():
         raise TraceError(
             "all expert ids are zero: vLLM's monolithic MoE kernels do not report them; record with another MoE backend"
         )
-    if not dense_L.any():
-        return rows
-    said.append(f"layers {np.flatnonzero(dense_L).tolist()} hold no routing (dense layers) and are dropped")
+    if dense_L.any():
+        said.append(f"layers {np.flatnonzero(dense_L).tolist()} hold no routing (dense layers) and are dropped")
+    # One choice of expert 0 is a choice.
+    blank_TL = empty_TL | zero_TL if rows.expert_ids_TLK.shape[2] > 1 else empty_TL
+    blank_T = np.asarray(blank_TL[:, ~dense_L].all(axis=1))
+    if blank_T.any():
+        said.append(f"{blank_T.sum()} rows without experts (padding, or never written) dropped")
     gates_TLK = None if rows.gates_TLK is None else rows.gates_TLK[:, ~dense_L]
-    return replace(rows, expert_ids_TLK=ids_TLK[:, ~dense_L], gates_TLK=gates_TLK)
+    return replace(rows, expert_ids_TLK=rows.expert_ids_TLK[:, ~dense_L], gates_TLK=gates_TLK).keep(~blank_T)
 
 
 def _without_spare_columns(rows: Rows, options: ImportOptions) -> Rows:
