@@ -6,7 +6,6 @@ chose for the same token, and what this layer chose for the tokens before it.
 Shape letters: P positions, R requests, E experts, K top-k, H memories, B position bins, N rows of any kind.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +13,6 @@ import numpy as np
 from .schema import F32, F64, I32, I64, Bools, Ints
 
 Ids = I32
-Noise = Callable[[tuple[int, ...]], F32]
-"""Gives standard Gumbel noise of a shape; not to be written to."""
 
 MEMORY_H = (0.0, 0.7, 0.9)
 """How much of a memory stays from token to token: the token before, the last 3 or so, the last 10."""
@@ -105,7 +102,9 @@ def _standing(layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | N
     return logit_PRE
 
 
-def choose(layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | None, k: int, noise: Noise) -> Ids:
+def choose(
+    layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | None, k: int, rng: np.random.Generator
+) -> Ids:
     """Draw the experts of every token of a layer, given those of the layer below.
 
     Returns:
@@ -118,15 +117,21 @@ def choose(layer: LayerChoice, tilt_RE: F32, shape: Shape, below_PRK: Ids | None
     memory_HRE = np.zeros((len(MEMORY_H), *tilt_RE.shape), np.float32)
     alive_P = shape.alive.sum(axis=1)
     warm = slice(WARM_UP)
-    _run(layer, standing_PRE[warm], lead_PRE[warm], memory_HRE, alive_P[warm], k, noise)
-    return _run(layer, standing_PRE, lead_PRE, memory_HRE, alive_P, k, noise)
+    _run(layer, standing_PRE[warm], lead_PRE[warm], memory_HRE, alive_P[warm], k, rng)
+    return _run(layer, standing_PRE, lead_PRE, memory_HRE, alive_P, k, rng)
 
 
 def _run(
-    layer: LayerChoice, standing_PRE: F32, lead_PRE: F32, memory_HRE: F32, alive_P: I64, k: int, noise: Noise
+    layer: LayerChoice,
+    standing_PRE: F32,
+    lead_PRE: F32,
+    memory_HRE: F32,
+    alive_P: I64,
+    k: int,
+    rng: np.random.Generator,
 ) -> Ids:
     """Draw position after position; `memory_HRE` is where the memories stand, before and after."""
-    noise_PRE, lead_PRE = noise(standing_PRE.shape), lead_PRE + noise(standing_PRE.shape)
+    noise_PRE, lead_PRE = gumbel(rng, standing_PRE.shape), lead_PRE + gumbel(rng, standing_PRE.shape)
     ids_PRK = np.full((*standing_PRE.shape[:2], k), PAD, np.int32)
     for p, alive in enumerate(alive_P):
         past_HRE = memory_HRE[:, :alive]

@@ -7,7 +7,6 @@ Q lengths.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -22,7 +21,7 @@ MAX_REQUESTS = 512
 MAX_POSITIONS = 512
 PANEL_ENTRIES = 24_000_000
 """Marks per layer of the tokens that are kept."""
-DRAWN_ENTRIES = 2_400_000
+DRAWN_ENTRIES = 4_800_000
 """Marks per layer of the tokens drawn at each correction."""
 ACROSS_TOKENS = 30_000
 """Tokens on which the dependence on the layer below is measured."""
@@ -103,6 +102,7 @@ def _matched(panel: Panel, num_experts: int, num_domains: int) -> tuple[list[Lay
     affordable = max(DRAWN_ENTRIES // (num_positions * num_experts), 16)
     drawn_R = evenly(num_requests, min(affordable, max(2 * num_requests, 96), 384))
     shape = Shape(tokens_R=panel.shape.tokens_R[drawn_R], prompt_R=panel.shape.prompt_R[drawn_R])
+    domain_R = panel.domain_R[drawn_R]
     num_across = min(int(panel.shape.tokens_R.sum()), int(shape.tokens_R.sum()), ACROSS_TOKENS)
     ids_LPRK = np.moveaxis(panel.ids_PRLK, 2, 0)
     wanted = [
@@ -114,11 +114,13 @@ def _matched(panel: Panel, num_experts: int, num_domains: int) -> tuple[list[Lay
     layers = [plain_layer(log_weight(one.inside_E).astype(np.float32)) for one in wanted]
     for turn, gains in enumerate(ROUNDS):
         rng = np.random.default_rng([num_positions, num_requests, turn])
-        tilt_RLE, scale_LE = tilt.draw(panel.domain_R[drawn_R], rng), np.ones_like(tilt.own_LE)
+        tilt_RLE, scale_LE = tilt.draw(domain_R, rng), np.ones_like(tilt.own_LE)
+        # Centred, so that the load does not adapt to the accidents of one draw.
+        tilt_RLE -= (tilt_RLE - tilt.domain_DLE[domain_R]).mean(axis=0)
         below_PRK: Ids | None = None
         for level, layer in enumerate(layers):
             layers[level], below_PRK, scale_LE[level] = match(
-                layer, tilt_RLE[:, level], shape, below_PRK, wanted[level], gains, num_across, partial(gumbel, rng)
+                layer, tilt_RLE[:, level], shape, below_PRK, wanted[level], gains, num_across, rng
             )
         tilt = Tilt(
             factor_FLE=tilt.factor_FLE * scale_LE, own_LE=tilt.own_LE * scale_LE, domain_DLE=tilt.domain_DLE * scale_LE

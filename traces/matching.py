@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .choice import NUM_BINS, WIDTH_OF_BIN_B, Ids, LayerChoice, Noise, Shape, choose, log_weight, multi_hot
+from .choice import NUM_BINS, WIDTH_OF_BIN_B, Ids, LayerChoice, Shape, choose, log_weight, multi_hot
 from .schema import F32, F64, I64
 
 LAGS_G = (1, 4, 8, 16)
@@ -168,7 +168,7 @@ def match(
     wanted: Moments,
     gains: tuple[float, ...],
     num_across: int,
-    noise: Noise,
+    rng: np.random.Generator,
 ) -> tuple[LayerChoice, Ids, F32]:
     """Correct a layer once per gain; `tilt_RE` and `below_PRK` stay the same, the noise is drawn anew each time.
 
@@ -178,8 +178,8 @@ def match(
     k = round(float(wanted.inside_E.sum()))
     scale_E = np.ones(tilt_RE.shape[1], np.float32)
     for gain in gains:
-        ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, noise)
+        ids_PRK = choose(layer, tilt_RE * scale_E, shape, below_PRK, k, rng)
         seen = moments(ids_PRK, shape, below_PRK, tilt_RE.shape[1], num_across)
         layer = _corrected(layer, wanted, seen, gain, k)
         scale_E = np.clip(scale_E * _tilt_step(wanted, seen, gain), 0.02, 10).astype(np.float32)
-    return layer, choose(layer, tilt_RE * scale_E, shape, below_PRK, k, noise), scale_E
+    return layer, choose(layer, tilt_RE * scale_E, shape, below_PRK, k, rng), scale_E

@@ -7,11 +7,9 @@ choose layer by layer and position by position: see `choice`. `fit.fit` makes a 
 Shape letters: T tokens, R requests, L MoE layers, E experts, K top-k, P positions.
 """
 
-from functools import partial
-
 import numpy as np
 
-from .choice import Ids, Shape, choose, gumbel
+from .choice import Ids, Shape, choose
 from .requests import phases_of
 from .schema import I64, Ints, Provenance
 from .spec import SynthSpec, zipf_spec
@@ -65,8 +63,8 @@ def _block(spec: SynthSpec, pair_R: I64, domain_R: I64, key: list[int]) -> Ints:
     below_PRK: Ids | None = None
     chosen: list[Ids] = []
     for level, layer in enumerate(spec.layers):
-        noise = partial(gumbel, np.random.default_rng([*key, 1 + level]))
-        below_PRK = choose(layer, tilt_RLE[:, level], shape, below_PRK, spec.top_k, noise)
+        rng = np.random.default_rng([*key, 1 + level])
+        below_PRK = choose(layer, tilt_RLE[:, level], shape, below_PRK, spec.top_k, rng)
         chosen.append(below_PRK)
     ids_PRLK = np.stack(chosen, axis=2).astype(id_dtype(spec.num_experts))
     parts = [ids_PRLK[: shape.tokens_R[column], column] for column in np.argsort(order_R)]

@@ -117,7 +117,8 @@ def _provenance(options: ImportOptions, said: Sequence[str]) -> Provenance:
 
 def _without_blanks(rows: Rows, said: list[str]) -> Rows:
     """Drop layers and rows that nobody wrote: -1 throughout, or zeros, as no token chooses expert 0 twice."""
-    empty_TL, zero_TL = (rows.expert_ids_TLK < 0).all(axis=2), (rows.expert_ids_TLK == 0).all(axis=2)
+    ids_TLK = rows.expert_ids_TLK
+    empty_TL, zero_TL = (np.asarray(marks_TLK.all(axis=2)) for marks_TLK in (ids_TLK < 0, ids_TLK == 0))
     if empty_TL.all():
         raise TraceError("it holds no token with experts; record while requests are served")
     dense_L = (empty_TL | zero_TL).all(axis=0)
@@ -128,12 +129,12 @@ def _without_blanks(rows: Rows, said: list[str]) -> Rows:
     if dense_L.any():
         said.append(f"layers {np.flatnonzero(dense_L).tolist()} hold no routing (dense layers) and are dropped")
     # One choice of expert 0 is a choice.
-    blank_TL = empty_TL | zero_TL if rows.expert_ids_TLK.shape[2] > 1 else empty_TL
+    blank_TL = empty_TL | zero_TL if ids_TLK.shape[2] > 1 else empty_TL
     blank_T = np.asarray(blank_TL[:, ~dense_L].all(axis=1))
     if blank_T.any():
         said.append(f"{blank_T.sum()} rows without experts (padding, or never written) dropped")
     gates_TLK = None if rows.gates_TLK is None else rows.gates_TLK[:, ~dense_L]
-    return replace(rows, expert_ids_TLK=rows.expert_ids_TLK[:, ~dense_L], gates_TLK=gates_TLK).keep(~blank_T)
+    return replace(rows, expert_ids_TLK=ids_TLK[:, ~dense_L], gates_TLK=gates_TLK).keep(~blank_T)
 
 
 def _without_spare_columns(rows: Rows, options: ImportOptions) -> Rows:
