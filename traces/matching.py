@@ -153,7 +153,7 @@ def _corrected(layer: LayerChoice, wanted: Moments, seen: Moments, gain: float, 
         "profile_BE": 0.5 * gain * _profile_step(wanted, seen),
         "below_first_EE": 0.5 * gain * _pairs_step(wanted.below_first_EE, seen.below_first_EE, FEW_PAIRS),
         # A token has k - 1 of these; their steps add up.
-        "below_rest_EE": 0.5 * gain / max(k - 1, 1) * _pairs_step(wanted.below_rest_EE, seen.below_rest_EE, FEW_PAIRS),
+        "below_rest_EE": gain / max(k - 1, 1) * _pairs_step(wanted.below_rest_EE, seen.below_rest_EE, FEW_PAIRS),
     }
     if k > 1:
         steps["lead_EE"] = 0.8 * gain * _pairs_step(wanted.firsts_EE, seen.firsts_EE, FEW_FIRSTS)

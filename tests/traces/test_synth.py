@@ -110,6 +110,7 @@ MATCHED = (
     ("jsd_bits_L", 0.15),
     ("mutual_information_bits_L", 0.12),
     ("recall_L", 0.1),
+    ("recall_set_L", 0.1),
     ("distinct_LZ", 0.05),
     ("step_max_mean_LZ", 0.1),
     ("lru_hit_LE", 0.06),
