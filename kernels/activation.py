@@ -1,4 +1,4 @@
-"""What SwiGLU does to a gate, for kernels in Triton and in Gluon."""
+"""What activations do to single numbers, for kernels in Triton and in Gluon."""
 
 import triton
 import triton.language as tl
@@ -25,3 +25,13 @@ def silu(x):
     # x / 1 and x / inf, where the correction may meet an infinity, and -0, whose sign it would lose.
     quotient = tl.where((y == unit) | (x == 0.0), x, quotient)
     return tl.where(y == float("inf"), x * 0.0, quotient)
+
+
+@triton.jit
+def pointwise(x, EPILOGUE: tl.constexpr):
+    """Apply an epilogue that looks at each number alone: relu or gelu (exact); others leave it."""
+    if EPILOGUE == "relu":
+        x = tl.where(x <= 0.0, 0.0, x)
+    elif EPILOGUE == "gelu":
+        x = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x

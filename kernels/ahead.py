@@ -71,7 +71,7 @@ class Resources:
 
 
 def kernel_source(
-    kernel: Any, constants: dict[str, Any], types: dict[str, str], kind: type[ASTSource] = ASTSource
+    kernel: Any, constants: dict[str, Any], types: dict[str, str], source_type: type[ASTSource] = ASTSource
 ) -> ASTSource:
     """Return a kernel's source: arguments without a type are int32, behind a pointer where the name says so."""
     types = WIDE_TYPES | types
@@ -81,7 +81,7 @@ def kernel_source(
     }
     # Without divisibility the loads are scalar and the register count means nothing.
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in ROW_SIZES]
-    return kind(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return source_type(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
 
 
 def grouped_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> ASTSource:

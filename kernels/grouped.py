@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .activation import silu
+from .activation import pointwise, silu
 from .pingpong import pingpong_product
 from .queues import locate_tile
 from .spec import BLOCK_M_AT, BLOCK_N_AT, INTERPRET, SLICES, LayerLaunch
@@ -42,11 +42,7 @@ def activate(x, EPILOGUE: tl.constexpr, PAIRED: tl.constexpr, BLOCK_M: tl.conste
 
     PAIRED: gate and up columns alternate; else a tile's first half is gate, its second half up.
     """
-    if EPILOGUE == "relu":
-        x = tl.where(x <= 0.0, 0.0, x)
-    elif EPILOGUE == "gelu":
-        x = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif EPILOGUE == "swiglu":
+    if EPILOGUE == "swiglu":
         half: tl.constexpr = BLOCK_N // 2
         if PAIRED:
             pairs = tl.reshape(x, [BLOCK_M, half, 2])
@@ -54,6 +50,8 @@ def activate(x, EPILOGUE: tl.constexpr, PAIRED: tl.constexpr, BLOCK_M: tl.conste
             pairs = tl.permute(tl.reshape(x, [BLOCK_M, 2, half]), [0, 2, 1])
         gate, up = tl.split(pairs)
         x = silu(gate) * up
+    else:
+        x = pointwise(x, EPILOGUE)
     return x
 
 

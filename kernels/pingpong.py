@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import activation
+from . import activation, queues
 from .spec import LaunchSpec, LayerLaunch
 from .weights import ProductWeights
 
@@ -32,23 +32,9 @@ REGS = 168
 """A thread's, for three warp groups; the loading one hands most of its own to the others."""
 GROUP_REGS = gl.constexpr(240)
 LOADER_REGS = gl.constexpr(24)
-EXPERT_BITS = gl.constexpr(12)
-EXPERT_MASK = gl.constexpr((1 << 12) - 1)
 
-
-silu = gluon.jit(activation.silu.fn)
-
-
-@gluon.jit
-def locate_tile(i, begin, tiles_ptr, offsets_ptr, n_tiles, BLOCK_M: gl.constexpr):
-    """Return a tile's expert, first row, the end of the expert's rows, and its column tile, as `queues.locate_tile`."""
-    entry = gl.load(tiles_ptr + begin + i // n_tiles)
-    expert = entry & EXPERT_MASK
-    row_start = gl.load(offsets_ptr + expert)
-    row_end = gl.load(offsets_ptr + expert + 1)
-    num_m = gl.cdiv(row_end - row_start, BLOCK_M)
-    local = i - ((entry >> EXPERT_BITS) - begin) * n_tiles
-    return expert, row_start + local % num_m * BLOCK_M, row_end, local // num_m
+silu, pointwise = gluon.jit(activation.silu.fn), gluon.jit(activation.pointwise.fn)
+locate_tile = gluon.jit(queues.locate_tile.fn)
 
 
 @gluon.jit
@@ -62,7 +48,7 @@ def load_tiles(
     short_bytes: gl.constexpr = (HALF_M + BLOCK_N) * BLOCK_K * 2
     step = 0
     for i in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, row, row_end, n = locate_tile(i, begin, tiles_ptr, offsets_ptr, n_tiles, BLOCK_M)
+        expert, row, row_end, n, _ = locate_tile(i, begin, tiles_ptr, offsets_ptr, n_tiles, BLOCK_M)
         tall = row_end - row > HALF_M
         # A tile's columns are two runs of weight rows: of SwiGLU gate and up, else neighbours.
         first = expert * n_dim + n * (half_n if GATED else BLOCK_N)
@@ -89,13 +75,11 @@ def load_tiles(
 @gluon.jit
 def activate(x, EPILOGUE: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr):
     """Apply an epilogue to rounded products in float32, as `grouped.activate`; gate columns lie before up columns."""
-    if EPILOGUE == "relu":
-        x = gl.where(x <= 0.0, 0.0, x)
-    elif EPILOGUE == "gelu":
-        x = x * 0.5 * (1.0 + gl.erf(x * 0.7071067811865476))
-    elif EPILOGUE == "swiglu":
+    if EPILOGUE == "swiglu":
         gate, up = x.reshape([ROWS, 2, BLOCK_N // 2]).permute([0, 2, 1]).split()
         x = silu(gate) * up
+    else:
+        x = pointwise(x, EPILOGUE)
     return x
 
 
@@ -160,21 +144,15 @@ def multiply_tiles(
     """
     step, phase = turn * num_k, 1 - turn
     for i in range(gl.program_id(0) + turn * gl.num_programs(0), num_tiles, 2 * gl.num_programs(0)):
-        expert, row, row_end, n = locate_tile(i, begin, tiles_ptr, offsets_ptr, n_tiles, BLOCK_M)
+        expert, row, row_end, n, _ = locate_tile(i, begin, tiles_ptr, offsets_ptr, n_tiles, BLOCK_M)
         bias_start = expert.to(gl.int64) * n_dim
         mbarrier.wait(turns.index(turn), phase)
-        if BLOCK_M > HALF_M:
-            if row_end - row > HALF_M:
-                multiply_tile(
-                    a_bufs, b_bufs, ready, empty, turns.index(1 - turn), step, num_k, out_ptr, bias_ptr, row_slot_ptr,
-                    bias_start, row, row_end, n, n_dim, out_pitch, SCATTER, EPILOGUE, HAS_BIAS, BLOCK_M, BLOCK_N,
-                    STAGES,
-                )  # fmt: skip
-            else:
-                multiply_tile(
-                    a_bufs, b_bufs, ready, empty, turns.index(1 - turn), step, num_k, out_ptr, bias_ptr, row_slot_ptr,
-                    bias_start, row, row_end, n, n_dim, out_pitch, SCATTER, EPILOGUE, HAS_BIAS, HALF_M, BLOCK_N, STAGES,
-                )  # fmt: skip
+        tall = row_end - row > HALF_M if BLOCK_M > HALF_M else False
+        if tall:
+            multiply_tile(
+                a_bufs, b_bufs, ready, empty, turns.index(1 - turn), step, num_k, out_ptr, bias_ptr, row_slot_ptr,
+                bias_start, row, row_end, n, n_dim, out_pitch, SCATTER, EPILOGUE, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
         else:
             multiply_tile(
                 a_bufs, b_bufs, ready, empty, turns.index(1 - turn), step, num_k, out_ptr, bias_ptr, row_slot_ptr,
