@@ -31,8 +31,6 @@ PART_OF_KERNEL = {
 }
 PRODUCTS = ("grouped_kernel", "pingpong_kernel")
 PART_OF_PRODUCT = {1: ("up",), 2: ("up", "down"), 3: ("up", "middle", "down")}
-MODELS = ("qwen3-30b-a3b", "mixtral-8x7b", "large", "olmoe-1b-7b", "medium", "small")
-TOKENS = (1, 32, 256, 2048, 8192)
 
 
 class Span(NamedTuple):
@@ -98,7 +96,7 @@ def product_floors_us(batch: Batch, device: DeviceSpec) -> dict[str, float]:
     sizes = [product.n_dim * product.k_dim for product in products]
     shares = zip(PART_OF_PRODUCT[len(sizes)], (size / sum(sizes) for size in sizes), strict=True)
     return {
-        f"{part}_floor": floor_ns(
+        f"{part}_floor_us": floor_ns(
             hbm_bytes=work.hbm_bytes * share, flops=work.flops * share, device=device, dtype=batch.spec.dtype
         )
         / 1000
@@ -107,7 +105,7 @@ def product_floors_us(batch: Batch, device: DeviceSpec) -> dict[str, float]:
 
 
 def account_of(point: Point, batch: Batch, device: DeviceSpec) -> dict[str, Any]:
-    """Return a point's row, all times in µs: the parts, the floors, and the whole as an event timer sees it."""
+    """Return a point's row: the parts, the floors, and the whole as an event timer sees it."""
     from .bench_contenders import ours
 
     contender = ours(batch)
@@ -118,42 +116,39 @@ def account_of(point: Point, batch: Batch, device: DeviceSpec) -> dict[str, Any]
     return {
         **asdict(point),
         "launch": contender.about["launch"],
-        "whole": whole_us,
-        "floor": floor_us,
-        **found,
+        "whole_us": whole_us,
+        "floor_us": floor_us,
+        **{f"{part}_us": took_us for part, took_us in found.items()},
         **product_floors_us(batch, device),
     }
 
 
 def line(row: dict[str, Any]) -> str:
     """Return one row for the terminal."""
-    parts = " ".join(f"{part} {row[part]:.1f}" for part in PARTS if row[part])
+    parts = " ".join(f"{part} {row[f'{part}_us']:.1f}" for part in PARTS if row[f"{part}_us"])
     head = f"{row['model']:14} {row['kind']:6} {row['skew']:7} {row['tokens']:5}"
-    return f"{head} whole {row['whole']:8.1f} floor {row['floor']:8.1f}: {parts}"
+    return f"{head} whole {row['whole_us']:8.1f} floor {row['floor_us']:8.1f} us: {parts}"
 
 
 def main() -> None:
-    """Account for the points given, within a time."""
+    """Account for the rows of the layer benchmark, or those of the models given, within a time."""
+    from .bench_layer import all_rows
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--kind", default="swiglu")
+    parser.add_argument("--models", help="comma-separated; default all")
     parser.add_argument("--commit", help="of a checkout that has no history with it")
     arguments = parser.parse_args()
-    points = [
-        Point(model=model, kind=arguments.kind, skew=skew, tokens=tokens)
-        for model in arguments.models.split(",")
-        for tokens in TOKENS
-        for skew in ("uniform", "zipf")
-    ]
+    wanted = arguments.models.split(",") if arguments.models else None
+    points = [point for point in all_rows() if wanted is None or point.model in wanted]
     arguments.out.mkdir(parents=True, exist_ok=True)
     device, rows = load_device("h100-sxm5-80gb"), []
     for point, batch in cold_batches(points, arguments.seconds):
         rows.append(account_of(point, batch, device))
         sys.stdout.write(line(rows[-1]) + "\n")
     write_parquet(arguments.out / "account.parquet", rows)
-    command = f"python -P -m expertslice.experiments.account --seconds {arguments.seconds:.0f} --kind {arguments.kind}"
+    command = f"python -P -m expertslice.experiments.account --seconds {arguments.seconds:.0f}"
     with EnergyMeter(0) as meter:
         manifest = {**device_manifest(meter, arguments.commit), "command": command}
     (arguments.out / "account.manifest.json").write_text(to_json(manifest) + "\n", encoding="utf-8")

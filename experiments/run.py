@@ -133,6 +133,8 @@ def _run(
             energy, errors = result.energy, result.policy_errors
         except KeyboardInterrupt:
             stopped = True
+            for record in backend.drain(wait=True):
+                on_record(record)
     return {
         "steps": len(took_ns),
         **_quantiles_us(took_ns),

@@ -3,6 +3,7 @@
 Shape letters: H steps of history, L MoE layers, E routed experts, S slices of a layout.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -109,7 +110,7 @@ def _costs_of_close(choice: Choice, first: F64, rest: Sequence[I32]) -> F64:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chooser:
+class Chooser(ABC):
     """A policy that now and then takes the plan that the belief finds cheapest; subclasses say among which."""
 
     foresees: ClassVar[bool] = False
@@ -122,9 +123,9 @@ class Chooser:
     stickiness: float = 0.005
     """Fraction by which another plan must be cheaper than the one in place."""
 
+    @abstractmethod
     def init(self, setup: Setup) -> Choice:
         """Return the plans to choose among."""
-        raise NotImplementedError
 
     def layouts(self, setup: Setup) -> tuple[SliceLayout, ...]:
         return layouts_of(self.init(setup).plans)

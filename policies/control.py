@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..traces.schema import I32
-from .contract import Plan, Setup, SliceLayout
+from .contract import Observation, Plan, Setup, SliceLayout, StepRecord
 from .layouts import fallback_plan, switch_ns
 from .validate import validate
 
@@ -46,6 +46,22 @@ class ControlState:
         history = np.stack(counts) if counts else self._none_LE[None][:0]
         history.flags.writeable = False
         return history
+
+    def observation(
+        self, *, now_ns: int, newest: StepRecord | None, power_w: float | None, queued_tokens: int
+    ) -> Observation:
+        """Return what the policy sees; `newest`: the newest completed step."""
+        none_LS = np.zeros((self._setup.model.num_layers, 0), dtype=np.int64)
+        return Observation(
+            step=self.deciding,
+            counts_HLE=self.history_HLE(),
+            now_ns=now_ns,
+            plan_id=self.plan_in_effect().plan_id,
+            step_ns=newest.end_ns - newest.start_ns if newest else 0,
+            busy_ns_LS=newest.busy_ns_LS if newest else none_LS,
+            power_w=power_w,
+            queued_tokens=queued_tokens,
+        )
 
     def counts_LE(self, index: int) -> I32:
         """Return what the trace says of a step that a decision may see, or saw last."""

@@ -106,7 +106,7 @@ class _Running:
 
 
 class RuntimeBackend:
-    """A policy's plans on a real executor."""
+    """A policy's plans on a real executor, for one run."""
 
     foresight: ClassVar[bool] = False
 
@@ -115,6 +115,10 @@ class RuntimeBackend:
         self.bucket_of = bucket_of
         self.num_fallbacks = 0
         """Steps that ran unsliced because their plan could not be carried out."""
+        self._running: deque[_Running] = deque()
+        self._finished: list[StepRecord] = []
+        self._newest: StepRecord | None = None
+        self._stall_ns = 0
 
     def open(self, setup: Setup, layouts: Sequence[SliceLayout]) -> None:
         """Prepare the layouts and the unsliced one."""
@@ -122,10 +126,6 @@ class RuntimeBackend:
         self._control = ControlState(setup)
         self._unsliced = fallback_plan(setup)
         self._needs = Needs(setup.model)
-        self._running: deque[_Running] = deque()
-        self._finished: list[StepRecord] = []
-        self._newest: StepRecord | None = None
-        self._stall_ns = 0
         self.executor.open(setup, tuple(dict.fromkeys((*layouts, self._unsliced.layout))))
 
     def observe(self) -> Observation:
@@ -136,14 +136,9 @@ class RuntimeBackend:
             self._check_counts(visible)
             self._stall_ns += self.executor.now_ns() - before_ns
         self._collect(-1)
-        newest = self._newest
-        return Observation(
-            step=self._control.deciding,
-            counts_HLE=self._control.history_HLE(),
+        return self._control.observation(
             now_ns=self.executor.now_ns(),
-            plan_id=self._control.plan_in_effect().plan_id,
-            step_ns=newest.end_ns - newest.start_ns if newest else 0,
-            busy_ns_LS=newest.busy_ns_LS if newest else np.zeros((self._setup.model.num_layers, 0), dtype=np.int64),
+            newest=self._newest,
             power_w=self.executor.power_w(),
             queued_tokens=sum(one.num_tokens for one in self._running),
         )
@@ -201,7 +196,8 @@ class RuntimeBackend:
 
     def drain(self, *, wait: bool = False) -> list[StepRecord]:
         """Return the finished steps, in order; all of them when `wait`."""
-        self._collect(self._control.num_submitted - 1 if wait else -1)
+        if self._running:
+            self._collect(self._control.num_submitted - 1 if wait else -1)
         finished, self._finished = self._finished, []
         return finished
 

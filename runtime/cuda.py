@@ -96,7 +96,8 @@ class CudaExecutor:
         """Allocate everything for the largest bucket, and create the layouts' streams and contexts.
 
         Raises:
-            ValueError: the device is not the setup's, or counts are to be seen later than they are kept.
+            ValueError: the device is not the setup's or cannot be split like a layout, or counts are to be seen later
+                than they are kept.
         """
         if setup.control.count_lag_steps > MOST_AHEAD:
             raise ValueError(
@@ -162,10 +163,7 @@ class CudaExecutor:
             return tuple(torch.cuda.Stream(priority=priority) for priority in priorities)
         wanted = tuple(one.sm_count for one in layout.slices)
         group_sms = self._setup.device.sm_partition_step
-        try:
-            split = self._owned.enter_context(Partition(wanted=wanted, group_sms=group_sms, priorities=priorities))
-        except PartitionError as error:
-            raise ValueError(str(error)) from error
+        split = self._owned.enter_context(Partition(wanted=wanted, group_sms=group_sms, priorities=priorities))
         return tuple(share.stream for share in split.shares)
 
     def _start_clock(self) -> None:
@@ -207,7 +205,7 @@ class CudaExecutor:
         captures = key not in self._graphs
         try:
             graph = self._graphs.get(key)
-        except (torch.OutOfMemoryError, triton.OutOfResources, ValueError) as error:
+        except (torch.OutOfMemoryError, triton.OutOfResources, PartitionError) as error:
             raise ExecutorError(f"no graph for a bucket of {bucket} tokens: {str(error).splitlines()[0]}") from error
         capture_ns = self.now_ns() - before_ns if captures else 0
         slot = self._num_launched % IN_FLIGHT

@@ -116,9 +116,9 @@ def _of_device(nvml: Any, handle: Any, where: str) -> Iterator[Finding]:
         advice = "tiles by descriptors and pingpong tiles need Hopper; the others work"
     name = _ask(nvml, "nvmlDeviceGetName", handle)
     yield Finding(subject=where, found=f"{name}, compute capability {_dotted(capability)}{size}", advice=advice)
-    limit_mw, clock = (_ask(nvml, f"nvmlDeviceGet{what}", handle) for what in ("EnforcedPowerLimit", "PowerUsage"))
-    if limit_mw and clock is not None:
-        yield Finding(subject=f"{where} power", found=f"{clock / 1000:.0f} of {limit_mw / 1000:.0f} W")
+    limit_mw, drawn_mw = (_ask(nvml, f"nvmlDeviceGet{what}", handle) for what in ("EnforcedPowerLimit", "PowerUsage"))
+    if limit_mw and drawn_mw is not None:
+        yield Finding(subject=f"{where} power", found=f"{drawn_mw / 1000:.0f} of {limit_mw / 1000:.0f} W")
     yield _of_energy(nvml, handle, where)
     yield _of_mig(nvml, handle, where)
     gpm = _ask(nvml, "nvmlGpmQueryDeviceSupport", handle)

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-import numpy as np
 import simpy
 
 from ..policies.contract import EnergyWindow, Observation, Plan, Setup, SliceLayout, StepRecord
@@ -76,14 +75,9 @@ class SimBackend:
         if not self._setup.control.free_switches:
             self._wait_for(self._control.newest_visible)
         self._control_ns += self.now_ns - before
-        newest = self._newest
-        return Observation(
-            step=self._control.deciding,
-            counts_HLE=self._control.history_HLE(),
+        return self._control.observation(
             now_ns=self.now_ns,
-            plan_id=self._control.plan_in_effect().plan_id,
-            step_ns=newest.end_ns - newest.start_ns if newest else 0,
-            busy_ns_LS=newest.busy_ns_LS if newest else np.zeros((self._setup.model.num_layers, 0), dtype=np.int64),
+            newest=self._newest,
             power_w=self._device.power.average_w,
             queued_tokens=sum(launch.step.num_tokens for launch in self._running),
         )
