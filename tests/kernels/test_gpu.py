@@ -275,6 +275,9 @@ def test_fused_and_dependent_launches_give_the_same_bits_in_graphs(kind):
         one_slice(small, fused=True),
         one_slice(replace(small, descriptors=True), fused=True, dependent=True),
         one_slice(tile((64, 128, 64, 4, 4), 132, descriptors=True), fused=True, dependent=True),
+        one_slice(tile((64, 128, 64, 4, 4), 132, descriptors=True, flatten=True), gathered=True, dependent=True),
+        one_slice(replace(PINGPONG[1], num_ctas=132), gathered=True, dependent=True),
+        one_slice(replace(PINGPONG[2], num_ctas=132), small, gathered=True, dependent=True),
     ]
     for launch in launches:
         case.run(launch)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertslice.kernels import reference
+from expertslice.kernels import layer, reference
 from expertslice.kernels.combine import combine
 from expertslice.kernels.grouped import grouped_product
 from expertslice.kernels.layer import moe_layer
@@ -237,3 +237,12 @@ def test_pingpong_tiles_say_what_they_take(make_layer, make_batch, router_of, ti
         ValueError, match="two-byte rows of a multiple of 8 columns, experts of one width, and a Hopper"
     ):
         moe_layer(x_TD, logits_TE, weights, router_of(spec), ws, launch)
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+def test_a_gpu_that_is_too_old_is_refused(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(ValueError, match=rf"cuda:0 has compute capability \({capability[0]}, .*\(8, 0\) is the least"):
+        layer._check_device(torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="weights on cpu; the kernels need a CUDA device"):
+        layer._check_device(torch.device("cpu"))
