@@ -136,6 +136,7 @@ def describe(launch: "LayerLaunch") -> str:
         return f"{s.block_m}x{s.block_n}x{s.block_k}w{s.num_warps}s{s.num_stages}{marks}@{s.num_ctas}"
 
     flags = "".join(f" {name}" for name in ("fused", "gathered", "dependent", "steal") if getattr(launch, name))
+    flags += f" prefetch {launch.prefetch_bytes >> 20} MiB" if launch.prefetch_bytes else ""
     return " | ".join(f"{tile(s.up)} {tile(s.down)}" for s in launch.slices) + flags
 
 

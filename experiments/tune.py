@@ -1,7 +1,7 @@
 """The search for the launches of a layer shape: candidates from a model of the load, times from a clock that is given.
 
 Every range of tokens is timed at its most, under uniform and Zipf routing; the launch with the least geometric mean
-wins. Tiles are tried for both products at once, then for each alone; whether launches overlap comes last.
+wins. Tiles are tried for both products at once, then for each alone; whether launches overlap and prefetch comes last.
 """
 
 import math
@@ -22,6 +22,8 @@ LEAST_GATHERED_ROWS = 24
 """Of an expert: with fewer, weights are what is read, and a launch that copies rows only costs."""
 NARROW, NARROW_ROWS = (16, 32), 4
 """Columns of a fused launch's last tiles, and the rows of an expert up to which they are tried."""
+PREFETCH_HIT, PREFETCH_BYTES = 0.9, (4 << 20, 8 << 20)
+"""The share of experts that even routing must hit, and how much is asked for: about what memory gives meanwhile."""
 KEPT = 3
 """Tiles of the joint search that are tried for each product alone."""
 
@@ -70,6 +72,13 @@ def candidates(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LayerLaunc
     return list(dict.fromkeys(found))
 
 
+def prefetching(spec: MoeSpec, num_tokens: int, launches: Iterable[LayerLaunch]) -> list[LayerLaunch]:
+    """Return dependent launches that ask for weights while they wait: for loads that will need nearly all of them."""
+    hit, _ = rows_per_expert(spec, num_tokens)
+    worth = hit >= PREFETCH_HIT * spec.num_experts
+    return [replace(one, dependent=True, prefetch_bytes=size) for one in launches for size in PREFETCH_BYTES if worth]
+
+
 def narrower(tile: LaunchSpec, rows: float) -> list[LaunchSpec]:
     """Return a fused tile for the last product, also narrower where experts have few rows.
 
@@ -106,6 +115,7 @@ def search(
     leaders = _sorted(found)[:KEPT]
     time_all(split(leaders))
     time_all(replace(launch, dependent=True) for launch in _sorted(found)[:KEPT])
+    time_all(prefetching(spec, num_tokens, _sorted(found)[:KEPT]))
     return _sorted(found)[0], found
 
 

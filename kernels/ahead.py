@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from .fused import fused_kernel
 from .grouped import grouped_kernel
-from .pingpong import BLOCK_K, GROUP_WARPS, HALF_M, REGS, pingpong_kernel
+from .pingpong import BLOCK_M, CHUNK_K, GROUP_WARPS, REGS, pingpong_kernel
 from .spec import LaunchSpec
 
 GROUPED: dict[str, Any] = {
@@ -57,7 +57,18 @@ WIDE_TYPES = {
     "offset_ptr": "*i64",
     "bias_offset_ptr": "*i64",
 }
-ROW_SIZES = ("k_dim", "n_dim", "d_model", "d_ff", "a_pitch", "out_pitch", "x_pitch", "hidden_pitch", "rows_pitch")
+ROW_SIZES = (
+    "k_dim",
+    "n_dim",
+    "d_model",
+    "d_ff",
+    "a_pitch",
+    "out_pitch",
+    "x_pitch",
+    "hidden_pitch",
+    "rows_pitch",
+    "prefetch_bytes",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +106,7 @@ def grouped_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> ASTS
         "BLOCK_N": spec.block_n,
         "BLOCK_K": spec.block_k,
     }
-    types = dict.fromkeys(("a", "b", "out_ptr", "bias_ptr"), f"*{dtype}")
+    types = dict.fromkeys(("a", "b", "out_ptr", "bias_ptr", "weight_ptr"), f"*{dtype}")
     if constants["A_DESC"]:
         types["a"] = f"tensordesc<{dtype}[{spec.block_m},{spec.block_k}]>"
     if constants["B_DESC"]:
@@ -109,6 +120,7 @@ def fused_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> ASTSou
     constants |= {"B_DESC": spec.descriptors, "BLOCK_M": spec.block_m, "BLOCK_K": spec.block_k}
     constants |= {"UP_N": spec.block_n, "DOWN_N": spec.block_n}
     types = {"hidden0_ptr": f"*{dtype}", "hidden1_ptr": f"*{dtype}", "rows_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
+    types["weight_ptr"] = f"*{dtype}"
     epilogues = (constants["EPILOGUE"], constants["EPILOGUE"] if constants["THREE"] else "none", "none")
     for i, epilogue in enumerate(epilogues):
         held = _weight_type(dtype, epilogue, spec.block_n, spec.block_k) if spec.descriptors else f"*{dtype}"
@@ -123,15 +135,15 @@ def pingpong_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> AST
         "EPILOGUE": "none",
         "HAS_BIAS": False,
         **{name: value for name, value in chosen.items() if name != "GATHER"},
-        "BLOCK_M": spec.block_m,
         "BLOCK_N": spec.block_n,
         "STAGES": spec.num_stages,
+        "CHUNKS": spec.block_k // CHUNK_K.value,
     }
     types = {"out_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
-    for name, rows in (("a_desc", HALF_M.value), ("b_desc", spec.block_n // 2)):
-        block = [rows, BLOCK_K.value]
+    for name, rows in (("a_desc", BLOCK_M.value), ("b_desc", spec.block_n // 2)):
+        block = [rows, CHUNK_K.value]
         layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-        types[name] = f"tensordesc<{dtype}[{rows},{BLOCK_K.value}],{layout!r}>"
+        types[name] = f"tensordesc<{dtype}[{rows},{CHUNK_K.value}],{layout!r}>"
     return kernel_source(pingpong_kernel, constants, types, GluonASTSource)
 
 

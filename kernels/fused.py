@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .grouped import expert_tile, weight_descriptor
+from .prefetch import prefetch_share
 from .queues import locate_tile
 from .spec import INTERPRET, LayerLaunch
 
@@ -76,14 +77,15 @@ def fused_product(
 @triton.jit(do_not_specialize=["slice_id", "capacity", "top_k"])
 def fused_kernel(
     x_ptr, b0, b1, b2, bias0_ptr, bias1_ptr, bias2_ptr, hidden0_ptr, hidden1_ptr, rows_ptr,
-    row_slot_ptr, tiles_ptr, begins_ptr, offsets_ptr, ready_ptr,
-    slice_id, capacity, d_model, n_dim, d_ff, x_pitch, hidden_pitch, rows_pitch, top_k,
+    row_slot_ptr, tiles_ptr, begins_ptr, offsets_ptr, ready_ptr, weight_ptr,
+    prefetch_bytes, slice_id, capacity, d_model, n_dim, d_ff, x_pitch, hidden_pitch, rows_pitch, top_k,
     THREE: tl.constexpr, DEPENDENT: tl.constexpr, EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr, B_DESC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, UP_N: tl.constexpr, DOWN_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Drain a slice's queue once for each product: up, middle where experts have three products, down."""
     if DEPENDENT:
+        prefetch_share(weight_ptr, prefetch_bytes)
         gdc_wait()
     begin = tl.load(begins_ptr + slice_id)
     num_m = tl.load(begins_ptr + slice_id + 1) - begin
@@ -156,6 +158,7 @@ def _arguments(
     args = (
         x_TD, *held, first.bias, middle.bias, last.bias, ws.hidden[0], ws.hidden[-1], ws.rows_ND,
         ws.row_slot_N, ws.tiles_QC[0], ws.begins_QS[0], ws.offsets_E1, ws.ready_2C,
+        first.weight, min(launch.prefetch_bytes, first.weight.nbytes),
         slice_id, ws.capacity, first.k_dim, first.n_dim, last.k_dim,
         x_TD.stride(0), ws.hidden[0].stride(0), ws.rows_ND.stride(0), ws.spec.top_k,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activation import pointwise, silu
 from .pingpong import pingpong_product
+from .prefetch import prefetch_share
 from .queues import locate_tile
 from .spec import BLOCK_M_AT, BLOCK_N_AT, INTERPRET, SLICES, LayerLaunch
 from .weights import ProductWeights
@@ -156,8 +157,8 @@ def expert_tile(
 @triton.jit(do_not_specialize=["slice_id", "num_slices", "row_list", "top_k"])
 def grouped_kernel(
     a, b, out_ptr, bias_ptr, scale_ptr, row_slot_ptr, offset_ptr, bias_offset_ptr, k_dim_ptr, n_dim_ptr,
-    sizes_ptr, tiles_ptr, begins_ptr, offsets_ptr, tickets_ptr,
-    slice_id, num_slices, row_list, k_dim, n_dim, a_pitch, out_pitch, top_k,
+    sizes_ptr, tiles_ptr, begins_ptr, offsets_ptr, tickets_ptr, weight_ptr,
+    prefetch_bytes, slice_id, num_slices, row_list, k_dim, n_dim, a_pitch, out_pitch, top_k,
     STEAL: tl.constexpr, FLATTEN: tl.constexpr, DEPENDENT: tl.constexpr,
     GATHER: tl.constexpr, SCATTER: tl.constexpr, EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, UNEVEN: tl.constexpr, ALIGNED: tl.constexpr,
@@ -166,6 +167,7 @@ def grouped_kernel(
 ):  # fmt: skip
     """Drain a slice's queue with a fixed stride, or by tickets and then the other slices' queues."""
     if DEPENDENT:
+        prefetch_share(weight_ptr, prefetch_bytes)
         gdc_wait()
     if STEAL:
         for hop in range(num_slices):
@@ -258,6 +260,7 @@ def grouped_product(
         weight_descriptor(held, epilogue, spec.block_n, block_k) if by_desc else held.weight,
         out, held.bias, scale_TK, ws.row_slot_N, held.offset_E, held.bias_offset_E, held.k_dim_E, held.n_dim_E,
         ws.tile_sizes(launch), ws.tiles_QC[row_list], ws.begins_QS[row_list], ws.offsets_E1, ws.tickets[product],
+        held.weight, min(launch.prefetch_bytes, held.weight.nbytes),
         slice_id, len(launch.slices), row_list, held.k_dim, held.n_dim, x.stride(0), out.stride(0),
         ws.spec.top_k, STEAL=launch.steal, FLATTEN=spec.flatten and not first, DEPENDENT=dependent,
         GATHER=first, SCATTER=last, EPILOGUE=epilogue, HAS_BIAS=held.bias is not None,

@@ -35,8 +35,8 @@ LONG_RUNS: dict[int, tuple[tuple[LaunchSpec, int], ...]] = {
 """Tiles that read weights in runs of 256 bytes, as memory likes them, for few stages: for the tuner to try."""
 
 PINGPONG = tuple(
-    LaunchSpec(block_m=m, block_n=n, block_k=64, num_warps=4, num_stages=s, num_ctas=1, pingpong=True)
-    for m, n, s in ((128, 128, 6), (64, 256, 4), (64, 128, 6))
+    LaunchSpec(block_m=64, block_n=n, block_k=k, num_warps=4, num_stages=s, num_ctas=1, pingpong=True)
+    for n, k, s in ((256, 64, 4), (128, 64, 6), (128, 128, 4))
 )
 """One CTA an SM."""
 

@@ -28,7 +28,7 @@ MASK_TOKENS = 64
 WARP_SCORES = 128
 """Scores that a warp holds at once: four a lane, so that rows load in 16 bytes and no row spans two warps."""
 SMALL_WARPS = 2
-LARGE_WARPS = 16
+LARGE_WARPS = 8
 PLACE_WARPS = 8
 MIN_BLOCK_TOKENS = 16
 """Of a batch that takes two launches."""
@@ -67,13 +67,17 @@ def members_of(chosen, t_T, BT: tl.constexpr, BE: tl.constexpr, ROWS_AT_ONCE: tl
 
 
 @triton.jit
-def place_rows(
-    ids_ptr, row_slot_ptr, members_E, starts_E, first_token, tokens_stop, TOP_K: tl.constexpr, BN: tl.constexpr
-):
+def load_ids(ids_ptr, first_token, tokens_stop, TOP_K: tl.constexpr, BN: tl.constexpr):
+    """Return the expert of each routed row of a block's tokens, -1 for none: loaded before what they wait for."""
+    place_N = first_token * TOP_K + tl.arange(0, BN)
+    return tl.load(ids_ptr + place_N, mask=(place_N >= 0) & (place_N < tokens_stop * TOP_K), other=-1)
+
+
+@triton.jit
+def place_rows(expert_N, row_slot_ptr, members_E, starts_E, first_token, TOP_K: tl.constexpr, BN: tl.constexpr):
     """Store the place t * K + slot of each routed row of a block's tokens, expert by expert, tokens in order."""
     n_N = tl.arange(0, BN)
     place_N = first_token * TOP_K + n_N
-    expert_N = tl.load(ids_ptr + place_N, mask=place_N < tokens_stop * TOP_K, other=-1)
     at_N = tl.maximum(expert_N, 0)
     below_N = (tl.full([BN], 1, tl.int64) << (n_N // TOP_K).to(tl.int64)) - 1
     rank_N = popcount(tl.gather(members_E, at_N, 0) & below_N)
@@ -143,6 +147,7 @@ def route_kernel(
             tl.atomic_or(members_ptr + e_E, members_E << (block * BT), mask=members_E != 0, sem="relaxed")
             last = arrive_last(arrivals_ptr)
         if last:
+            expert_N = load_ids(ids_ptr, 0, num_rows, TOP_K, BN)
             if not ALONE:
                 members_E = tl.load(members_ptr + e_E)
                 # Several warps hold the same experts: all must have read before one clears.
@@ -150,7 +155,7 @@ def route_kernel(
                 tl.store(members_ptr + e_E, tl.zeros([BE], tl.int64))
             counts_E = popcount(members_E)
             ends_E = tl.cumsum(counts_E, axis=0)
-            place_rows(ids_ptr, row_slot_ptr, members_E, ends_E - counts_E, 0, num_rows, TOP_K, BN)
+            place_rows(expert_N, row_slot_ptr, members_E, ends_E - counts_E, 0, TOP_K, BN)
             store_counts(counts_E, ends_E, e_E, counts_ptr, offsets_ptr, NUM_EXPERTS)
             build_queues(
                 counts_E, e_E, plan, num_slices, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, capacity, 0, 1,
@@ -179,6 +184,10 @@ def place_kernel(
     block = tl.program_id(0) - NUM_PARTS
     e_E = tl.arange(0, BE)
     plan = load_plan(plan_ptr, sizes_ptr, e_E, NUM_EXPERTS)
+    # What a block's rows need is on its way while the counts of all blocks add up.
+    tokens_stop = tl.minimum(num_rows, (block + 1) * BT)
+    expert_N = load_ids(ids_ptr, block * BT, tokens_stop, TOP_K, BN)
+    members_E = tl.load(members_ptr + tl.maximum(1 + block, 0) * BE + e_E)
     counts_E = tl.zeros([BE], tl.int32)
     before_E = tl.zeros([BE], tl.int32)
     for start in range(0, num_blocks, BB):
@@ -191,14 +200,12 @@ def place_kernel(
         before_E += tl.sum(tl.where(b_B < block, part, 0), axis=1)
     ends_E = tl.cumsum(counts_E, axis=0)
     if block >= 0:
-        members_E = tl.load(members_ptr + (1 + block) * BE + e_E)
-        tokens_stop = tl.minimum(num_rows, (block + 1) * BT)
         weigh(
             logits_ptr, ids_ptr, weights_ptr, tops_ptr, totals_ptr, block * BT, tokens_stop, NUM_EXPERTS, TOP_K,
             SOFTMAX, RENORMALISE, SCALE, BT, BK,
         )  # fmt: skip
         starts_E = ends_E - counts_E + before_E
-        place_rows(ids_ptr, row_slot_ptr, members_E, starts_E, block * BT, tokens_stop, TOP_K, BN)
+        place_rows(expert_N, row_slot_ptr, members_E, starts_E, block * BT, TOP_K, BN)
     else:
         build_queues(
             counts_E, e_E, plan, num_slices, tiles_ptr, begins_ptr, tickets_ptr, ready_ptr, capacity,

@@ -27,7 +27,7 @@ MAX_BLOCK_M = 256
 MAX_EXPERTS = 512
 FP32_COLUMNS = 32
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PINGPONG_TILES = ((128, 128, 64, 4), (64, 256, 64, 4), (64, 128, 64, 4))
+PINGPONG_TILES = ((64, 256, 64, 4), (64, 128, 64, 4), (64, 128, 128, 4))
 """Rows, columns, K step and warps of a group: what its registers hold."""
 TILE_ORDERS = ("expert", "heavy", "light")
 
@@ -112,6 +112,8 @@ class LayerLaunch:
     """All products of a slice in one launch that owns its SMs: every CTA of the grid is resident at once."""
     dependent: bool = False
     """Programmatic dependent launch: a kernel starts while the one before it finishes."""
+    prefetch_bytes: int = 0
+    """Of each product's weights, asked for while a dependent launch waits: for batches that hit nearly all experts."""
     gathered: bool = False
     """Tokens are copied into expert order first, so that the first product reads rows one after another."""
     tf32: bool = False
@@ -122,6 +124,10 @@ class LayerLaunch:
             raise ValueError(f"a layer of {len(self.slices)} slices; 1 to {MAX_SLICES} are allowed")
         if self.fused and (self.steal or any(s.up.block_m != s.down.block_m for s in self.slices)):
             raise ValueError("a fused slice needs one block_m for up and down, and cannot steal")
+        if self.prefetch_bytes < 0 or self.prefetch_bytes % 128 or (self.prefetch_bytes and not self.dependent):
+            raise ValueError(
+                f"prefetch of {self.prefetch_bytes} bytes: whole lines of 128 bytes, in a dependent launch; leave it"
+            )
         if self.fused and self.gathered:
             raise ValueError("a fused slice gathers rows itself; leave `gathered` out")
         specs = [spec for chosen in self.slices for spec in (chosen.up, chosen.down)]

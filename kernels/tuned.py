@@ -20,6 +20,9 @@ from .launches import default_launch, rows_per_expert
 from .spec import HOPPER, LaunchSpec, LayerLaunch, SliceLaunch
 
 FOLDER = Path(__file__).parent / "tuned"
+FLAGS = ("fused", "dependent", "prefetch_bytes", "gathered")
+"""Of a launch, beside its tiles."""
+
 log = logging.getLogger(__name__)
 
 
@@ -90,14 +93,14 @@ def save(path: Path, tuned: Tuned) -> None:
 
 def _plain(one: TunedRange) -> dict[str, Any]:
     (chosen,) = one.launch.slices
-    flags = {"fused": one.launch.fused, "dependent": one.launch.dependent, "gathered": one.launch.gathered}
+    flags = {name: getattr(one.launch, name) for name in FLAGS}
     tokens = [one.least_tokens, one.most_tokens]
     return {"tokens": tokens, "up": asdict(chosen.up), "down": asdict(chosen.down), **flags, "us": dict(one.us)}
 
 
 def _range(value: Mapping[str, Any]) -> TunedRange:
     chosen = SliceLaunch(up=LaunchSpec(**value["up"]), down=LaunchSpec(**value["down"]))
-    flags = {name: value[name] for name in ("fused", "dependent", "gathered")}
+    flags = {name: value[name] for name in FLAGS}
     launch = LayerLaunch(slices=(chosen,), **flags)
     least, most = value["tokens"]
     return TunedRange(least_tokens=least, most_tokens=most, launch=launch, us=value["us"])

@@ -273,6 +273,8 @@ def test_fused_and_dependent_launches_give_the_same_bits_in_graphs(kind):
     launches = [
         one_slice(small, dependent=True),
         one_slice(small, fused=True),
+        one_slice(small, fused=True, dependent=True, prefetch_bytes=4 << 20),
+        one_slice(small, dependent=True, prefetch_bytes=1 << 30),
         one_slice(replace(small, descriptors=True), fused=True, dependent=True),
         one_slice(tile((64, 128, 64, 4, 4), 132, descriptors=True), fused=True, dependent=True),
         one_slice(tile((64, 128, 64, 4, 4), 132, descriptors=True, flatten=True), gathered=True, dependent=True),

@@ -204,7 +204,7 @@ def test_weights_that_do_not_fit_are_refused(make_layer, two_slices, make_batch,
         ({"block_m": 24}, "24x32x32"),
         ({"block_n": 512}, "from 16 to 256"),
         ({"num_ctas": 0}, "0 CTAs"),
-        ({"pingpong": True}, "pingpong tile 16x32x32 with 4 warps; allowed are 128x128x64 with 4 warps"),
+        ({"pingpong": True}, "pingpong tile 16x32x32 with 4 warps; allowed are 64x256x64 with 4 warps"),
     ],
 )
 def test_a_tile_that_cannot_be_is_refused(fields, message, tile):
@@ -221,6 +221,8 @@ PINGPONG_TILE = {"block_m": 64, "block_n": 128, "block_k": 64, "pingpong": True}
         ({}, "needs `gathered` rows"),
         ({"gathered": True, "steal": True}, "neither fused nor stolen"),
         ({"gathered": True, "fused": True}, "leave `gathered` out"),
+        ({"prefetch_bytes": 128}, "whole lines of 128 bytes, in a dependent launch"),
+        ({"prefetch_bytes": 100, "dependent": True}, "prefetch of 100 bytes"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(options, message, tile):
