@@ -4,7 +4,7 @@ Shape letters: T tokens, E experts, K top-k, P weight sets.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.timer import capture, sets_to_stay_cold
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ..kernels.spec import LayerLaunch
     from ..kernels.weights import ExpertWeights
+    from ..kernels.workspace import Workspace
     from .tune import Clock
 
 MOST_SETS = 40
@@ -75,13 +76,13 @@ def torch_grouped(x_TD: "torch.Tensor", logits_TE: "torch.Tensor", weights: "Exp
     return torch.empty_like(scaled).index_copy_(0, order_N, scaled).unflatten(0, (-1, spec.top_k)).sum(1)
 
 
-def our_step(batch: Batch, launch: "LayerLaunch") -> Callable[[int], Any]:
-    """Return the call that runs our layer on one weight set."""
+def our_step(batch: Batch, launch: "LayerLaunch", ws: "Workspace | None" = None) -> Callable[[int], Any]:
+    """Return the call that runs our layer on one weight set, in a workspace of its own if none is given."""
     from ..kernels.layer import moe_layer
     from ..kernels.spec import RouterSpec
     from ..kernels.workspace import Workspace
 
-    router, ws = RouterSpec.of(batch.spec), Workspace.allocate(batch.spec, len(batch.x_TD), "cuda")
+    router, ws = RouterSpec.of(batch.spec), ws or Workspace.allocate(batch.spec, len(batch.x_TD), "cuda")
 
     def step(p: int) -> Any:
         return moe_layer(batch.x_TD, batch.logits_PTE[p], batch.sets[p], router, ws, launch)
@@ -90,18 +91,28 @@ def our_step(batch: Batch, launch: "LayerLaunch") -> Callable[[int], Any]:
 
 
 def clock_of(batches: "Mapping[str, Batch]") -> "Clock":
-    """Return what times a launch on a batch of each skew: ns per layer, the least of four replays of its graph."""
+    """Return what times a launch on a batch of each skew, alike but for logits: ns per layer, least of four replays.
+
+    One graph serves all of them: logits are copied to where it reads.
+    """
     from triton import OutOfResources
 
+    from ..kernels.workspace import Workspace
+
+    first = next(iter(batches.values()))
+    shared = replace(first, logits_PTE=first.logits_PTE.clone())
+    ws = Workspace.allocate(first.spec, len(first.x_TD), "cuda")
+
     def clock(launch: "LayerLaunch") -> dict[str, float] | None:
-        found = {}
         try:
-            for skew, batch in batches.items():
-                arm = capture(our_step(batch, launch), len(batch.sets))
-                found[skew] = min(arm.time_ns() for _ in range(4))
+            arm = capture(our_step(shared, launch, ws), len(shared.sets))
         except (ValueError, OutOfResources):
             # A tile or a fused grid that this device cannot hold.
             return None
+        found = {}
+        for skew, batch in batches.items():
+            shared.logits_PTE.copy_(batch.logits_PTE)
+            found[skew] = min(arm.time_ns() for _ in range(4))
         return found
 
     return clock

@@ -1,14 +1,15 @@
 """The search for the launches of a layer shape: candidates from a model of the load, times from a clock that is given.
 
 Every range of tokens is timed at its most, under uniform and Zipf routing; the launch with the least geometric mean
-wins. Tiles are tried for both products at once, then for each alone; whether launches overlap and prefetch comes last.
+wins. Tiles are tried for both products at once, then other ways to launch the best, then tiles and ways to load for one
+product alone.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ..kernels.launches import LONG_RUNS, PINGPONG, TILES, default_launch, rows_per_expert, tile_for
+from ..kernels.launches import PINGPONG, TILES, default_launch, rows_per_expert
 from ..kernels.spec import LaunchSpec, LayerLaunch, SliceLaunch
 from ..traces.schema import MoeSpec
 
@@ -24,8 +25,13 @@ NARROW, NARROW_ROWS = (16, 32), 4
 """Columns of a fused launch's last tiles, and the rows of an expert up to which they are tried."""
 PREFETCH_HIT, PREFETCH_BYTES = 0.9, (4 << 20, 8 << 20)
 """The share of experts that even routing must hit, and how much is asked for: about what memory gives meanwhile."""
+WAYS = (
+    {"descriptors": False, "flatten": False},
+    {"descriptors": True, "flatten": False},
+    {"descriptors": True, "flatten": True},
+)
 KEPT = 3
-"""Tiles of the joint search that are tried for each product alone."""
+"""Launches whose tiles are tried with each other's."""
 
 Times = Mapping[str, float]
 Clock = Callable[[LayerLaunch], Times | None]
@@ -40,10 +46,8 @@ def heights(rows: float) -> tuple[int, ...]:
 def tiles_for(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LaunchSpec]:
     """Return the tiles worth trying for a load, each by pointers, by descriptors, and pipelined across tiles."""
     _, rows = rows_per_expert(spec, num_tokens)
-    tiles = [one for height in heights(rows) for one in (*TILES[height], *LONG_RUNS.get(height, ()))]
-    spread = [replace(tile, num_ctas=sm_count * n) for tile, n in tiles]
-    ways = ({}, {"descriptors": True}, {"descriptors": True, "flatten": True})
-    return [replace(tile, **way) for tile in spread for way in ways]
+    spread = [replace(tile, num_ctas=sm_count * n) for height in heights(rows) for tile, n in TILES[height]]
+    return [replace(tile, **way) for tile in spread for way in WAYS]
 
 
 def gathered_tiles(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LaunchSpec]:
@@ -56,27 +60,18 @@ def gathered_tiles(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[Launch
 
 
 def candidates(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LayerLaunch]:
-    """Return the launches of one tile for both products, after the modelled ones; fused where that may pay."""
-    hit, rows = rows_per_expert(spec, num_tokens)
-    products = spec.products(max(spec.d_ff))
+    """Return the launches of one tile for both products, fused where that may pay: what a search meets is among them.
+
+    But for whether launches overlap: what is to be compiled ahead.
+    """
+    _, rows = rows_per_expert(spec, num_tokens)
     found = [default_launch(spec, num_tokens, sm_count=sm_count)]
-    for height in heights(rows):
-        up, down = (tile_for(height, hit, rows, products[i].n_dim, sm_count=sm_count) for i in (0, -1))
-        found.append(unsliced(up, down))
-    fusable = (rows <= FUSED_ROWS or hit * spec.expert_bytes() < FUSED_BYTES) and len(set(spec.d_ff)) == 1
     for tile in tiles_for(spec, num_tokens, sm_count):
         found.append(unsliced(tile, tile))
-        if fusable and tile.block_m < 128 and not tile.flatten:
+        if fusable(spec, num_tokens, tile):
             found += [unsliced(tile, down, fused=True) for down in narrower(tile, rows)]
     found += [unsliced(tile, tile, gathered=True) for tile in gathered_tiles(spec, num_tokens, sm_count)]
     return list(dict.fromkeys(found))
-
-
-def prefetching(spec: MoeSpec, num_tokens: int, launches: Iterable[LayerLaunch]) -> list[LayerLaunch]:
-    """Return dependent launches that ask for weights while they wait: for loads that will need nearly all of them."""
-    hit, _ = rows_per_expert(spec, num_tokens)
-    worth = hit >= PREFETCH_HIT * spec.num_experts
-    return [replace(one, dependent=True, prefetch_bytes=size) for one in launches for size in PREFETCH_BYTES if worth]
 
 
 def narrower(tile: LaunchSpec, rows: float) -> list[LaunchSpec]:
@@ -99,30 +94,94 @@ def mean_ns(times: Times) -> float:
 
 
 def search(
-    spec: MoeSpec, num_tokens: int, clock: Clock, *, sm_count: int, expired: Callable[[], bool]
+    spec: MoeSpec,
+    num_tokens: int,
+    clock: Clock,
+    *,
+    sm_count: int,
+    expired: Callable[[], bool],
+    known: Sequence[LayerLaunch] = (),
 ) -> tuple[LayerLaunch, dict[LayerLaunch, Times]]:
-    """Return the best launch for a load, and what each one tried took; at least one is timed, whatever the time."""
+    """Return the best launch for a load, and what each one tried took; at least one is timed, whatever the time.
+
+    Args:
+        spec: the layer's shape.
+        num_tokens: of the load.
+        clock: what times a launch.
+        sm_count: of the device.
+        expired: whether time is over.
+        known: launches that were best for loads nearby, which are timed first.
+    """
     found: dict[LayerLaunch, Times] = {}
 
-    def time_all(launches: Iterable[LayerLaunch]) -> None:
+    def time_all(launches: Iterable[LayerLaunch]) -> LayerLaunch:
         for launch in launches:
             if launch not in found and (not found or not expired()) and (times := clock(launch)):
                 found[launch] = times
+        if not found:
+            raise ValueError(
+                f"no launch of {spec.name!r} fits this device; its shared memory or registers are too small"
+            )
+        return _sorted(found)[0]
 
-    time_all(candidates(spec, num_tokens, sm_count))
-    if not found:
-        raise ValueError(f"no launch of {spec.name!r} fits this device; its shared memory or registers are too small")
-    leaders = _sorted(found)[:KEPT]
-    time_all(split(leaders))
-    time_all(replace(launch, dependent=True) for launch in _sorted(found)[:KEPT])
-    time_all(prefetching(spec, num_tokens, _sorted(found)[:KEPT]))
-    return _sorted(found)[0], found
+    best = time_all((*known, *starts(spec, num_tokens, sm_count)))
+    best = time_all(ways(spec, num_tokens, best, sm_count))
+    best = time_all(pairs(spec, num_tokens, _sorted(found)[:KEPT]))
+    best = time_all(loads(best))
+    return time_all(ways(spec, num_tokens, best, sm_count)), found
 
 
-def split(leaders: Sequence[LayerLaunch]) -> list[LayerLaunch]:
-    """Return the launches that take up and down from different leaders; a fused one has one tile."""
-    whole = [launch for launch in leaders if not launch.fused]
-    return [unsliced(a.slices[0].up, b.slices[0].down, gathered=a.gathered) for a in whole for b in whole if a != b]
+def starts(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LayerLaunch]:
+    """Return the modelled launch, then each tile for both products, by the loads that suit its height."""
+    modelled = default_launch(spec, num_tokens, sm_count=sm_count)
+    tiles = [t for t in tiles_for(spec, num_tokens, sm_count) if t.flatten == t.descriptors == (t.block_m >= 64)]
+    return [modelled, *(unsliced(tile, tile) for tile in tiles)]
+
+
+def ways(spec: MoeSpec, num_tokens: int, launch: LayerLaunch, sm_count: int) -> list[LayerLaunch]:
+    """Return the other ways to launch the same tiles: fused, overlapping, prefetching, on gathered rows."""
+    up, down = launch.slices[0].up, launch.slices[0].down
+    launch = replace(launch, dependent=False, prefetch_bytes=0)
+    found = [launch]
+    if up.block_m == down.block_m and fusable(spec, num_tokens, up) and not launch.gathered:
+        found = [replace(launch, fused=fused) for fused in (launch.fused, not launch.fused)]
+    gathered = gathered_tiles(spec, num_tokens, sm_count)
+    found += [unsliced(tile, tile, gathered=True) for tile in gathered]
+    if {up, down} <= {*gathered}:
+        found.append(unsliced(up, down, gathered=True))
+    hit, _ = rows_per_expert(spec, num_tokens)
+    sizes = (0, *PREFETCH_BYTES) if hit >= PREFETCH_HIT * spec.num_experts else (0,)
+    return found + [replace(one, dependent=True, prefetch_bytes=size) for one in found[:2] for size in sizes]
+
+
+def fusable(spec: MoeSpec, num_tokens: int, tile: LaunchSpec) -> bool:
+    """Return whether one launch for all products may pay, and can be."""
+    hit, rows = rows_per_expert(spec, num_tokens)
+    bound_by_launches = rows <= FUSED_ROWS or hit * spec.expert_bytes() < FUSED_BYTES
+    return bound_by_launches and len(set(spec.d_ff)) == 1 and tile.block_m < 128 and not tile.flatten
+
+
+def pairs(spec: MoeSpec, num_tokens: int, leaders: Sequence[LayerLaunch]) -> list[LayerLaunch]:
+    """Return the best launch with tiles of the others for one product, or with a narrower last tile."""
+    best = leaders[0]
+    up, down = best.slices[0].up, best.slices[0].down
+    _, rows = rows_per_expert(spec, num_tokens)
+    others = [one.slices[0] for one in leaders if one.gathered == best.gathered]
+    chosen = [(up, other.down) for other in others] + [(other.up, down) for other in others]
+    if best.fused:
+        tiles = [one.up for one in others if fusable(spec, num_tokens, one.up)]
+        chosen = [(tile, one) for tile in tiles for one in narrower(tile, rows)]
+    return [replace(best, slices=(SliceLaunch(up=a, down=b),)) for a, b in dict.fromkeys(chosen)]
+
+
+def loads(launch: LayerLaunch) -> list[LayerLaunch]:
+    """Return the launch with other ways to load, by pointers or descriptors; gathered rows have one."""
+    up, down = launch.slices[0].up, launch.slices[0].down
+    chosen = [(replace(up, **way), down) for way in WAYS] + [(up, replace(down, **way)) for way in WAYS]
+    if launch.fused:
+        chosen = [(replace(up, **way), replace(down, **way)) for way in WAYS]
+    kept = [(a, b) for a, b in chosen if not launch.gathered and not (launch.fused and a.flatten)]
+    return [replace(launch, slices=(SliceLaunch(up=a, down=b),)) for a, b in kept]
 
 
 def _sorted(found: Mapping[LayerLaunch, Times]) -> list[LayerLaunch]:

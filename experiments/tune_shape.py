@@ -43,7 +43,12 @@ def tune_shape(spec: MoeSpec, *, seconds: float, folder: Path, say: Callable[[st
         until = time.monotonic() + max(0.0, end - time.monotonic()) / (len(missing) - i)
         batches = {skew: batch_of(spec, most, skew, sets[: num_sets(spec, most)]) for skew in SKEWS}
         launch, times = search(
-            spec, most, clock_of(batches), sm_count=sm_count, expired=lambda until=until: time.monotonic() > until
+            spec,
+            most,
+            clock_of(batches),
+            sm_count=sm_count,
+            expired=lambda until=until: time.monotonic() > until,
+            known=[one.launch for one in ranges[-1:]],
         )
         us = {skew: round(ns / 1000, 2) for skew, ns in times[launch].items()}
         ranges.append(TunedRange(least_tokens=before + 1, most_tokens=most, launch=launch, us=us))

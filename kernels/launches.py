@@ -28,12 +28,6 @@ TILES: dict[int, tuple[tuple[LaunchSpec, int], ...]] = {
     ),
 }
 
-LONG_RUNS: dict[int, tuple[tuple[LaunchSpec, int], ...]] = {
-    m: ((LaunchSpec(block_m=m, block_n=n, block_k=128, num_warps=8, num_stages=s, num_ctas=1), 1),)
-    for m, n, s in ((64, 256, 2), (128, 128, 3))
-}
-"""Tiles that read weights in runs of 256 bytes, as memory likes them, for few stages: for the tuner to try."""
-
 PINGPONG = tuple(
     LaunchSpec(block_m=64, block_n=n, block_k=k, num_warps=4, num_stages=s, num_ctas=1, pingpong=True)
     for n, k, s in ((256, 64, 4), (128, 64, 6), (128, 128, 4))
