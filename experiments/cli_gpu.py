@@ -53,6 +53,9 @@ def run_trace(
         list[str] | None, typer.Option("--policy", help="May be repeated; unsliced always runs first.")
     ] = None,
     on: Annotated[Literal["host", "gpu"], typer.Option(help="host: no GPU timing.")] = "host",
+    capture: Annotated[
+        Literal["all", "paper"], typer.Option(help="Graphs of every layout from the start, or after ten calls.")
+    ] = "all",
     device: Annotated[str, typer.Option(help="See `expertslice devices`; on a GPU: the one that is there.")] = (
         "h100-sxm5-80gb"
     ),
@@ -76,6 +79,7 @@ def run_trace(
         model=model,
         device=device,
         where=on,
+        capture=capture,
         segment=segment,
         steps=steps,
         seed=seed,

@@ -5,27 +5,34 @@ On a GPU they are times; on a host without one they are reckoned from counts and
 
 import itertools
 import re
+import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ..policies.contract import Control, EnergyWindow, Policy, Setup, StepRecord
+from ..policies.contract import Control, Policy, Setup, StepRecord
 from ..policies.data import load_device, load_variants
 from ..policies.loop import drive
 from ..runtime.backend import Executor, ExecutorError, RuntimeBackend
 from ..sim.backend import next_power_of_two
-from ..traces.schema import RoutedStep, StepSource
+from ..traces.schema import MoeSpec, RoutedStep, StepSource
 from .errors import StoppedError
 from .inputs import BUNDLED, choose_model, choose_policies, choose_segment, open_source
 from .records import writing
 from .runs import RunFolder, provenance
+from .simulate import other_work_of
 
 HOST_LABEL = "no GPU timing: times are reckoned from counts and device facts"
+MOST_PLAN_S = 10.0
+"""A decision that takes longer hangs: the old plan is kept."""
 Where = Literal["host", "gpu"]
+Capture = Literal["all", "paper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +45,7 @@ class RunOptions:
     model: str | None = None
     device: str = "h100-sxm5-80gb"
     where: Where = "host"
+    capture: Capture = "all"
     segment: str | None = None
     steps: int | None = None
     seed: int = 0
@@ -60,7 +68,8 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
     device = load_device(options.device)
     variants = load_variants(device.compute_capability)
     setup = Setup(device=device, model=model, variants=variants, control=Control(), seed=options.seed)
-    executor = _executor(options.where, opened.source, options.steps)
+    steps = partial(_steps, opened.source, model, options.steps)
+    executor = _executor(options, steps())
     about = {
         "trace": opened.plain(),
         "model": asdict(model),
@@ -74,7 +83,7 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
     summary: dict[str, Any] = {}
     try:
         for name, policy in policies.items():
-            summary[name] = _run(policy, executor(), _steps(opened.source, options.steps), setup, folder, name)
+            summary[name] = _run(policy, executor(), steps(), setup, folder, name)
             folder.write_json("summary.json", {**about, "policies": summary})
             say(line(name, summary[name]))
             if summary[name]["stopped"]:
@@ -90,8 +99,8 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
     return {**about, "policies": summary}, folder.finish()
 
 
-def _executor(where: Where, source: StepSource, limit: int | None) -> Callable[[], Executor]:
-    if where == "host":
+def _executor(options: RunOptions, steps: Iterator[RoutedStep]) -> Callable[[], Executor]:
+    if options.where == "host":
         from ..runtime.host import HostExecutor
 
         return HostExecutor
@@ -99,13 +108,33 @@ def _executor(where: Where, source: StepSource, limit: int | None) -> Callable[[
 
     require_gpu("run --on gpu")
     from ..runtime.cuda import CudaExecutor
+    from ..runtime.graphs import CAPTURE_RULES
 
-    most = max((step.num_tokens for step in _steps(source, limit)), default=1)
-    return lambda: CudaExecutor(max_tokens=next_power_of_two(most))
+    buckets = {next_power_of_two(step.num_tokens) for step in steps} or {1}
+    rule = CAPTURE_RULES[options.capture]
+    return lambda: CudaExecutor(max_tokens=max(buckets), buckets=buckets, rule=rule, seed=options.seed)
 
 
-def _steps(source: StepSource, limit: int | None) -> Iterator[RoutedStep]:
-    return itertools.islice(source.steps(), limit)
+def _steps(source: StepSource, model: MoeSpec, limit: int | None) -> Iterator[RoutedStep]:
+    """Yield the trace's steps, with the model's work beside the experts where the trace names none."""
+    for step in itertools.islice(source.steps(), limit):
+        yield replace(step, other_L=other_work_of(step, model))
+
+
+@contextmanager
+def _time_limit() -> Generator[None]:
+    """Raise TimeoutError where a decision hangs."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"no plan within {MOST_PLAN_S} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, MOST_PLAN_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _run(
@@ -118,8 +147,7 @@ def _run(
 ) -> dict[str, Any]:
     """Run one policy; a stop by the user keeps its records."""
     backend, took_ns = RuntimeBackend(executor, bucket_of=next_power_of_two), list[int]()
-    energy: tuple[EnergyWindow, ...] = ()
-    errors, stopped = 0, False
+    errors, late, stopped = 0, 0, False
     file = re.sub(r"[^A-Za-z0-9_.-]+", "-", name) + ".parquet"
     with writing(folder.path / file) as append, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -129,8 +157,10 @@ def _run(
             append(record)
 
         try:
-            result = drive(policy, backend, steps, setup, on_record=on_record, on_policy_error="unsliced")
-            energy, errors = result.energy, result.policy_errors
+            result = drive(
+                policy, backend, steps, setup, on_record=on_record, on_policy_error="unsliced", limit=_time_limit
+            )
+            errors, late = result.policy_errors, result.late_plans
         except KeyboardInterrupt:
             stopped = True
             for record in backend.drain(wait=True):
@@ -139,8 +169,9 @@ def _run(
         "steps": len(took_ns),
         **_quantiles_us(took_ns),
         "policy_errors": errors,
+        "late_plans": late,
         "fallbacks": backend.num_fallbacks,
-        "energy": [asdict(window) for window in energy],
+        "energy": [asdict(window) for window in backend.energy],
         "warnings": list(dict.fromkeys(str(one.message) for one in caught)),
         "stopped": stopped,
     }
@@ -163,4 +194,8 @@ def line(name: str, found: dict[str, Any]) -> str:
     return f"{name:14} {found['steps']} steps, us a step: {times}{amiss}"
 
 
-_AMISS = {"policy_errors": "decisions replaced by unsliced", "fallbacks": "steps that ran unsliced instead"}
+_AMISS = {
+    "policy_errors": "decisions replaced by unsliced",
+    "late_plans": "decisions too late, the old plan kept",
+    "fallbacks": "steps that ran unsliced instead",
+}

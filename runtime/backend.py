@@ -6,10 +6,14 @@ decision sees, and what runs when a layout cannot.
 Shape letters: L MoE layers, E routed experts, S slices.
 """
 
+import contextlib
+import signal
+import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -47,6 +51,22 @@ class Finished:
     end_ns: int
     start_ns_LS: I64
     busy_ns_LS: I64
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Generator[None]:
+    """Let Ctrl-C wait until what is inside has ended, so that host and device agree on what was launched."""
+    handler, come = signal.getsignal(signal.SIGINT), list[FrameType | None]()
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda _, frame: come.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if come:
+            handler(signal.SIGINT, come[0])
 
 
 class Executor(Protocol):
@@ -115,6 +135,8 @@ class RuntimeBackend:
         self.bucket_of = bucket_of
         self.num_fallbacks = 0
         """Steps that ran unsliced because their plan could not be carried out."""
+        self.energy: tuple[EnergyWindow, ...] = ()
+        """What closing found, also where a run was stopped."""
         self._running: deque[_Running] = deque()
         self._finished: list[StepRecord] = []
         self._newest: StepRecord | None = None
@@ -169,6 +191,10 @@ class RuntimeBackend:
             self.executor.wait_until(step.arrival_ns)
         if len(self._running) >= MOST_AHEAD:
             self._collect(self._control.num_submitted - 1 - MOST_AHEAD)
+        with uninterrupted():
+            self._launch(step, plan, fallback)
+
+    def _launch(self, step: RoutedStep, plan: Plan, fallback: str | None) -> None:
         bucket = self.bucket_of(step.num_tokens)
         try:
             launched = self.executor.launch(step, plan, bucket)
@@ -224,4 +250,5 @@ class RuntimeBackend:
 
     def close(self) -> list[EnergyWindow]:
         """Finish, leave the device as found, and return the energy windows."""
-        return self.executor.close()
+        self.energy = tuple(self.executor.close())
+        return list(self.energy)

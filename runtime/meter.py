@@ -266,6 +266,11 @@ class EnergyMeter:
         found = {"energy_uj": energy_uj, "duration_ns": end_ns - begin_ns, "duration_error_ns": error_ns}
         return found, end_steps - begin_steps, samples
 
+    def tick(self, pause: Callable[[], object]) -> tuple[int, int]:
+        """Poll until the counter moves, pausing between looks; return what it then says, mJ, and when, ns."""
+        energy_mj, at_ns, _, _ = self._tick(lambda: pause() is None)
+        return energy_mj, at_ns
+
     def _tick(self, keep: Callable[[], int]) -> tuple[int, int, int, int]:
         """Poll until the counter moves; return it, when, by how much that may be late, and the steps finished."""
         asked_ns, still_mj = self.clock_ns(), self._energy_mj()

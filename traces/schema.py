@@ -132,6 +132,10 @@ class OtherWork:
         if self.flops < 0 or self.hbm_bytes < 0:
             raise ValueError(f"other work of {self.flops} FLOP and {self.hbm_bytes} bytes; neither may be negative")
 
+    def on_slice(self, num_slices: int) -> int | None:
+        """Return the slice it runs beside the experts on: the last one where a layout has no such slice."""
+        return None if self.slice_id is None else min(self.slice_id, num_slices - 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutedStep:

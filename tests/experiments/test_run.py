@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 
+from expertslice.experiments import run as experiments_run
 from expertslice.experiments.cli import run
 from expertslice.experiments.records import read_records
 from expertslice.policies.layouts import fallback_plan
@@ -102,6 +103,30 @@ def test_a_policy_that_raises_runs_unsliced_and_is_counted(go, odd):
     assert "6 decisions replaced by unsliced" in said
     found = json.loads((folder / "summary.json").read_text())["policies"]["odd_policies:Odd"]
     assert found["warnings"] == ["Odd at step 4: odd; running unsliced"]
+
+
+@dataclass(frozen=True)
+class Hanging(Odd):
+    """A policy that never ends its fifth decision."""
+
+    def plan(self, obs, state):
+        decisions, plan = state
+        while decisions == 4:
+            pass
+        return plan, (decisions + 1, plan)
+
+
+def test_a_policy_that_hangs_keeps_its_last_plan(go, monkeypatch):
+    module = ModuleType("odd_policies")
+    module.Hanging = Hanging
+    monkeypatch.setitem(sys.modules, "odd_policies", module)
+    monkeypatch.setattr(experiments_run, "MOST_PLAN_S", 0.2)
+    code, said, folder = go("--policy", "odd_policies:Hanging", "--steps", "6")
+    assert code == 0
+    assert "2 decisions too late, the old plan kept" in said
+    found = json.loads((folder / "summary.json").read_text())["policies"]["odd_policies:Hanging"]
+    assert found["warnings"] == ["at step 4: no plan within 0.2 s; keeping the plan before"]
+    assert len({record.plan_id for record in read_records(folder / "odd_policies-Hanging.parquet")}) == 1
 
 
 def test_a_stop_by_the_user_keeps_the_records_up_to_then(go, odd):
