@@ -66,6 +66,9 @@ def run_trace(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="POLICY.NAME=VALUE", help="Set a policy's parameter.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say what experts and slices did, and keep it beside the records.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
@@ -83,6 +86,7 @@ def run_trace(
         segment=segment,
         steps=steps,
         seed=seed,
+        profile=profile,
         out=out,
     )
     summary, folder = run_trace(options, say=(lambda _: None) if as_json else typer.echo)

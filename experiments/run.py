@@ -8,7 +8,7 @@ import re
 import signal
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from .inputs import BUNDLED, choose_model, choose_policies, choose_segment, open
 from .records import writing
 from .runs import RunFolder, provenance
 from .simulate import other_work_of
+from .watch import Watch
 
 HOST_LABEL = "no GPU timing: times are reckoned from counts and device facts"
 MOST_PLAN_S = 10.0
@@ -49,6 +50,7 @@ class RunOptions:
     segment: str | None = None
     steps: int | None = None
     seed: int = 0
+    profile: bool = False
     out: Path = Path("runs")
 
 
@@ -83,9 +85,13 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
     summary: dict[str, Any] = {}
     try:
         for name, policy in policies.items():
-            summary[name] = _run(policy, executor(), steps(), setup, folder, name)
+            watch = Watch(setup, counters=options.where == "gpu") if options.profile else None
+            summary[name] = _run(policy, executor(), steps(), setup, folder, name, watch)
             folder.write_json("summary.json", {**about, "policies": summary})
             say(line(name, summary[name]))
+            if watch:
+                folder.write_json(f"{_file(name)}.profile.json", watch.found)
+                say("\n".join(f"  {text}" for text in watch.lines()))
             if summary[name]["stopped"]:
                 break
     except ExecutorError as error:
@@ -144,21 +150,31 @@ def _run(
     setup: Setup,
     folder: RunFolder,
     name: str,
+    watch: Watch | None,
 ) -> dict[str, Any]:
     """Run one policy; a stop by the user keeps its records."""
     backend, took_ns = RuntimeBackend(executor, bucket_of=next_power_of_two), list[int]()
     errors, late, stopped = 0, 0, False
-    file = re.sub(r"[^A-Za-z0-9_.-]+", "-", name) + ".parquet"
-    with writing(folder.path / file) as append, warnings.catch_warnings(record=True) as caught:
+    path = folder.path / f"{_file(name)}.parquet"
+    with writing(path) as append, warnings.catch_warnings(record=True) as caught, watch or nullcontext():
         warnings.simplefilter("always")
 
         def on_record(record: StepRecord) -> None:
             took_ns.append(record.end_ns - record.start_ns)
             append(record)
+            if watch:
+                watch.profiler.finished(record)
 
         try:
             result = drive(
-                policy, backend, steps, setup, on_record=on_record, on_policy_error="unsliced", limit=_time_limit
+                policy,
+                backend,
+                watch.steps(steps) if watch else steps,
+                setup,
+                on_record=on_record,
+                on_decision=watch.decided if watch else None,
+                on_policy_error="unsliced",
+                limit=_time_limit,
             )
             errors, late = result.policy_errors, result.late_plans
         except KeyboardInterrupt:
@@ -175,6 +191,10 @@ def _run(
         "warnings": list(dict.fromkeys(str(one.message) for one in caught)),
         "stopped": stopped,
     }
+
+
+def _file(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
 
 
 def _quantiles_us(took_ns: Sequence[int]) -> dict[str, float | None]:

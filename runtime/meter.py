@@ -180,6 +180,11 @@ class EnergyMeter:
     def __exit__(self, *_: object) -> None:
         self._ask("nvmlShutdown")
 
+    @property
+    def handle(self) -> Any:
+        """Return NVML's handle of the device."""
+        return self._handle
+
     def snapshot(self) -> Snapshot:
         """Return clock, temperature, power and reasons now; the power of an H100 is the mean of its last second."""
         power_mw = self._ask("nvmlDeviceGetPowerUsage", self._handle)

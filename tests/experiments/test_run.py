@@ -78,6 +78,15 @@ def test_every_step_has_a_record_and_the_host_says_that_it_timed_nothing(go):
     assert json.loads((folder / "manifest.json").read_text())["status"] == "complete"
 
 
+def test_a_profile_lies_beside_the_records(go):
+    code, said, folder = go("--policy", "hot_cold", "--steps", "8", "--profile")
+    assert code == 0
+    assert said.count("recommended: ") == 2
+    found = json.loads((folder / "hot_cold.profile.json").read_text())
+    assert sum(layout["steps"] for layout in found["layouts"]) == 8
+    assert found["utilisation_reason"] == "no GPU"
+
+
 def test_the_same_run_gives_the_same_records(go, tmp_path):
     folders = [go("--policy", "dynamic", "--steps", "12")[2] for _ in range(2)]
     assert folders[0] != folders[1]
