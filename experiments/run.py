@@ -12,11 +12,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
 
-from ..policies.contract import Control, Policy, Setup, StepRecord
+from ..policies.contract import MECHANISMS, Control, Policy, Setup, StepRecord
 from ..policies.data import load_device, load_variants
 from ..policies.loop import drive
 from ..runtime.backend import Executor, ExecutorError, RuntimeBackend
@@ -69,7 +70,11 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
         raise ValueError(f"policy {foreseeing[0]} foresees steps, which only the simulator offers; use `whatif` for it")
     device = load_device(options.device)
     variants = load_variants(device.compute_capability)
-    setup = Setup(device=device, model=model, variants=variants, control=Control(), seed=options.seed)
+    # A process on a GPU holds one MIG instance: slices of several are not carried out there.
+    mechanisms = frozenset(MECHANISMS) - ({"mig"} if options.where == "gpu" else set())
+    setup = Setup(
+        device=device, model=model, variants=variants, mechanisms=mechanisms, control=Control(), seed=options.seed
+    )
     steps = partial(_steps, opened.source, model, options.steps)
     executor = _executor(options, steps())
     about = {
@@ -128,6 +133,29 @@ def _steps(source: StepSource, model: MoeSpec, limit: int | None) -> Iterator[Ro
 
 
 @contextmanager
+def stoppable(steps: Iterator[RoutedStep]) -> Generator[Iterator[RoutedStep]]:
+    """Yield steps that Ctrl-C ends between two of them, where nothing is half done; the second one stops at once."""
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if asked:
+            signal.default_int_handler(number, frame)
+        asked.append(number)
+
+    def until_asked() -> Iterator[RoutedStep]:
+        for step in steps:
+            yield step
+            if asked:
+                raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield until_asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def _time_limit() -> Generator[None]:
     """Raise TimeoutError where a decision hangs."""
 
@@ -166,16 +194,17 @@ def _run(
                 watch.profiler.finished(record)
 
         try:
-            result = drive(
-                policy,
-                backend,
-                watch.steps(steps) if watch else steps,
-                setup,
-                on_record=on_record,
-                on_decision=watch.decided if watch else None,
-                on_policy_error="unsliced",
-                limit=_time_limit,
-            )
+            with stoppable(watch.steps(steps) if watch else steps) as taken:
+                result = drive(
+                    policy,
+                    backend,
+                    taken,
+                    setup,
+                    on_record=on_record,
+                    on_decision=watch.decided if watch else None,
+                    on_policy_error="unsliced",
+                    limit=_time_limit,
+                )
             errors, late = result.policy_errors, result.late_plans
         except KeyboardInterrupt:
             stopped = True

@@ -216,8 +216,10 @@ def beside(parts: Sequence[Step], streams: Streams) -> Step:
 
     def step(p: int) -> None:
         main = torch.cuda.current_stream()
+        # One event for all: torch hands out few streams, and where one is `main` no other may wait for its part.
+        forked = main.record_event()
         for part, stream in zip(parts, streams, strict=True):
-            stream.wait_stream(main)
+            stream.wait_event(forked)
             with torch.cuda.stream(stream):
                 part(p)
         for stream in streams:

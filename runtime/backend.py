@@ -6,14 +6,10 @@ decision sees, and what runs when a layout cannot.
 Shape letters: L MoE layers, E routed experts, S slices.
 """
 
-import contextlib
-import signal
-import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -51,22 +47,6 @@ class Finished:
     end_ns: int
     start_ns_LS: I64
     busy_ns_LS: I64
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Generator[None]:
-    """Let Ctrl-C wait until what is inside has ended, so that host and device agree on what was launched."""
-    handler, come = signal.getsignal(signal.SIGINT), list[FrameType | None]()
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda _, frame: come.append(frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if come:
-            handler(signal.SIGINT, come[0])
 
 
 class Executor(Protocol):
@@ -191,10 +171,6 @@ class RuntimeBackend:
             self.executor.wait_until(step.arrival_ns)
         if len(self._running) >= MOST_AHEAD:
             self._collect(self._control.num_submitted - 1 - MOST_AHEAD)
-        with uninterrupted():
-            self._launch(step, plan, fallback)
-
-    def _launch(self, step: RoutedStep, plan: Plan, fallback: str | None) -> None:
         bucket = self.bucket_of(step.num_tokens)
         try:
             launched = self.executor.launch(step, plan, bucket)

@@ -48,8 +48,10 @@ class StreamLanes:
     def beside(self, parts: list[Callable[[], None]]) -> None:
         """Fork to a stream for each part, and join."""
         main = torch.cuda.current_stream()
+        # One event for all: torch hands out few streams, and where one is `main` no other may wait for its part.
+        forked = main.record_event()
         for slice_id, (part, stream) in enumerate(zip(parts, self._streams, strict=True)):
-            stream.wait_stream(main)
+            stream.wait_event(forked)
             with torch.cuda.stream(stream):
                 if not self._begun:
                     stamp_kernel[(1,)](self._stamps_LS2[self.layer, slice_id, 0])

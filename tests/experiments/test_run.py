@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import signal
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -147,6 +149,35 @@ def test_a_stop_by_the_user_keeps_the_records_up_to_then(go, odd):
     # What was on its way is waited for.
     assert [record.step for record in read_records(folder / name)] == [0, 1, 2, 3, 4]
     assert json.loads((folder / "manifest.json").read_text())["status"] == "partial"
+
+
+@dataclass(frozen=True)
+class Stopped(Odd):
+    """A policy whose user presses Ctrl-C during its third decision, as often as told."""
+
+    times: ClassVar[int] = 1
+
+    def plan(self, obs, state):
+        decisions, plan = state
+        if decisions == 2:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+        return plan, (decisions + 1, plan)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_a_run_between_two_steps(go, monkeypatch, times):
+    module = ModuleType("odd_policies")
+    module.Stopped = Stopped
+    monkeypatch.setitem(sys.modules, "odd_policies", module)
+    monkeypatch.setattr(Stopped, "times", times)
+    before = signal.getsignal(signal.SIGINT)
+    code, said, folder = go("--policy", "odd_policies:Stopped", "--steps", "10")
+    assert code == 130
+    assert "stopped; records up to then are kept in" in said
+    kept = [record.step for record in read_records(folder / "odd_policies-Stopped.parquet")]
+    assert kept == [0, 1, 2]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,12 @@ class Stream:
     def wait_stream(self, _):
         pass
 
+    def record_event(self):
+        pass
+
+    def wait_event(self, _):
+        pass
+
 
 @pytest.fixture
 def here(monkeypatch):
