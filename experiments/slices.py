@@ -3,8 +3,9 @@
 `python -P -m expertslice.experiments.slices --out FOLDER --seconds 420`. Rows are appended to rows.jsonl as shapes
 finish; a call stops at its time limit, and with the same `--out` it goes on with the shapes that are missing.
 
-Both sides search at random for the same time, over the same tiles. The five best of each side are timed again in turn,
-A B .. B A, and then the best of either side against each other alone, so that the choice does not flatter the chosen.
+Both sides search for the same time, over tiles that are ranked for both alike. The five best of each side are timed
+again in turn, A B .. B A, and then the best of either side against each other alone, so that the choice does not flatter
+the chosen.
 Bits come first: an arm whose output differs from one plain launch's is reported and not timed.
 """
 
@@ -23,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from ..policies.cost import floor_ns
 from ..policies.data import load_device
 from ..policies.layouts import SMEM_RESERVED_BYTES
-from ..runtime.meter import EnergyMeter
+from ..runtime.meter import EnergyMeter, MeterError
 from ..runtime.timer import capture, interleave, paired_ratio, quantiles
 from .bench import DEVICES
+from .bench_contenders import device_name
 from .bench_rows import device_manifest, in_us, read_rows, write_parquet
 from .cli_gpu import require_gpu
 from .runs import to_json
@@ -222,8 +224,8 @@ def measure(shape: Shape, seconds: float, rounds: int, split: Splits) -> list[Ro
     """Return a row for each finalist and torch's product, then one that says what slicing gained."""
     import torch
 
+    device = load_device(DEVICES[device_name()])
     load, sm_count = Load(shape), torch.cuda.get_device_properties(0).multi_processor_count
-    device = load_device(DEVICES[torch.cuda.get_device_name(0)])
     floor_us = floor_ns(hbm_bytes=load.hbm_bytes, flops=load.flops, device=device, dtype="bf16") / 1000
     plain = next(tile for tile, _ in tiles() if not tile.pingpong)
     in_turn(load, load.route(one_tile(replace(plain, num_ctas=sm_count))))(0)
@@ -331,7 +333,16 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="whole layers after the products")
     parser.add_argument("--commit", help="of a checkout that has no history with it")
     arguments = parser.parse_args()
+    try:
+        _run(arguments)
+    except (ValueError, MeterError) as error:
+        parser.error(str(error))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     require_gpu("this experiment")
+    if device_name() not in DEVICES:
+        raise ValueError(f"nothing is known of {device_name()!r}; this experiment knows {', '.join(DEVICES)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     def say(text: str) -> None:

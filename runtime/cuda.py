@@ -39,6 +39,8 @@ from .workload import expert_ids_LTK, plan_words_LW, write_logits
 
 IN_FLIGHT = MOST_AHEAD + 2
 GRAPH_BYTES = 4 << 30
+ANCHOR_NS = 2_000_000_000
+"""Events tell the time between them in single precision: later ones are told from a later one."""
 Replay = Callable[[], object]
 
 
@@ -189,9 +191,10 @@ class CudaExecutor:
         stamp = self._stamps_LS2[0, 0, 0]
         stamp_kernel[(1,)](stamp)
         torch.cuda.synchronize()
-        self._zero = torch.cuda.Event(enable_timing=True)
+        zero = torch.cuda.Event(enable_timing=True)
         stamp_kernel[(1,)](stamp)
-        self._zero.record()
+        zero.record()
+        self._anchor = zero, 0
         torch.cuda.synchronize()
         self._host_zero_ns = time.perf_counter_ns()
         self._timer_zero_ns = int(stamp)
@@ -342,7 +345,11 @@ class CudaExecutor:
         return done
 
     def _times_of(self, run: _Running) -> Finished:
-        start_ns, end_ns = (round(self._zero.elapsed_time(event) * 1e6) for event in (run.start, run.end))
+        anchor, anchor_ns = self._anchor
+        start_ns = anchor_ns + round(anchor.elapsed_time(run.start) * 1e6)
+        end_ns = start_ns + round(run.start.elapsed_time(run.end) * 1e6)
+        if start_ns - anchor_ns > ANCHOR_NS:
+            self._anchor = run.start, start_ns
         if self._log:
             self._log.ended(run.step, end_ns)
         stamps_LS2 = self._stamps_RLS2[run.slot, :, : run.num_slices].numpy() - self._timer_zero_ns
