@@ -120,10 +120,11 @@ def _executor(options: RunOptions, steps: Iterator[RoutedStep]) -> Callable[[], 
     require_gpu("run --on gpu")
     from ..runtime.cuda import CudaExecutor
     from ..runtime.graphs import CAPTURE_RULES
+    from ..runtime.other import slice_ids_of
 
-    buckets = {next_power_of_two(step.num_tokens) for step in steps} or {1}
-    rule = CAPTURE_RULES[options.capture]
-    return lambda: CudaExecutor(max_tokens=max(buckets), buckets=buckets, rule=rule, seed=options.seed)
+    loads = {(next_power_of_two(step.num_tokens), slice_ids_of(step.other_L)) for step in steps}
+    most, rule = max((bucket for bucket, _ in loads), default=1), CAPTURE_RULES[options.capture]
+    return lambda: CudaExecutor(max_tokens=most, loads=loads, rule=rule, seed=options.seed)
 
 
 def _steps(source: StepSource, model: MoeSpec, limit: int | None) -> Iterator[RoutedStep]:

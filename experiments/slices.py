@@ -4,8 +4,8 @@
 finish; a call stops at its time limit, and with the same `--out` it goes on with the shapes that are missing.
 
 Both sides search for the same time, over tiles that are ranked for both alike. The five best of each side are timed
-again in turn, A B .. B A, and then the best of either side against each other alone, so that the choice does not flatter
-the chosen.
+again in turn, A B .. B A, and then the best of either side against each other alone, so that the choice does not
+flatter the chosen.
 Bits come first: an arm whose output differs from one plain launch's is reported and not timed.
 """
 

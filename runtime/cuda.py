@@ -32,7 +32,7 @@ from .graphs import CAPTURE_RULES, Calls, CaptureRule, GraphCache
 from .lanes import StreamLanes, stamp_kernel
 from .layers import launch_of, run_layer
 from .meter import EnergyMeter
-from .other import PLACES, OtherKernels, asked_LPA, places_of
+from .other import PLACES, OtherKernels, asked_LPA, places_of, slice_ids_of
 from .partition import Partition, PartitionError
 from .timer import sets_to_stay_cold
 from .workload import expert_ids_LTK, plan_words_LW, write_logits
@@ -42,6 +42,8 @@ GRAPH_BYTES = 4 << 30
 ANCHOR_NS = 2_000_000_000
 """Events tell the time between them in single precision: later ones are told from a later one."""
 Replay = Callable[[], object]
+Load = tuple[int, frozenset[int | None]]
+"""A token bucket, and the slices that other work beside its experts names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +73,15 @@ class CudaExecutor:
         self,
         *,
         max_tokens: int,
-        buckets: Iterable[int] = (),
+        loads: Iterable[Load] = (),
         rule: CaptureRule = CAPTURE_RULES["all"],
         graph_bytes: int = GRAPH_BYTES,
         energy: bool = True,
         seed: int = 0,
     ) -> None:
-        """Buckets are those captured before step 0, where the rule says so; any other is captured when it comes."""
+        """Loads are those captured before step 0, where the rule says so; any other is captured when it comes."""
         self._max_tokens, self._graph_bytes, self._seed = max_tokens, graph_bytes, seed
-        self._buckets, self._rule, self._energy = tuple(buckets), rule, energy
+        self._loads, self._rule, self._energy = dict.fromkeys(loads), rule, energy
         self.num_eager = 0
         """Graphs that memory had no room for: their steps are launched kernel by kernel."""
 
@@ -155,6 +157,7 @@ class CudaExecutor:
         self._next_chunk = 0
         self._plan: Plan | None = None
         self._running: deque[_Running] = deque()
+        self._rest: list[Finished] = []
         self._ended: dict[int, Any] = {}
         self._num_launched = self._num_finished = 0
 
@@ -166,10 +169,11 @@ class CudaExecutor:
         if self._rule.least_calls:
             return
         for layout in layouts:
-            for bucket in sorted(self._buckets, reverse=True):
+            for bucket, slice_ids in self._loads:
+                key = GraphKey(layout, False, bucket, places_of(slice_ids, layout.num_slices))
                 # A layout that cannot be is told when a plan of it is due.
                 with contextlib.suppress(ExecutorError):
-                    self._replay_of(GraphKey(layout, steal=False, bucket=bucket, places=frozenset()), bucket)
+                    self._replay_of(key, bucket)
 
     def _streams_of(self, layout: SliceLayout) -> tuple["torch.cuda.Stream", ...]:
         priorities = tuple(one.stream_priority for one in layout.slices)
@@ -220,7 +224,7 @@ class CudaExecutor:
         """
         if max(bucket, step.num_tokens) > self._max_tokens:
             raise ExecutorError(f"step of {step.num_tokens} tokens; buffers hold {self._max_tokens}, give more")
-        places = places_of(step.other_L, plan.layout.num_slices)
+        places = places_of(slice_ids_of(step.other_L), plan.layout.num_slices)
         key = GraphKey(plan.layout, plan.steal, bucket, places)
         before_ns, captures = self.now_ns(), key not in self._graphs
         replay = self._replay_of(key, step.num_tokens)
@@ -333,7 +337,7 @@ class CudaExecutor:
 
     def finished(self, *, wait_for: int) -> list[Finished]:
         """Return the steps that have finished; waits for all up to launch `wait_for`."""
-        done = []
+        done, self._rest = self._rest, []
         while self._running:
             back = self._ended[self._num_finished]
             if self._num_finished <= wait_for:
@@ -368,6 +372,8 @@ class CudaExecutor:
         """Wait for the device and let go of graphs and contexts; finished steps can still be asked for."""
         try:
             torch.cuda.synchronize()
+            # What was under way when a run was stopped belongs to the last energy window.
+            self._rest = self.finished(wait_for=self._num_launched)
             return self._log.close() if self._log else []
         finally:
             self._graphs.clear()

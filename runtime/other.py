@@ -76,10 +76,14 @@ def asked_LPA(
     return asked, int(ends[-1])
 
 
-def places_of(other_L: Iterable[Iterable[OtherWork]], num_slices: int) -> frozenset[int]:
-    """Return the places that a step has other work at."""
-    on = {work.on_slice(num_slices) for works in other_L for work in works}
-    return frozenset(BEFORE if s is None else 1 + s for s in on)
+def slice_ids_of(other_L: Iterable[Iterable[OtherWork]]) -> frozenset[int | None]:
+    """Return the slices that a step's other work names; None: before the layer."""
+    return frozenset(work.slice_id for works in other_L for work in works)
+
+
+def places_of(slice_ids: Iterable[int | None], num_slices: int) -> frozenset[int]:
+    """Return the places of such work under a layout."""
+    return frozenset(BEFORE if s is None else 1 + min(s, num_slices - 1) for s in slice_ids)
 
 
 class OtherKernels:

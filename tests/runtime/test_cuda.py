@@ -140,7 +140,7 @@ def even_steps(num_steps, work):
 @pytest.mark.parametrize("work", [False, True])
 def test_steady_state_never_waits_for_the_device(work):
     setup, rng = setup_here(), np.random.default_rng(1)
-    layouts, on = layouts_of(setup), backend(buckets=(512,))
+    layouts, on = layouts_of(setup), backend(loads=[(512, frozenset())])
     plans = [replace(random_plan(layout, rng), steal=False) for layout in layouts]
     on.open(setup, layouts)
     steps = iter(even_steps(60, work))
@@ -168,7 +168,7 @@ def test_steady_state_never_waits_for_the_device(work):
 def test_other_work_lies_where_it_is_asked_for():
     setup = setup_here()
     layouts = layouts_of(setup)
-    on, found = backend(buckets=(512,)), {}
+    on, found = backend(loads=[(512, frozenset())]), {}
     on.open(setup, layouts)
     before = OtherWork(flops=0, hbm_bytes=300_000_000)
     for name, works in (("none", ()), ("before", (before,)), ("beside", (replace(before, slice_id=1),))):
@@ -187,7 +187,7 @@ def test_other_work_lies_where_it_is_asked_for():
 
 
 def test_energy_windows_cover_a_run_without_stopping_it():
-    setup, on = setup_here(), backend(buckets=(512,), energy=True)
+    setup, on = setup_here(), backend(loads=[(512, frozenset())], energy=True)
     on.open(setup, ())
     records, end = [], time.monotonic() + 5
     for step in even_steps(10**6, False):
@@ -209,7 +209,7 @@ def test_energy_windows_cover_a_run_without_stopping_it():
 
 def test_a_stop_leaves_records_and_the_gpu_as_found():
     torch.cuda.synchronize()
-    setup, records, on = setup_here(), [], backend(buckets=(512,))
+    setup, records, on = setup_here(), [], backend(loads=[(512, frozenset())])
     timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
 
     class Started(type(make_policy("hot_cold"))):

@@ -23,7 +23,7 @@ from expertslice.policies.layouts import co_resident_layout, fallback_plan, unif
 from expertslice.runtime.backend import RuntimeBackend
 from expertslice.runtime.cuda import CudaExecutor
 from expertslice.runtime.layers import launch_of
-from expertslice.runtime.other import PLACES, OtherKernels, places_of
+from expertslice.runtime.other import PLACES, OtherKernels, places_of, slice_ids_of
 from expertslice.runtime.timer import capture
 from expertslice.traces.schema import MoeSpec, OtherWork, RoutedStep
 
@@ -85,7 +85,9 @@ def random_step(step, rng):
 
 
 def opened(setup, **options):
-    executor = CudaExecutor(max_tokens=BUCKETS[-1], energy=False, **{"buckets": BUCKETS} | options)
+    executor = CudaExecutor(
+        max_tokens=BUCKETS[-1], energy=False, **{"loads": [(b, frozenset()) for b in BUCKETS]} | options
+    )
     on = RuntimeBackend(executor, bucket_of=lambda n: next(b for b in BUCKETS if n <= b))
     on.open(setup, layouts_of(setup))
     return on
@@ -93,7 +95,7 @@ def opened(setup, **options):
 
 def key_of(on, plan, step):
     """Return what a step's graph is captured for."""
-    places = places_of(step.other_L, plan.layout.num_slices)
+    places = places_of(slice_ids_of(step.other_L), plan.layout.num_slices)
     return plan.layout, plan.steal, on.bucket_of(step.num_tokens), places
 
 
@@ -149,7 +151,7 @@ def test_steps_of_random_plans_leave_nothing_behind_and_do_not_slow_down():
 
 def test_graphs_that_come_and_go_leave_nothing_behind():
     setup, rng = setup_here(), np.random.default_rng(2)
-    on, layouts = opened(setup, graph_bytes=0, buckets=()), layouts_of(setup)
+    on, layouts = opened(setup, graph_bytes=0, loads=()), layouts_of(setup)
     for i in range(400):
         on.apply(replace(fallback_plan(setup), layout=layouts[i % len(layouts)]))
         on.submit(random_step(i, rng))
