@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..kernels.spec import LaunchSpec, LayerLaunch
-    from ..kernels.weights import ProductWeights
     from ..kernels.workspace import Workspace
 
 MOST_WORKERS = 14
@@ -71,7 +70,7 @@ class Load:
 
         from ..kernels.gather import gather
         from ..kernels.spec import RouterSpec
-        from ..kernels.weights import EPILOGUES
+        from ..kernels.weights import EPILOGUES, random_weights
         from ..kernels.workspace import Workspace
 
         self.shape, self.spec, self._router = shape, shape.spec, RouterSpec.of(shape.spec)
@@ -96,22 +95,8 @@ class Load:
             memory = {"l2_bytes": held.L2_cache_size, "memory_bytes": held.total_memory}
             wanted = sets_to_stay_cold(hit * expert_bytes, shape.num_experts * expert_bytes, **memory)
             num_sets = -(-wanted // num_sets) * num_sets
-        self._sets = [self._weights(generator) for _ in range(num_sets)]
+        self._sets = [random_weights(self.spec, device, p).products[: shape.products] for p in range(num_sets)]
         self.num_sets = len(self._sets) // shape.sets_at_once
-
-    def _weights(self, generator: "torch.Generator") -> "tuple[ProductWeights, ...]":
-        import torch
-
-        from ..kernels.weights import ProductWeights
-
-        found = []
-        for size in self.spec.products(self.shape.d_ff)[: self.shape.products]:
-            weight = torch.empty(
-                self.shape.num_experts, size.n_dim, size.k_dim, dtype=torch.bfloat16, device=generator.device
-            )
-            weight.normal_(0, size.k_dim**-0.5, generator=generator)
-            found.append(ProductWeights(weight=weight, bias=None, k_dim=size.k_dim, n_dim=size.n_dim))
-        return tuple(found)
 
     def route(self, launch: "LayerLaunch", bound: int | None = None, tile_order: str = "expert") -> Queues:
         """Return queues: experts of fewer than `bound` tokens on slice 0, the others on slice 1; None: one slice."""

@@ -95,9 +95,10 @@ class OtherKernels:
         self._asked, self._sm_count, device = asked, sm_count, asked.device
         words = max(1, L2_FACTOR * l2_bytes // (4 * CHUNK_WORDS)) * CHUNK_WORDS
         self.num_chunks = words // CHUNK_WORDS
-        self._source = torch.randint(1 << 30, (words,), dtype=torch.int32, device=device)
+        # Not zeros, which would draw less power; the sum of a chunk fits 32 bits.
+        self._source = torch.randint(1 << 18, (words,), dtype=torch.int32, device=device)
         held = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-        # Small exact numbers, and not all alike: zeros would draw less power.
+        # Small exact numbers, and not all alike.
         quarters = torch.arange(self.block_n * self.block_k, device=device) * 2654435761 % 7 - 3
         self._tile = (quarters / 4).to(held)
         self._sink = torch.zeros(PLACES, 2 * sm_count, dtype=torch.float32, device=device)

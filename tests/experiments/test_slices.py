@@ -20,8 +20,8 @@ from expertslice.runtime import lanes  # noqa: E402
 from expertslice.runtime.partition import PartitionError  # noqa: E402
 from expertslice.runtime.timer import Captured  # noqa: E402
 
-SHAPE = Shape(name="s", d_model=32, d_ff=32, num_experts=4, top_k=2, tokens=40, zipf_s=1.0)
-TILES = [(LaunchSpec(block_m=m, block_n=32, block_k=32, num_warps=4, num_stages=2, num_ctas=1), 2) for m in (16, 64)]
+SHAPE = Shape(name="s", d_model=16, d_ff=32, num_experts=4, top_k=2, tokens=40, zipf_s=1.0)
+TILES = [(LaunchSpec(block_m=m, block_n=32, block_k=16, num_warps=4, num_stages=2, num_ctas=1), 2) for m in (16, 64)]
 
 
 class Stream:

@@ -146,6 +146,13 @@ def world(monkeypatch):
     return found
 
 
+@pytest.fixture
+def idle_world(world, monkeypatch):
+    """The same, where kernels do nothing."""
+    monkeypatch.setattr(cuda.CudaExecutor, "_run_layers", lambda *_: None)
+    return world
+
+
 def backend(**options):
     options = {"energy": False} | options
     return RuntimeBackend(cuda.CudaExecutor(max_tokens=16, **options), bucket_of=next_power_of_two)
@@ -203,8 +210,8 @@ def test_steps_under_changing_plans_have_the_bits_of_the_definition(world):
     assert on.close() == []
 
 
-def test_graphs_that_memory_has_no_room_for_are_launched_kernel_by_kernel(world):
-    world.full = 3
+def test_graphs_that_memory_has_no_room_for_are_launched_kernel_by_kernel(idle_world):
+    idle_world.full = 3
     on = backend()
     on.open(SETUP, ())
     with pytest.warns(UserWarning, match="its kernels are launched one by one") as caught:
@@ -214,14 +221,13 @@ def test_graphs_that_memory_has_no_room_for_are_launched_kernel_by_kernel(world)
     assert len(on.drain(wait=True)) == 3
 
 
-def test_times_stay_exact_in_long_runs(world, monkeypatch):
+def test_times_stay_exact_in_long_runs(idle_world, monkeypatch):
     """Of events that tell ms in single precision: 12.3 us steps, a second apart, for a minute."""
     gaps_ms = itertools.chain([0.0], itertools.cycle([1000.0, 0.0123, 0.5]))
     monkeypatch.setattr(Event, "clock", itertools.accumulate(gaps_ms))
     on = backend()
     on.open(SETUP, ())
     step = next(draw_steps(1))
-    monkeypatch.setattr(on.executor, "_replay_of", lambda *_: lambda: None)
     for i in range(60):
         on.submit(replace(step, step=i))
         on.drain(wait=True)
@@ -231,17 +237,17 @@ def test_times_stay_exact_in_long_runs(world, monkeypatch):
     assert abs(last.start_ns - (61 * 1_000_512_300 - 512_300)) < 40_000
 
 
-def test_a_rule_says_when_steps_are_captured(world):
+def test_a_rule_says_when_steps_are_captured(idle_world):
     on, captured = backend(rule=CaptureRule(least_calls=2, least_tokens=6)), []
     on.open(SETUP, (TWO,))
     for step in [step for step in draw_steps(60) if step.num_tokens > 8][:3]:
         on.submit(step)
-        captured.append(world.captured)
+        captured.append(idle_world.captured)
     assert captured == [0, 0, 1]
 
 
 @pytest.mark.parametrize(("layout", "why"), [(MIG, "a process for each instance"), (GREEN, "green contexts need")])
-def test_layouts_that_cannot_be_run_unsliced_with_one_warning(world, layout, why, monkeypatch):
+def test_layouts_that_cannot_be_run_unsliced_with_one_warning(idle_world, layout, why, monkeypatch):
     monkeypatch.setattr(
         cuda, "Partition", lambda **_: (_ for _ in ()).throw(cuda.PartitionError("green contexts need"))
     )
@@ -254,14 +260,14 @@ def test_layouts_that_cannot_be_run_unsliced_with_one_warning(world, layout, why
     assert (ours(caught), on.num_fallbacks) == (1, 2)
 
 
-def test_a_step_too_large_is_one_sentence(world):
+def test_a_step_too_large_is_one_sentence(idle_world):
     on = backend()
     on.open(SETUP, ())
     with pytest.raises(ExecutorError, match="buffers hold 16, give more"):
         on.submit(RoutedStep(step=0, phase="decode", counts_LE=np.zeros((2, 4), np.int32), num_tokens=40))
 
 
-def test_energy_that_cannot_be_read_is_said_once(world, monkeypatch):
+def test_energy_that_cannot_be_read_is_said_once(idle_world, monkeypatch):
     class Absent:
         def __init__(self, *_, **__):
             pass
