@@ -164,12 +164,12 @@ def _time_limit() -> Generator[None]:
         raise TimeoutError(f"no plan within {MOST_PLAN_S} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, MOST_PLAN_S)
+    left = signal.setitimer(signal.ITIMER_REAL, MOST_PLAN_S)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *left)
 
 
 def _run(

@@ -293,7 +293,7 @@ def run_all(arguments: argparse.Namespace, say: Callable[[str], object]) -> None
     """Measure the shapes that are missing, within the time given."""
     import torch
 
-    from .slices_beside import MIXES, decode_launches, measure_mix
+    from .slices_beside import DECODE_ROWS, DENSE_ROWS, MIXES, launches_of, measure_mix
 
     path, end = arguments.out / "rows.jsonl", time.monotonic() + arguments.seconds
     done = {(row["experiment"], row["name"]) for row in read_rows(path)} if path.exists() else set()
@@ -301,7 +301,9 @@ def run_all(arguments: argparse.Namespace, say: Callable[[str], object]) -> None
     shapes = [s for s in (*SHAPES, *whole) if ("grouped", s.name) not in done and "grouped" in arguments.what]
     mixes = [m for m in MIXES if ("beside", m.name) not in done and "beside" in arguments.what]
     jobs = [(shape, launch) for shape in shapes for launch in launches()]
-    jobs += [(mix.decode, one_tile(launch_of(1))) for mix in mixes for _, launch_of in decode_launches()]
+    for mix in mixes:
+        for shape, rows in ((mix.decode, DECODE_ROWS), (mix.dense, DENSE_ROWS)):
+            jobs += [(shape, one_tile(launch_of(1))) for launch_of in launches_of(rows).values()]
     precompile(jobs)
     say(f"compiled, {end - time.monotonic():.0f} s left")
     split = Splits(torch.cuda.get_device_properties(0).multi_processor_count)

@@ -1,8 +1,8 @@
 """Decode experts beside a dense product of another layer: work that no single launch can express, on a GPU.
 
-Every arm tries the same launches of the decode part and keeps its best; the dense product is the matrix library's. All
-arms are then timed in turn, and the stamps of both parts give the frontier: how long decode takes against the rate that
-the dense product keeps.
+Every arm tries the same launches of the decode part, then with its best one the matrix library's dense product and our
+own on exactly the SMs that it has, and keeps the best. All arms are then timed in turn, and the stamps of both parts
+give the frontier: how long decode takes against the rate that the dense product keeps.
 """
 
 import time
@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.timer import BURST_IDLE_NS, Captured, capture, quantiles
-from .slices_load import Load, Shape, Step, Streams, in_turn, one_tile, quick
+from .slices_load import Load, Shape, Step, Streams, beside, in_turn, one_tile, quick
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from .slices import Splits
 
 Row = dict[str, Any]
+LaunchOf = Callable[[int], "LaunchSpec"]
+"""A tile's launch on so many SMs."""
 DECODE_SMS = (16, 24, 32, 40, 48, 64)
 BOUNDED_SMS = (32, 64, 96)
 DECODE_ROWS = 16
 """Of the decode part's tiles: its experts have fewer."""
+DENSE_ROWS, LIBRARY = 128, "torch.mm"
 STAMPED, STAMPED_AT_ONCE = 20, 5
 MOST_REL_DIFFERENCE = 5e-3
 """Of the dense product: on fewer SMs the library may pick another kernel."""
@@ -43,6 +46,11 @@ class Mix:
     def name(self) -> str:
         """Return both parts in a few letters."""
         return f"{self.decode.name}-{self.m}x{self.n}x{self.k}"
+
+    @property
+    def dense(self) -> Shape:
+        """Return the dense product as that of one expert, for our own launches."""
+        return Shape(name="dense", d_model=self.k, d_ff=self.n, num_experts=1, top_k=1, tokens=self.m, zipf_s=0)
 
 
 _LARGE = Shape(
@@ -63,27 +71,25 @@ MIXES = (
 class Parts:
     """Both parts of a mix, stamped where they begin and end."""
 
-    def __init__(self, mix: Mix, load: Load) -> None:
+    def __init__(self, load: Load, dense: Load) -> None:
         import torch
 
-        self.load, device = load, load.rows_ND.device
-        generator = torch.Generator(device).manual_seed(1)
-        a, b = (
-            torch.randn(rows, columns, device=device, generator=generator).bfloat16()
-            for rows, columns in ((mix.m, mix.k), (mix.k, mix.n))
-        )
-        self.product = torch.empty(mix.m, mix.n, dtype=torch.bfloat16, device=device)
-        self._stamps = torch.zeros(4, dtype=torch.int64, device=device)
-        self._multiply = partial(torch.mm, a, b, out=self.product)
-        self.flops = 2 * mix.m * mix.n * mix.k
+        self.load, self.own = load, dense
+        self.flops, self.product = dense.flops, dense.out
+        rows, weight = dense.rows_ND[: len(self.product)], dense.weight
+        self._library = partial(torch.mm, rows, weight.mT, out=self.product)
+        self._stamps = torch.zeros(4, dtype=torch.int64, device=rows.device)
 
-    def decode(self, launch_of: "Callable[[int], LaunchSpec]", sms: int) -> Step:
+    def decode(self, launch_of: LaunchOf, sms: int) -> Step:
         """Return the decode part on a grid of so many SMs."""
         return self._stamped(0, in_turn(self.load, self.load.route(one_tile(launch_of(sms)))))
 
-    def dense(self, _: int) -> None:
-        """Enqueue the dense part."""
-        self._stamped(2, lambda _: self._multiply())(0)
+    def dense(self, launch_of: LaunchOf | None, sms: int) -> Step:
+        """Return the dense part: the library's, or ours on a grid of so many SMs."""
+        if launch_of is None:
+            return self._stamped(2, lambda _: self._library())
+        own = in_turn(self.own, self.own.route(one_tile(launch_of(sms))))
+        return self._stamped(2, lambda _: own(0))
 
     def _stamped(self, at: int, step: Step) -> Step:
         from ..runtime.lanes import stamp_kernel
@@ -115,19 +121,18 @@ class Way:
     side: str
     sms: int
     """Of the decode part's grid."""
+    dense_sms: int
     streams: "Callable[[], Streams] | None"
 
-    def step(self, parts: Parts, launch_of: "Callable[[int], LaunchSpec]") -> Step:
-        """Return the step under a launch of the decode part."""
-        from .slices import beside
-
-        decode = parts.decode(launch_of, self.sms)
+    def step(self, parts: Parts, decode_of: LaunchOf, dense_of: LaunchOf | None) -> Step:
+        """Return the step under launches of both parts."""
+        decode, dense = parts.decode(decode_of, self.sms), parts.dense(dense_of, self.dense_sms)
         if self.streams is not None:
-            return beside([decode, parts.dense], self.streams())
+            return beside([decode, dense], self.streams())
 
         def in_turn(p: int) -> None:
             decode(p)
-            parts.dense(p)
+            dense(p)
 
         return in_turn
 
@@ -140,34 +145,45 @@ def ways(sm_count: int, split: "Splits") -> Iterator[Way]:
         held = [torch.cuda.Stream(priority=priority) for priority in priorities]
         return lambda: held
 
-    yield Way(name="one after the other", side="unsliced", sms=sm_count, streams=None)
+    way = partial(Way, dense_sms=sm_count)
+    yield way(name="one after the other", side="unsliced", sms=sm_count, streams=None)
     for name, priorities in (("plain streams", (0, 0)), ("decode first", (-1, 0)), ("dense first", (0, -1))):
-        yield Way(name=name, side="unsliced", sms=sm_count, streams=plain(*priorities))
+        yield way(name=name, side="unsliced", sms=sm_count, streams=plain(*priorities))
     for sms in BOUNDED_SMS:
-        yield Way(name=f"bounded {sms}", side="sliced", sms=sms, streams=plain(-1, 0))
+        yield way(name=f"bounded {sms}", side="sliced", sms=sms, streams=plain(-1, 0))
     for sms in DECODE_SMS:
-        yield Way(name=f"green {sms}", side="sliced", sms=sms, streams=partial(split, sms))
+        yield Way(name=f"green {sms}", side="sliced", sms=sms, dense_sms=sm_count - sms, streams=partial(split, sms))
 
 
-def decode_launches() -> "list[tuple[str, Callable[[int], LaunchSpec]]]":
-    """Return the launches that every arm tries: flat tiles, up to as many CTAs as an SM holds."""
+def launches_of(block_m: int) -> dict[str, LaunchOf]:
+    """Return launches of tiles of a height, up to as many CTAs as an SM holds."""
     from .slices import tile_name, tiles
 
-    return [
-        (f"{tile_name(tile)} x{n}", partial(lambda tile, n, sms: replace(tile, num_ctas=sms * n), tile, n))
+    return {
+        f"{tile_name(tile)} x{n}": partial(lambda tile, n, sms: replace(tile, num_ctas=sms * n), tile, n)
         for tile, ctas in tiles()
-        if tile.block_m == DECODE_ROWS
+        if tile.block_m == block_m
         for n in range(1, ctas + 1)
-    ]
+    }
 
 
 def tune(parts: Parts, way: Way) -> Row:
-    """Return a way's row with its best decode launch; without a step where the device has no such way."""
+    """Return a way's row with its best launches of both parts; without a step where the device has no such way."""
     best: Row = {"arm": way.name, "side": way.side, "quick_us": float("inf")}
-    for name, launch_of in decode_launches():
-        one = quick(partial(way.step, parts, launch_of), parts.load.num_sets)
+    decode, dense = launches_of(DECODE_ROWS), {LIBRARY: None, **launches_of(DENSE_ROWS)}
+
+    def attempt(decode_name: str, dense_name: str) -> None:
+        make = partial(way.step, parts, decode[decode_name], dense[dense_name])
+        one = quick(make, parts.load.num_sets)
         if one and one[0] / 1000 < best["quick_us"]:
-            best |= {"quick_us": one[0] / 1000, "decode_launch": name, "step": one[1]}
+            names = {"decode_launch": decode_name, "dense_launch": dense_name}
+            best.update({"quick_us": one[0] / 1000, "step": one[1], **names})
+
+    for name in decode:
+        attempt(name, LIBRARY)
+    if "step" in best:
+        for name in launches_of(DENSE_ROWS):
+            attempt(best["decode_launch"], name)
     return best
 
 
@@ -177,7 +193,10 @@ def measure_mix(mix: Mix, rounds: int, split: "Splits") -> list[Row]:
 
     from .slices import duel, time_in_turn
 
-    parts, sm_count = Parts(mix, Load(mix.decode)), torch.cuda.get_device_properties(0).multi_processor_count
+    parts, sm_count = (
+        Parts(Load(mix.decode), Load(mix.dense, cold=False)),
+        torch.cuda.get_device_properties(0).multi_processor_count,
+    )
     found = [row for way in ways(sm_count, split) if "step" in (row := tune(parts, way))]
     alone = _alone_us(parts, sm_count)
     bound_us = max(alone.values())
@@ -192,11 +211,13 @@ def measure_mix(mix: Mix, rounds: int, split: "Splits") -> list[Row]:
 
 
 def _alone_us(parts: Parts, sm_count: int) -> Row:
-    """Return each part's time by itself, decode by its fastest launch."""
-    makes = [partial(parts.decode, launch_of, sm_count) for _, launch_of in decode_launches()]
-    decode = [one[0] for make in makes if (one := quick(make, parts.load.num_sets))]
-    dense = [one[0] for one in [quick(lambda: parts.dense, parts.load.num_sets)] if one]
-    return {"decode_alone_us": min(decode) / 1000, "dense_alone_us": min(dense) / 1000}
+    """Return each part's time by itself, by its fastest launch."""
+    makes = [partial(parts.decode, launch_of, sm_count) for launch_of in launches_of(DECODE_ROWS).values()]
+    dense = [partial(parts.dense, launch_of, sm_count) for launch_of in (None, *launches_of(DENSE_ROWS).values())]
+    alone = [
+        min(one[0] for make in some if (one := quick(make, parts.load.num_sets))) / 1000 for some in (makes, dense)
+    ]
+    return dict(zip(("decode_alone_us", "dense_alone_us"), alone, strict=True))
 
 
 def _outputs(parts: Parts, step: Step) -> "tuple[torch.Tensor, torch.Tensor]":

@@ -137,6 +137,11 @@ class Load:
         return functional.grouped_mm(rows, held.weight.mT, offs=self._ends_E)
 
     @property
+    def weight(self) -> "torch.Tensor":
+        """Return the first expert's weight [F, D] of the first product."""
+        return self._sets[0][0].weight[0]
+
+    @property
     def out(self) -> "torch.Tensor":
         """Return what the last product of a step stored: rows [N, F] in expert order, or at their places."""
         whole = self.shape.products == len(self.spec.products(self.shape.d_ff))

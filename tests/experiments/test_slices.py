@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -68,7 +67,7 @@ def here(monkeypatch):
     monkeypatch.setattr(slices_beside, "BOUNDED_SMS", (2,))
     monkeypatch.setattr(slices_beside, "STAMPED", 2)
     for module in (slices, slices_beside):
-        monkeypatch.setattr(module, "Load", partial(Load, cold=False, device="cpu"))
+        monkeypatch.setattr(module, "Load", lambda shape, **_: Load(shape, cold=False, device="cpu"))
     monkeypatch.setattr(slices_load, "BOUNDS", (20,))
 
 
@@ -154,12 +153,14 @@ def test_a_mix_gives_every_way_its_best_launch_and_a_frontier(here, monkeypatch)
 
     monkeypatch.setattr(lanes, "stamp_kernel", Stamp())
     monkeypatch.setattr(slices_beside.time, "sleep", lambda _: None)
-    monkeypatch.setattr(slices, "tiles", lambda: [(TILES[0][0], 1)])
-    mix = slices_beside.Mix(decode=replace(SHAPE, tokens=8, zipf_s=0, kind="swiglu"), m=8, n=8, k=8)
+    monkeypatch.setattr(slices, "tiles", lambda: [(TILES[0][0], 1), (replace(TILES[0][0], block_m=128), 1)])
+    mix = slices_beside.Mix(decode=replace(SHAPE, tokens=8, zipf_s=0, kind="swiglu"), m=16, n=32, k=16)
     rows = slices_beside.measure_mix(mix, 6, streams)
     names = [row["arm"] for row in rows]
     assert {"one after the other", "plain streams", "decode first", "dense first", "bounded 2", "green 1"} <= {*names}
     assert rows[-1]["gain"] > 0
+    assert {row["decode_launch"] for row in rows[:-1]} == {"16x32x16w4s2 x1"}
+    assert {row["dense_launch"] for row in rows[:-1]} <= {"torch.mm", "128x32x16w4s2 x1"}
     assert all(row["decode_us_q50"] == row["dense_us_q50"] == 1.0 for row in rows[:-1])
     assert all(row["status"] == "ok" for row in rows)
 
