@@ -140,6 +140,7 @@ def world(monkeypatch):
     for module in (cuda, lanes):
         monkeypatch.setattr(module, "torch", Torch(fake_cuda(found)))
         monkeypatch.setattr(module, "stamp_kernel", Stamp())
+    monkeypatch.setitem(other.TILE, "bf16", (16, 16, 16))
     monkeypatch.setattr(cuda.CudaExecutor, "_eager", eager)
     monkeypatch.setattr(cuda, "random_weights", lambda spec, _, seed: weights.random_weights(spec, "cpu", seed))
     monkeypatch.setattr(cuda, "Workspace", SimpleNamespace(allocate=lambda spec, t, _: allocate(spec, t, "cpu")))
