@@ -19,18 +19,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..policies.cost import floor_ns
 from ..policies.data import load_device
 from ..policies.layouts import SMEM_RESERVED_BYTES
 from ..runtime.meter import EnergyMeter, MeterError
-from ..runtime.timer import capture, interleave, paired_ratio, quantiles
 from .bench import DEVICES
 from .bench_contenders import device_name
-from .bench_rows import device_manifest, in_us, read_rows, write_parquet
+from .bench_rows import device_manifest, read_rows, write_parquet
 from .cli_gpu import require_gpu
 from .runs import to_json
+from .slices_arms import Row, Splits, duel, tile_name, tiles, time_in_turn
+from .slices_beside import DECODE_ROWS, DENSE_ROWS, MIXES, launches_of, measure_mix
 from .slices_load import Load, Shape, Step, Streams, beside, in_turn, one_tile, precompile, quick, slices_of
 
 if TYPE_CHECKING:
@@ -48,15 +49,12 @@ SHAPES = (
 )
 """One projection each. With `--layers` the whole layers of the same experts come after them."""
 COLD_SMS = (16, 32, 48, 64, 80)
-GROUP_SMS = 2
 ORDERS = ("expert", "heavy", "light")
 KEPT = 5
 SPLIT_PAIRS, SHARED_PAIRS = 9, 9
 """Pairs of tiles that each bound tries in turn or apart, and together on an SM."""
 HOPPER_SMEM_BYTES, HOPPER_REGS = 233_472, 65_536
 """Of an SM: what its CTAs share."""
-LEAST_ROUNDS = 6
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,26 +67,9 @@ class Arm:
     make: Callable[[], Step]
 
 
-def tiles() -> "list[tuple[LaunchSpec, int]]":
-    """Return the tiles that both sides choose from, with the CTAs of each that an SM holds."""
-    from ..kernels.launches import LONG_RUNS, PINGPONG, TILES
-
-    found = [
-        (replace(tile, descriptors=tile.block_m >= 64, flatten=tile.block_m >= 64), ctas)
-        for by_height in (*TILES.values(), *LONG_RUNS.values())
-        for tile, ctas in by_height
-    ]
-    return [*found, *((tile, 1) for tile in PINGPONG)]
-
-
 def launches() -> "list[LayerLaunch]":
     """Return a launch of every tile, to compile, as it is and dependent on the one before it."""
     return [one_tile(tile, dependent=dependent) for tile, _ in tiles() for dependent in (False, True)]
-
-
-def tile_name(tile: "LaunchSpec") -> str:
-    """Return a tile in a few letters."""
-    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}w{tile.num_warps}s{tile.num_stages}" + "p" * tile.pingpong
 
 
 def shares_sm(*chosen: "LaunchSpec") -> bool:
@@ -171,29 +152,6 @@ def _beside(load: Load, launch: "LayerLaunch", bound: int, streams: "Callable[[]
     return beside(slices_of(load, load.route(launch, bound)), streams())
 
 
-class Splits:
-    """Green contexts of the device, so many SMs and the rest: each created once and kept, since graphs hold streams."""
-
-    def __init__(self, sm_count: int) -> None:
-        self._sm_count = sm_count
-        self._held: dict[int, tuple[torch.cuda.Stream, ...]] = {}
-        self._partitions: list[Any] = []
-
-    def __call__(self, sms: int) -> "tuple[torch.cuda.Stream, ...]":
-        from ..runtime.partition import Partition
-
-        if sms not in self._held:
-            partition = Partition(wanted=(sms, self._sm_count - sms), group_sms=GROUP_SMS).__enter__()
-            self._partitions.append(partition)
-            self._held[sms] = tuple(share.stream for share in partition.shares)
-        return self._held[sms]
-
-    def close(self) -> None:
-        """Destroy them."""
-        for partition in reversed(self._partitions):
-            partition.__exit__()
-
-
 def search(
     load: Load, arms: Sequence[Arm], seconds: float, expected: "torch.Tensor"
 ) -> tuple[list[Row], dict[str, float]]:
@@ -250,31 +208,6 @@ def measure(shape: Shape, seconds: float, rounds: int, split: Splits) -> list[Ro
     return [*wrong, *(common | row for row in rows), common | {"arm": "gain", "side": "both", **summary}]
 
 
-def time_in_turn(final: list[Row], num_sets: int, rounds: int, floor_us: float) -> list[Row]:
-    """Return the rows with quantiles of all arms timed in turn, the fastest first."""
-    samples = interleave([capture(row["step"], num_sets) for row in final], rounds, "burst").samples_ns
-    for row, samples_ns in zip(final, samples, strict=True):
-        row |= {"samples": len(samples_ns), **in_us("", samples_ns)}
-        row["of_floor"] = floor_us / row["us_q50"]
-    return sorted(final, key=lambda row: row["us_q50"])
-
-
-def duel(rows: Sequence[Row], num_sets: int, rounds: int) -> Row:
-    """Return the ratio of the best control to the best sliced arm, timed again by themselves; empty without both."""
-    best = {row["side"]: row for row in reversed(rows)}
-    control = min((row for side, row in best.items() if side != "sliced"), key=lambda row: row["us_q50"], default=None)
-    if control is None or "sliced" not in best:
-        return {"status": "one side has no arm of right bits"}
-    arms = [capture(row["step"], num_sets) for row in (control, best["sliced"])]
-    samples = interleave(arms, max(LEAST_ROUNDS, rounds), "burst").samples_ns
-    ratio = paired_ratio(*samples)
-    unsliced, cut = (quantiles(samples_ns).q50_ns / 1000 for samples_ns in samples)
-    return {
-        "status": "ok", "unsliced": control["arm"], "sliced": best["sliced"]["arm"], "unsliced_us": unsliced,
-        "sliced_us": cut, "gain": ratio.median, "gain_low": ratio.low, "gain_high": ratio.high,
-    }  # fmt: skip
-
-
 def line(row: Row) -> str:
     """Return one row for the terminal."""
     head = f"{row['experiment']:8} {row['name']:22}"
@@ -292,8 +225,6 @@ def line(row: Row) -> str:
 def run_all(arguments: argparse.Namespace, say: Callable[[str], object]) -> None:
     """Measure the shapes that are missing, within the time given."""
     import torch
-
-    from .slices_beside import DECODE_ROWS, DENSE_ROWS, MIXES, launches_of, measure_mix
 
     path, end = arguments.out / "rows.jsonl", time.monotonic() + arguments.seconds
     done = {(row["experiment"], row["name"]) for row in read_rows(path)} if path.exists() else set()

@@ -9,18 +9,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..runtime.timer import BURST_IDLE_NS, Captured, capture, quantiles
+from .slices_arms import Row, Splits, duel, tile_name, tiles, time_in_turn
 from .slices_load import Load, Shape, Step, Streams, beside, in_turn, one_tile, quick
 
 if TYPE_CHECKING:
     import torch
 
     from ..kernels.spec import LaunchSpec
-    from .slices import Splits
 
-Row = dict[str, Any]
 LaunchOf = Callable[[int], "LaunchSpec"]
 """A tile's launch on so many SMs."""
 DECODE_SMS = (16, 24, 32, 40, 48, 64)
@@ -157,8 +156,6 @@ def ways(sm_count: int, split: "Splits") -> Iterator[Way]:
 
 def launches_of(block_m: int) -> dict[str, LaunchOf]:
     """Return launches of tiles of a height, up to as many CTAs as an SM holds."""
-    from .slices import tile_name, tiles
-
     return {
         f"{tile_name(tile)} x{n}": partial(lambda tile, n, sms: replace(tile, num_ctas=sms * n), tile, n)
         for tile, ctas in tiles()
@@ -190,8 +187,6 @@ def tune(parts: Parts, way: Way) -> Row:
 def measure_mix(mix: Mix, rounds: int, split: "Splits") -> list[Row]:
     """Return a row for every way, each with its own best decode launch, then one that says what slicing gained."""
     import torch
-
-    from .slices import duel, time_in_turn
 
     parts, sm_count = (
         Parts(Load(mix.decode), Load(mix.dense, cold=False)),

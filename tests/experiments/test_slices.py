@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, it is tried itself")
 
-from expertslice.experiments import slices, slices_beside, slices_load  # noqa: E402
+from expertslice.experiments import slices, slices_arms, slices_beside, slices_load  # noqa: E402
 from expertslice.experiments.slices_load import Load, Shape, in_turn, one_tile  # noqa: E402
 from expertslice.kernels import reference  # noqa: E402
 from expertslice.kernels.spec import LaunchSpec  # noqa: E402
@@ -56,11 +56,10 @@ def here(monkeypatch):
         samples = tuple(tuple(1000.0 * (10 + i) + r for r in range(2 * rounds)) for i in range(len(arms)))
         return SimpleNamespace(samples_ns=samples)
 
-    for module in (slices, slices_load, slices_beside):
-        if hasattr(module, "capture"):
-            monkeypatch.setattr(module, "capture", capture)
+    for module in (slices_arms, slices_load, slices_beside):
+        monkeypatch.setattr(module, "capture", capture)
     monkeypatch.setattr(Captured, "time_ns", lambda self: next(times) * 1000.0)
-    monkeypatch.setattr(slices, "interleave", interleave)
+    monkeypatch.setattr(slices_arms, "interleave", interleave)
     monkeypatch.setattr(slices, "tiles", lambda: TILES)
     monkeypatch.setattr(slices, "COLD_SMS", (1,))
     monkeypatch.setattr(slices_beside, "DECODE_SMS", (1,))
@@ -153,7 +152,7 @@ def test_a_mix_gives_every_way_its_best_launch_and_a_frontier(here, monkeypatch)
 
     monkeypatch.setattr(lanes, "stamp_kernel", Stamp())
     monkeypatch.setattr(slices_beside.time, "sleep", lambda _: None)
-    monkeypatch.setattr(slices, "tiles", lambda: [(TILES[0][0], 1), (replace(TILES[0][0], block_m=128), 1)])
+    monkeypatch.setattr(slices_beside, "tiles", lambda: [(TILES[0][0], 1), (replace(TILES[0][0], block_m=128), 1)])
     mix = slices_beside.Mix(decode=replace(SHAPE, tokens=8, zipf_s=0, kind="swiglu"), m=16, n=32, k=16)
     rows = slices_beside.measure_mix(mix, 6, streams)
     names = [row["arm"] for row in rows]
