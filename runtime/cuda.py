@@ -387,6 +387,7 @@ def _graph_of(run: Replay, stream: "torch.cuda.Stream") -> tuple[Replay, int]:
     torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # A capture that fails at its end would leave its stream the current one.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
         run()
     return graph.replay, max(0, free_bytes - torch.cuda.mem_get_info()[0])
