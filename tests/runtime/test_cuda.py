@@ -202,14 +202,15 @@ def test_energy_windows_cover_a_run_without_stopping_it():
         assert after.first_step == one.last_step + 1
     for window in windows:
         assert window.duration_ns >= 2e9
-        assert 0 < window.idle_w < window.energy_uj / window.duration_ns * 1000 < 800
+        assert 20 < window.idle_w < 800
+        assert 20 < window.energy_uj / window.duration_ns * 1000 < 800
         assert window.sm_clock_mhz > 300
     assert windows[-1].last_step == records[-1].step
 
 
 def test_a_stop_leaves_records_and_the_gpu_as_found():
     torch.cuda.synchronize()
-    setup, records, on = setup_here(), [], backend(loads=[(512, frozenset())])
+    setup, records, on = setup_here(), [], backend()
     timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
 
     class Started(type(make_policy("hot_cold"))):
