@@ -21,7 +21,8 @@ from expertslice.policies.contract import ByTokens, Control, Pinned, Plan, Setup
 from expertslice.policies.data import load_device, load_variants
 from expertslice.policies.layouts import co_resident_layout, fallback_plan, uniform_slice
 from expertslice.runtime.backend import RuntimeBackend
-from expertslice.runtime.cuda import CudaExecutor
+from expertslice.runtime.cuda import CudaExecutor, GraphKey
+from expertslice.runtime.graphs import CaptureRule
 from expertslice.runtime.layers import launch_of
 from expertslice.runtime.other import PLACES, OtherKernels, places_of, slice_ids_of
 from expertslice.runtime.timer import capture
@@ -188,36 +189,59 @@ def test_a_thousand_random_plans_give_the_same_bits():
     on.close()
 
 
+def submitted(on, plan_of, step, name):
+    """Return a row of medians over steps under the plans given, us: host time to submit, and the step itself."""
+    host_ns = []
+    for i in range(300):
+        on.apply(plan_of(i))
+        begin_ns = time.perf_counter_ns()
+        on.submit(replace(step, step=i, other_L=()))
+        host_ns.append(time.perf_counter_ns() - begin_ns)
+    took_ns = [record.end_ns - record.start_ns for record in on.drain(wait=True)]
+    times = {"submit": host_ns[100:], "step": took_ns[100:]}
+    return {"case": name} | {f"{what}_us_q50": statistics.median(ns) / 1000 for what, ns in times.items()}
+
+
+def device_us(replays):
+    """Return the device's time of one replay, of many in a row."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # The first time warms up.
+    for _ in range(2):
+        start.record()
+        for replay in replays:
+            replay()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) * 1000 / len(replays)
+
+
 @pytest.mark.benchmark
 def test_what_a_change_of_plan_costs():
     setup, rng = setup_here(), np.random.default_rng(5)
     on, layouts = opened(setup), layouts_of(setup)
-    same = [replace(random_plan(layouts[2:3], rng), steal=False) for _ in range(64)]
-    other = [replace(random_plan(layouts[3:4], rng), steal=False) for _ in range(64)]
+    same, other = (
+        [replace(random_plan((layout,), rng), steal=False) for _ in range(64)] for layout in (layouts[2], layouts[3])
+    )
     cases = {
         "same plan": lambda i: same[0],
         "new plan of the layout": lambda i: same[i % 64],
         "another layout": lambda i: (same, other)[i % 2][0],
     }
-    base, rows = random_step(0, np.random.default_rng(1)), []
-    for name, plan_of in cases.items():
-        host_ns = []
-        for i in range(300):
-            on.apply(plan_of(i))
-            begin_ns = time.perf_counter_ns()
-            on.submit(replace(base, step=i, other_L=()))
-            host_ns.append(time.perf_counter_ns() - begin_ns)
-        records = on.drain(wait=True)
-        gaps_ns = [b.start_ns - a.end_ns for a, b in itertools.pairwise(records[100:])]
-        took_ns = [record.end_ns - record.start_ns for record in records[100:]]
-        times = {"submit": host_ns[100:], "device_gap": gaps_ns, "step": took_ns}
-        rows.append({"case": name} | {f"{what}_us_q50": statistics.median(ns) / 1000 for what, ns in times.items()})
+    step = random_step(0, np.random.default_rng(1))
+    rows = [submitted(on, plan_of, step, name) for name, plan_of in cases.items()]
+    bucket = on.bucket_of(step.num_tokens)
+    a, b = (on.executor._replay_of(GraphKey(p[0].layout, False, bucket, frozenset()), 1) for p in (same, other))
+    alone_us, turns_us = (device_us([a] * 100) + device_us([b] * 100)) / 2, device_us([a, b] * 50)
+    rows.append({"case": "device, layouts in turn over each alone", "step_us_q50": turns_us - alone_us})
+    on.close()
+    on = opened(setup, rule=CaptureRule(least_calls=10**9))
+    rows.append(submitted(on, cases["same plan"], step, "kernel by kernel, no graph"))
     on.close()
     keep("plan_changes", rows)
 
 
 @pytest.mark.benchmark
-def test_what_other_work_and_graphs_take():
+def test_what_other_work_takes():
     held = torch.cuda.get_device_properties(0)
     asked = torch.zeros(1, PLACES, 3, dtype=torch.int64, device="cuda")
     kernels = OtherKernels(asked, "bf16", l2_bytes=held.L2_cache_size, sm_count=held.multi_processor_count)
