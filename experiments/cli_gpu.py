@@ -53,6 +53,9 @@ def run_trace(
         list[str] | None, typer.Option("--policy", help="May be repeated; unsliced always runs first.")
     ] = None,
     on: Annotated[Literal["host", "gpu"], typer.Option(help="host: no GPU timing.")] = "host",
+    capture: Annotated[
+        Literal["all", "paper"], typer.Option(help="Graphs of every layout from the start, or after ten calls.")
+    ] = "all",
     device: Annotated[str, typer.Option(help="See `expertslice devices`; on a GPU: the one that is there.")] = (
         "h100-sxm5-80gb"
     ),
@@ -63,6 +66,9 @@ def run_trace(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="POLICY.NAME=VALUE", help="Set a policy's parameter.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say what experts and slices did, and keep it beside the records.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
@@ -76,9 +82,11 @@ def run_trace(
         model=model,
         device=device,
         where=on,
+        capture=capture,
         segment=segment,
         steps=steps,
         seed=seed,
+        profile=profile,
         out=out,
     )
     summary, folder = run_trace(options, say=(lambda _: None) if as_json else typer.echo)

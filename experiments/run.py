@@ -5,27 +5,36 @@ On a GPU they are times; on a host without one they are reckoned from counts and
 
 import itertools
 import re
+import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
 
-from ..policies.contract import Control, EnergyWindow, Policy, Setup, StepRecord
+from ..policies.contract import MECHANISMS, Control, Policy, Setup, StepRecord
 from ..policies.data import load_device, load_variants
 from ..policies.loop import drive
 from ..runtime.backend import Executor, ExecutorError, RuntimeBackend
 from ..sim.backend import next_power_of_two
-from ..traces.schema import RoutedStep, StepSource
+from ..traces.schema import MoeSpec, RoutedStep, StepSource
 from .errors import StoppedError
 from .inputs import BUNDLED, choose_model, choose_policies, choose_segment, open_source
 from .records import writing
 from .runs import RunFolder, provenance
+from .simulate import other_work_of
+from .watch import Watch
 
 HOST_LABEL = "no GPU timing: times are reckoned from counts and device facts"
+MOST_PLAN_S = 10.0
+"""A decision that takes longer hangs: the old plan is kept."""
 Where = Literal["host", "gpu"]
+Capture = Literal["all", "paper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +47,11 @@ class RunOptions:
     model: str | None = None
     device: str = "h100-sxm5-80gb"
     where: Where = "host"
+    capture: Capture = "all"
     segment: str | None = None
     steps: int | None = None
     seed: int = 0
+    profile: bool = False
     out: Path = Path("runs")
 
 
@@ -59,8 +70,13 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
         raise ValueError(f"policy {foreseeing[0]} foresees steps, which only the simulator offers; use `whatif` for it")
     device = load_device(options.device)
     variants = load_variants(device.compute_capability)
-    setup = Setup(device=device, model=model, variants=variants, control=Control(), seed=options.seed)
-    executor = _executor(options.where, opened.source, options.steps)
+    # A process on a GPU holds one MIG instance: slices of several are not carried out there.
+    mechanisms = frozenset(MECHANISMS) - ({"mig"} if options.where == "gpu" else set())
+    setup = Setup(
+        device=device, model=model, variants=variants, mechanisms=mechanisms, control=Control(), seed=options.seed
+    )
+    steps = partial(_steps, opened.source, model, options.steps)
+    executor = _executor(options, steps())
     about = {
         "trace": opened.plain(),
         "model": asdict(model),
@@ -74,9 +90,13 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
     summary: dict[str, Any] = {}
     try:
         for name, policy in policies.items():
-            summary[name] = _run(policy, executor(), _steps(opened.source, options.steps), setup, folder, name)
+            watch = Watch(setup, counters=options.where == "gpu") if options.profile else None
+            summary[name] = _run(policy, executor(), steps(), setup, folder, name, watch)
             folder.write_json("summary.json", {**about, "policies": summary})
             say(line(name, summary[name]))
+            if watch:
+                folder.write_json(f"{_file(name)}.profile.json", watch.found)
+                say("\n".join(f"  {text}" for text in watch.lines()))
             if summary[name]["stopped"]:
                 break
     except ExecutorError as error:
@@ -90,8 +110,8 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
     return {**about, "policies": summary}, folder.finish()
 
 
-def _executor(where: Where, source: StepSource, limit: int | None) -> Callable[[], Executor]:
-    if where == "host":
+def _executor(options: RunOptions, steps: Iterator[RoutedStep]) -> Callable[[], Executor]:
+    if options.where == "host":
         from ..runtime.host import HostExecutor
 
         return HostExecutor
@@ -99,13 +119,57 @@ def _executor(where: Where, source: StepSource, limit: int | None) -> Callable[[
 
     require_gpu("run --on gpu")
     from ..runtime.cuda import CudaExecutor
+    from ..runtime.graphs import CAPTURE_RULES
+    from ..runtime.other import slice_ids_of
 
-    most = max((step.num_tokens for step in _steps(source, limit)), default=1)
-    return lambda: CudaExecutor(max_tokens=next_power_of_two(most))
+    loads = {(next_power_of_two(step.num_tokens), slice_ids_of(step.other_L)) for step in steps}
+    most, rule = max((bucket for bucket, _ in loads), default=1), CAPTURE_RULES[options.capture]
+    return lambda: CudaExecutor(max_tokens=most, loads=loads, rule=rule, seed=options.seed)
 
 
-def _steps(source: StepSource, limit: int | None) -> Iterator[RoutedStep]:
-    return itertools.islice(source.steps(), limit)
+def _steps(source: StepSource, model: MoeSpec, limit: int | None) -> Iterator[RoutedStep]:
+    """Yield the trace's steps, with the model's work beside the experts where the trace names none."""
+    for step in itertools.islice(source.steps(), limit):
+        yield replace(step, other_L=other_work_of(step, model))
+
+
+@contextmanager
+def stoppable(steps: Iterator[RoutedStep]) -> Generator[Iterator[RoutedStep]]:
+    """Yield steps that Ctrl-C ends between two of them, where nothing is half done; the second one stops at once."""
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if asked:
+            signal.default_int_handler(number, frame)
+        asked.append(number)
+
+    def until_asked() -> Iterator[RoutedStep]:
+        for step in steps:
+            yield step
+            if asked:
+                raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield until_asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _time_limit() -> Generator[None]:
+    """Raise TimeoutError where a decision hangs."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"no plan within {MOST_PLAN_S} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    left = signal.setitimer(signal.ITIMER_REAL, MOST_PLAN_S)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *left)
 
 
 def _run(
@@ -115,22 +179,34 @@ def _run(
     setup: Setup,
     folder: RunFolder,
     name: str,
+    watch: Watch | None,
 ) -> dict[str, Any]:
     """Run one policy; a stop by the user keeps its records."""
     backend, took_ns = RuntimeBackend(executor, bucket_of=next_power_of_two), list[int]()
-    energy: tuple[EnergyWindow, ...] = ()
-    errors, stopped = 0, False
-    file = re.sub(r"[^A-Za-z0-9_.-]+", "-", name) + ".parquet"
-    with writing(folder.path / file) as append, warnings.catch_warnings(record=True) as caught:
+    errors, late, stopped = 0, 0, False
+    path = folder.path / f"{_file(name)}.parquet"
+    with writing(path) as append, warnings.catch_warnings(record=True) as caught, watch or nullcontext():
         warnings.simplefilter("always")
 
         def on_record(record: StepRecord) -> None:
             took_ns.append(record.end_ns - record.start_ns)
             append(record)
+            if watch:
+                watch.profiler.finished(record)
 
         try:
-            result = drive(policy, backend, steps, setup, on_record=on_record, on_policy_error="unsliced")
-            energy, errors = result.energy, result.policy_errors
+            with stoppable(watch.steps(steps) if watch else steps) as taken:
+                result = drive(
+                    policy,
+                    backend,
+                    taken,
+                    setup,
+                    on_record=on_record,
+                    on_decision=watch.decided if watch else None,
+                    on_policy_error="unsliced",
+                    limit=_time_limit,
+                )
+            errors, late = result.policy_errors, result.late_plans
         except KeyboardInterrupt:
             stopped = True
             for record in backend.drain(wait=True):
@@ -139,11 +215,16 @@ def _run(
         "steps": len(took_ns),
         **_quantiles_us(took_ns),
         "policy_errors": errors,
+        "late_plans": late,
         "fallbacks": backend.num_fallbacks,
-        "energy": [asdict(window) for window in energy],
+        "energy": [asdict(window) for window in backend.energy],
         "warnings": list(dict.fromkeys(str(one.message) for one in caught)),
         "stopped": stopped,
     }
+
+
+def _file(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
 
 
 def _quantiles_us(took_ns: Sequence[int]) -> dict[str, float | None]:
@@ -163,4 +244,8 @@ def line(name: str, found: dict[str, Any]) -> str:
     return f"{name:14} {found['steps']} steps, us a step: {times}{amiss}"
 
 
-_AMISS = {"policy_errors": "decisions replaced by unsliced", "fallbacks": "steps that ran unsliced instead"}
+_AMISS = {
+    "policy_errors": "decisions replaced by unsliced",
+    "late_plans": "decisions too late, the old plan kept",
+    "fallbacks": "steps that ran unsliced instead",
+}

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ class DriveResult:
     energy: tuple[EnergyWindow, ...]
     policy_errors: int
     """Decisions replaced by the unsliced plan."""
+    late_plans: int = 0
+    """Decisions that took too long: the plan before was kept."""
 
 
 def deployable_control(policy: Policy[Any], setup: Setup) -> Setup:
@@ -67,8 +69,12 @@ class _Decisions:
     setup: Setup
     on_decision: Callable[[Observation, Plan], None] | None
     on_policy_error: OnPolicyError
+    limit: Callable[[], AbstractContextManager[None]]
     state: Any = None
     errors: int = 0
+    late: int = 0
+    plan: Plan | None = None
+    """The last one decided."""
 
     def decide(self, step: RoutedStep) -> None:
         """Observe, decide and enqueue the plan."""
@@ -91,7 +97,7 @@ class _Decisions:
     def _planned(self, obs: Observation) -> Plan:
         where = f"at step {obs.step}"
         with _blaming(self.policy, where):
-            plan, self.state = self.policy.plan(obs, self.state)
+            plan = self._in_time(obs)
             if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"plan() returned {type(plan).__name__} first; return a Plan and the state")
         try:
@@ -99,6 +105,21 @@ class _Decisions:
         except PlanError as error:
             # Anything else that the backend raises is no fault of the policy's.
             raise PolicyError(f"{type(self.policy).__name__} {where}: {error}") from error
+        self.plan = plan
+        return plan
+
+    def _in_time(self, obs: Observation) -> Plan:
+        """Return the policy's plan, or its last one where this one takes too long."""
+        try:
+            with self.limit():
+                plan, self.state = self.policy.plan(obs, self.state)
+        except TimeoutError as error:
+            if self.plan is None:
+                raise
+            self.late += 1
+            if self.late == 1:
+                warnings.warn(f"at step {obs.step}: {error}; keeping the plan before", stacklevel=2)
+            return self.plan
         return plan
 
 
@@ -111,8 +132,11 @@ def drive(
     on_record: Callable[[StepRecord], None],
     on_decision: Callable[[Observation, Plan], None] | None = None,
     on_policy_error: OnPolicyError = "raise",
+    limit: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> DriveResult:
     """Run a policy over steps on a backend, handing every finished step to `on_record` in order.
+
+    A decision runs inside `limit()`; where that raises TimeoutError the policy's last plan and state are kept.
 
     A plan that takes effect later (delay_steps >= 1) is decided after its step has been submitted, so that the device
     works while the host decides; one that takes effect at once is decided before.
@@ -125,7 +149,7 @@ def drive(
         raise ValueError(f"{type(policy).__name__} foresees the coming step, which only the simulator can offer")
     setup = deployable_control(policy, setup)
     control = setup.control
-    decisions = _Decisions(policy, backend, setup, on_decision, on_policy_error)
+    decisions = _Decisions(policy, backend, setup, on_decision, on_policy_error, limit)
     with _blaming(policy, "starts"):
         decisions.state = policy.init(setup)
     backend.open(setup, declared_layouts(policy, setup))
@@ -145,4 +169,6 @@ def drive(
             on_record(record)
     finally:
         energy = backend.close()
-    return DriveResult(num_steps=num_steps, energy=tuple(energy), policy_errors=decisions.errors)
+    return DriveResult(
+        num_steps=num_steps, energy=tuple(energy), policy_errors=decisions.errors, late_plans=decisions.late
+    )

@@ -36,11 +36,11 @@ def roofs_ns(counts_LE: Ints, owner_LE: Ints, other_L: OtherL, shares: Shares) -
     pipe_L, _, flops_L, l2_L, dram_L = asked_CPLE.sum(axis=(1, 3))
     for layer, works in enumerate(other_L):
         for work in works:
-            if work.slice_id is not None:
-                sms = shares.slices[work.slice_id].sm_count
-                read_ns = work.hbm_bytes / shares.read_per_ns(work.slice_id)
+            if (s := work.on_slice(len(shares.slices))) is not None:
+                sms = shares.slices[s].sm_count
+                read_ns = work.hbm_bytes / shares.read_per_ns(s)
                 math_ns = work.flops / (shares.flops_per_ns * sms / shares.device.sm_count)
-                slice_LS[layer, work.slice_id] += max(read_ns, math_ns)
+                slice_LS[layer, s] += max(read_ns, math_ns)
                 dram_L[layer] += work.hbm_bytes
                 flops_L[layer] += work.flops
     layer_L = np.maximum(slice_LS.max(axis=1), flops_L / shares.flops_per_ns)

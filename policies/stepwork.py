@@ -123,7 +123,7 @@ class StepWork:
         if self._remote_rows_SL[s] and (rows := self._remote_rows_SL[s][layer]):
             chain.append(gap(hop_ns(rows, self.shares)))
         for work in self._other(layer):
-            if work.slice_id == s:
+            if work.on_slice(len(self.shares.slices)) == s:
                 chain += [self._beside(work, s, len(kernels), clock), node]
         for p, segments in enumerate(kernels):
             if p:

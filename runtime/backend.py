@@ -115,6 +115,8 @@ class RuntimeBackend:
         self.bucket_of = bucket_of
         self.num_fallbacks = 0
         """Steps that ran unsliced because their plan could not be carried out."""
+        self.energy: tuple[EnergyWindow, ...] = ()
+        """What closing found, also where a run was stopped."""
         self._running: deque[_Running] = deque()
         self._finished: list[StepRecord] = []
         self._newest: StepRecord | None = None
@@ -224,4 +226,5 @@ class RuntimeBackend:
 
     def close(self) -> list[EnergyWindow]:
         """Finish, leave the device as found, and return the energy windows."""
-        return self.executor.close()
+        self.energy = tuple(self.executor.close())
+        return list(self.energy)

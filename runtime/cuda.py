@@ -1,14 +1,17 @@
-"""The executor on a GPU: steps as graphs, one for each layout and token bucket, that any routing and plan replays.
+"""The executor on a GPU: steps as graphs, one for each layout and load, that any routing and plan replays.
 
 What a step needs goes up before its graph and counts come down after it, all enqueued: nothing waits for the device.
 Each slice stamps when it begins and ends, by the device's own timer.
 
-Shape letters: T tokens, L MoE layers, E experts, K top-k, S slices, D model, R steps in flight, W words of a plan.
+Shape letters: T tokens, L MoE layers, E experts, K top-k, S slices, D model, R steps in flight, W words of a plan,
+P places of other work, A what is asked of a launch.
 """
 
+import contextlib
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,31 +19,31 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-import triton.language as tl
 
-from ..kernels.spec import LayerLaunch, RouterSpec
+from ..kernels.spec import MAX_SLICES, LayerLaunch, RouterSpec
 from ..kernels.weights import random_weights
 from ..kernels.workspace import Workspace
 from ..policies.contract import EnergyWindow, Plan, Setup, SliceLayout
 from ..policies.layouts import one_slice_plan
 from ..traces.schema import I32, RoutedStep
 from .backend import MOST_AHEAD, ExecutorError, Finished, Launched
-from .graphs import GraphCache
+from .energy import EnergyLog
+from .graphs import CAPTURE_RULES, Calls, CaptureRule, GraphCache
+from .lanes import StreamLanes, stamp_kernel
 from .layers import launch_of, run_layer
+from .meter import EnergyMeter
+from .other import PLACES, OtherKernels, asked_LPA, places_of, slice_ids_of
 from .partition import Partition, PartitionError
 from .timer import sets_to_stay_cold
 from .workload import expert_ids_LTK, plan_words_LW, write_logits
 
 IN_FLIGHT = MOST_AHEAD + 2
 GRAPH_BYTES = 4 << 30
-MOST_SLICES = 16
-
-
-@triton.jit
-def stamp_kernel(out_ptr):
-    """Store the device's timer, ns."""
-    now = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer; // $1", "=l,r", [0], tl.int64, is_pure=False, pack=1)
-    tl.store(out_ptr, now)
+ANCHOR_NS = 2_000_000_000
+"""Events tell the time between them in single precision: later ones are told from a later one."""
+Replay = Callable[[], object]
+Load = tuple[int, frozenset[int | None]]
+"""A token bucket, and the slices that other work beside its experts names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,54 +53,44 @@ class GraphKey:
     layout: SliceLayout
     steal: bool
     bucket: int
+    places: frozenset[int]
+    """Where other work runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Running:
+    step: int
     start: Any
     end: Any
     slot: int
     num_slices: int
 
 
-class StreamLanes:
-    """The slices of a layout on streams, each stamped where it begins and ends."""
-
-    def __init__(self, streams: Sequence["torch.cuda.Stream"], stamps_LS2: torch.Tensor) -> None:
-        self._streams, self._stamps_LS2 = streams, stamps_LS2
-        self.layer, self._begun = 0, False
-
-    def enter(self, layer: int) -> None:
-        """Go on with a layer's slices."""
-        self.layer, self._begun = layer, False
-
-    def beside(self, parts: list[Callable[[], None]]) -> None:
-        """Fork to a stream for each part, and join."""
-        main = torch.cuda.current_stream()
-        for slice_id, (part, stream) in enumerate(zip(parts, self._streams, strict=True)):
-            stream.wait_stream(main)
-            with torch.cuda.stream(stream):
-                if not self._begun:
-                    stamp_kernel[(1,)](self._stamps_LS2[self.layer, slice_id, 0])
-                part()
-                stamp_kernel[(1,)](self._stamps_LS2[self.layer, slice_id, 1])
-        for stream in self._streams:
-            main.wait_stream(stream)
-        self._begun = True
-
-
 class CudaExecutor:
     """Runs steps on the current CUDA device, with random weights that stay out of L2."""
 
-    def __init__(self, *, max_tokens: int, graph_bytes: int = GRAPH_BYTES, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        loads: Iterable[Load] = (),
+        rule: CaptureRule = CAPTURE_RULES["all"],
+        graph_bytes: int = GRAPH_BYTES,
+        energy: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """Loads are those captured before step 0, where the rule says so; any other is captured when it comes."""
         self._max_tokens, self._graph_bytes, self._seed = max_tokens, graph_bytes, seed
+        self._loads, self._rule, self._energy = dict.fromkeys(loads), rule, energy
+        self.num_eager = 0
+        """Graphs that memory had no room for: their steps are launched kernel by kernel."""
 
     def open(self, setup: Setup, layouts: Sequence[SliceLayout]) -> None:
-        """Allocate everything for the largest bucket, and create the layouts' streams and contexts.
+        """Allocate everything for the largest bucket, create streams and contexts, and capture what the rule says.
 
         Raises:
-            ValueError: the device is not the setup's or cannot be split like a layout, or counts are to be seen later
-                than they are kept.
+            ValueError: the device is not the setup's, its memory is too small, or counts are to be seen later than
+                they are kept.
         """
         if setup.control.count_lag_steps > MOST_AHEAD:
             raise ValueError(
@@ -108,9 +101,14 @@ class CudaExecutor:
         self._check_device()
         try:
             self._allocate()
-            self._streams = {layout: self._streams_of(layout) for layout in layouts}
-            self._graphs = GraphCache(self._graph_bytes, self._captured)
+            self._prepare(layouts)
             self._start_clock()
+        except torch.OutOfMemoryError as error:
+            self._owned.close()
+            raise ValueError(
+                f"{setup.model.name!r} with {self._max_tokens} tokens does not fit this GPU's memory; choose a smaller "
+                "model, fewer tokens a step, or free the GPU"
+            ) from error
         except BaseException:
             self._owned.close()
             raise
@@ -144,22 +142,45 @@ class CudaExecutor:
             replace(base, plan=self._plans_LW[layer], counts_E=self._counts_LE[layer]) for layer in range(num_layers)
         ]
         self._logits_LTE = torch.zeros(num_layers, tokens, num_experts, dtype=torch.bfloat16, device="cuda")
-        self._ids_LTK = torch.zeros(num_layers, tokens, top_k, dtype=torch.int64, device="cuda")
         self._num_tokens = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self._stamps_LS2 = torch.zeros(num_layers, MOST_SLICES, 2, dtype=torch.int64, device="cuda")
+        self._stamps_LS2 = torch.zeros(num_layers, MAX_SLICES, 2, dtype=torch.int64, device="cuda")
+        self._asked_LPA = torch.zeros(num_layers, PLACES, 3, dtype=torch.int64, device="cuda")
+        # Flat, so that the ids of any number of tokens are one run of memory on both sides: other copies wait.
+        self._ids = torch.zeros(num_layers * tokens * top_k, dtype=torch.int16, device="cuda")
+        self._ids_R = torch.zeros(IN_FLIGHT, self._ids.numel(), dtype=torch.int16, pin_memory=True)
         shape = (IN_FLIGHT, num_layers)
-        self._ids_RLTK = torch.zeros(*shape, tokens, top_k, dtype=torch.int64, pin_memory=True)
         self._counts_RLE = torch.zeros(*shape, num_experts, dtype=torch.int32, pin_memory=True)
-        self._stamps_RLS2 = torch.zeros(*shape, MOST_SLICES, 2, dtype=torch.int64, pin_memory=True)
+        self._stamps_RLS2 = torch.zeros(*shape, MAX_SLICES, 2, dtype=torch.int64, pin_memory=True)
         self._plans_RLW = torch.zeros(*shape, base.plan.numel(), dtype=torch.int32, pin_memory=True)
-        self._plan_id = ""
+        self._asked_RLPA = torch.zeros(*shape, PLACES, 3, dtype=torch.int64, pin_memory=True)
+        self._other: OtherKernels | None = None
+        self._next_chunk = 0
+        self._plan: Plan | None = None
         self._running: deque[_Running] = deque()
+        self._rest: list[Finished] = []
         self._ended: dict[int, Any] = {}
         self._num_launched = self._num_finished = 0
 
+    def _prepare(self, layouts: Sequence[SliceLayout]) -> None:
+        self._streams: dict[SliceLayout, tuple[torch.cuda.Stream, ...]] = {}
+        self._refused: dict[SliceLayout, str] = {}
+        self._graphs = GraphCache(self._graph_bytes, self._captured)
+        self._calls = Calls[GraphKey](self._rule)
+        if self._rule.least_calls:
+            return
+        for layout in layouts:
+            for bucket, slice_ids in self._loads:
+                key = GraphKey(layout, False, bucket, places_of(slice_ids, layout.num_slices))
+                # A layout that cannot be is told when a plan of it is due.
+                with contextlib.suppress(ExecutorError):
+                    self._replay_of(key, bucket)
+
     def _streams_of(self, layout: SliceLayout) -> tuple["torch.cuda.Stream", ...]:
         priorities = tuple(one.stream_priority for one in layout.slices)
-        if layout.slices[0].mechanism != "green_context":
+        mechanism = layout.slices[0].mechanism
+        if mechanism == "mig":
+            raise PartitionError("mig slices need a process for each instance; this executor is one, use another plan")
+        if mechanism != "green_context":
             return tuple(torch.cuda.Stream(priority=priority) for priority in priorities)
         wanted = tuple(one.sm_count for one in layout.slices)
         group_sms = self._setup.device.sm_partition_step
@@ -168,15 +189,21 @@ class CudaExecutor:
 
     def _start_clock(self) -> None:
         """Find where the device's timer and the host's clock stand at time 0."""
+        log = self._log = EnergyLog(EnergyMeter(0, clock_ns=time.perf_counter_ns)) if self._energy else None
+        if log:
+            log.measure_idle()
         stamp = self._stamps_LS2[0, 0, 0]
         stamp_kernel[(1,)](stamp)
         torch.cuda.synchronize()
-        self._zero = torch.cuda.Event(enable_timing=True)
+        zero = torch.cuda.Event(enable_timing=True)
         stamp_kernel[(1,)](stamp)
-        self._zero.record()
+        zero.record()
+        self._anchor = zero, 0
         torch.cuda.synchronize()
         self._host_zero_ns = time.perf_counter_ns()
         self._timer_zero_ns = int(stamp)
+        if log:
+            log.start(self._host_zero_ns)
 
     def now_ns(self) -> int:
         """Return the host's time since step 0."""
@@ -193,67 +220,106 @@ class CudaExecutor:
         """Enqueue what a step needs, its graph, and the way back of its counts and stamps.
 
         Raises:
-            ExecutorError: the step is larger than the buffers, has other work, or its graph cannot be captured.
+            ExecutorError: the step is larger than the buffers, or its layout cannot be carried out on this device.
         """
         if max(bucket, step.num_tokens) > self._max_tokens:
             raise ExecutorError(f"step of {step.num_tokens} tokens; buffers hold {self._max_tokens}, give more")
-        if step.other_L:
-            raise ExecutorError(
-                "steps with other work beside the experts cannot run here yet; replay the trace without"
-            )
-        before_ns, key = self.now_ns(), GraphKey(plan.layout, plan.steal, bucket)
-        captures = key not in self._graphs
-        try:
-            graph = self._graphs.get(key)
-        except (torch.OutOfMemoryError, triton.OutOfResources, PartitionError) as error:
-            raise ExecutorError(f"no graph for a bucket of {bucket} tokens: {str(error).splitlines()[0]}") from error
-        capture_ns = self.now_ns() - before_ns if captures else 0
+        places = places_of(slice_ids_of(step.other_L), plan.layout.num_slices)
+        key = GraphKey(plan.layout, plan.steal, bucket, places)
+        before_ns, captures = self.now_ns(), key not in self._graphs
+        replay = self._replay_of(key, step.num_tokens)
+        capture_ns = self.now_ns() - before_ns if captures and key in self._graphs else 0
         slot = self._num_launched % IN_FLIGHT
         self._upload(step, plan, slot)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         submit_ns = self.now_ns()
         start.record()
-        graph.replay()
+        replay()
         end.record()
         self._counts_RLE[slot].copy_(self._counts_LE, non_blocking=True)
         self._stamps_RLS2[slot].copy_(self._stamps_LS2, non_blocking=True)
         back = torch.cuda.Event()
         back.record()
         self._ended[self._num_launched] = back
-        self._running.append(_Running(start=start, end=end, slot=slot, num_slices=plan.layout.num_slices))
+        self._ended.pop(self._num_launched - IN_FLIGHT, None)
+        running = _Running(step=step.step, start=start, end=end, slot=slot, num_slices=plan.layout.num_slices)
+        self._running.append(running)
         self._num_launched += 1
         return Launched(submit_ns=submit_ns, reconfigure_ns=0, capture_ns=capture_ns)
 
     def _upload(self, step: RoutedStep, plan: Plan, slot: int) -> None:
         model, tokens = self._setup.model, step.num_tokens
         ids_LTK = torch.from_numpy(expert_ids_LTK(step, model.top_k))
-        staged, ids = self._ids_RLTK[slot, :, :tokens], self._ids_LTK[:, :tokens]
-        staged.copy_(ids_LTK)
+        staged = self._ids_R[slot, : ids_LTK.numel()]
+        staged.copy_(ids_LTK.view(-1))
+        ids = self._ids[: ids_LTK.numel()]
         ids.copy_(staged, non_blocking=True)
-        write_logits(self._logits_LTE[:, :tokens], ids)
+        write_logits(self._logits_LTE[:, :tokens], ids.view(ids_LTK.shape).long())
         self._num_tokens.fill_(tokens)
-        if plan.plan_id != self._plan_id:
-            self._plan_id = plan.plan_id
+        if plan is not self._plan:
+            self._plan = plan
             self._plans_RLW[slot].copy_(plan_words_LW(plan, model.num_layers, model.num_experts))
             self._plans_LW.copy_(self._plans_RLW[slot], non_blocking=True)
+        if step.other_L and self._other:
+            asked, ends = asked_LPA(step.other_L, model.num_layers, plan.layout.num_slices, self._next_chunk)
+            self._next_chunk = ends % self._other.num_chunks
+            self._asked_RLPA[slot].copy_(torch.from_numpy(asked))
+            self._asked_LPA.copy_(self._asked_RLPA[slot], non_blocking=True)
 
-    def _captured(self, key: GraphKey) -> tuple["torch.cuda.CUDAGraph", int]:
-        plan = replace(one_slice_plan(key.layout), steal=key.steal)
-        launch = launch_of(plan, self._setup)
+    def _replay_of(self, key: GraphKey, num_tokens: int) -> Replay:
+        """Return what enqueues a step: its graph, or its kernels where the rule has no graph for it yet."""
+        if refused := self._refused.get(key.layout):
+            raise ExecutorError(refused)
+        try:
+            if key in self._graphs or self._calls.captures(key, num_tokens):
+                return self._graphs.get(key)
+            return self._eager(key)
+        except (triton.OutOfResources, PartitionError) as error:
+            self._refused[key.layout] = f"no graph for a layout: {str(error).splitlines()[0]}"
+            raise ExecutorError(self._refused[key.layout]) from error
+        except torch.OutOfMemoryError as error:
+            raise ExecutorError(f"no memory for a step of {num_tokens} tokens; free the GPU") from error
+
+    def _eager(self, key: GraphKey) -> Replay:
+        """Return the launches of a step, on the streams of its layout."""
+        launch = launch_of(replace(one_slice_plan(key.layout), steal=key.steal), self._setup)
         if key.layout not in self._streams:
             self._streams[key.layout] = self._streams_of(key.layout)
-        lanes = StreamLanes(self._streams[key.layout], self._stamps_LS2)
+        if key.places and not self._other:
+            held, dtype = torch.cuda.get_device_properties(0), self._setup.model.dtype
+            self._other = OtherKernels(
+                self._asked_LPA, dtype, l2_bytes=held.L2_cache_size, sm_count=held.multi_processor_count
+            )
+        sms = [one.sm_count for one in key.layout.slices]
+        lanes = StreamLanes(self._streams[key.layout], self._stamps_LS2, sms=sms, other=self._other, places=key.places)
+        return lambda: self._run_layers(launch, lanes, key.bucket)
+
+    def _captured(self, key: GraphKey) -> tuple[Replay, int]:
+        """Capture a step; without room for its graph, let all others go and try again, else go without one."""
+        run = self._eager(key)
         main = torch.cuda.Stream()
         main.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(main):
             # Kernels compile and tile sizes are copied before the capture.
-            self._run_layers(launch, lanes, key.bucket)
+            run()
         torch.cuda.current_stream().wait_stream(main)
-        free_bytes, _ = torch.cuda.mem_get_info()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=main):
-            self._run_layers(launch, lanes, key.bucket)
-        return graph, max(0, free_bytes - torch.cuda.mem_get_info()[0])
+        for last in (False, True):
+            try:
+                return _graph_of(run, main)
+            except RuntimeError as error:
+                if "out of memory" not in str(error):
+                    raise
+                if not last:
+                    torch.cuda.synchronize()
+                    self._graphs.clear()
+        self.num_eager += 1
+        if self.num_eager == 1:
+            warnings.warn(
+                f"no memory for the graph of {key.bucket} tokens, other graphs let go; its kernels are launched one by "
+                "one",
+                stacklevel=2,
+            )
+        return run, 0
 
     def _run_layers(self, launch: LayerLaunch, lanes: StreamLanes, bucket: int) -> None:
         for layer, ws in enumerate(self._workspaces):
@@ -267,13 +333,11 @@ class CudaExecutor:
     def counts_LE(self, index: int) -> I32:
         """Return the tokens per expert that routing counted, waiting for their way back."""
         self._ended[index].synchronize()
-        for older in [known for known in self._ended if known < index - IN_FLIGHT]:
-            del self._ended[older]
         return self._counts_RLE[index % IN_FLIGHT].numpy().copy()
 
     def finished(self, *, wait_for: int) -> list[Finished]:
         """Return the steps that have finished; waits for all up to launch `wait_for`."""
-        done = []
+        done, self._rest = self._rest, []
         while self._running:
             back = self._ended[self._num_finished]
             if self._num_finished <= wait_for:
@@ -285,7 +349,13 @@ class CudaExecutor:
         return done
 
     def _times_of(self, run: _Running) -> Finished:
-        start_ns, end_ns = (round(self._zero.elapsed_time(event) * 1e6) for event in (run.start, run.end))
+        anchor, anchor_ns = self._anchor
+        start_ns = anchor_ns + round(anchor.elapsed_time(run.start) * 1e6)
+        end_ns = start_ns + round(run.start.elapsed_time(run.end) * 1e6)
+        if start_ns - anchor_ns > ANCHOR_NS:
+            self._anchor = run.start, start_ns
+        if self._log:
+            self._log.ended(run.step, end_ns)
         stamps_LS2 = self._stamps_RLS2[run.slot, :, : run.num_slices].numpy() - self._timer_zero_ns
         return Finished(
             start_ns=start_ns,
@@ -295,12 +365,29 @@ class CudaExecutor:
         )
 
     def power_w(self) -> float | None:
-        """Return None: reading it would take the host milliseconds."""
-        return None
+        """Return the mean power of the newest energy window: reading it now would take the host milliseconds."""
+        return self._log.windows.power_w if self._log else None
 
     def close(self) -> list[EnergyWindow]:
-        """Wait for the device and let go of graphs, contexts and buffers."""
-        torch.cuda.synchronize()
-        self._graphs.clear()
-        self._owned.close()
-        return []
+        """Wait for the device and let go of graphs and contexts; finished steps can still be asked for."""
+        try:
+            torch.cuda.synchronize()
+            # What was under way when a run was stopped belongs to the last energy window.
+            self._rest = self.finished(wait_for=self._num_launched)
+            return self._log.close() if self._log else []
+        finally:
+            self._graphs.clear()
+            self._owned.close()
+
+
+def _graph_of(run: Replay, stream: "torch.cuda.Stream") -> tuple[Replay, int]:
+    """Return the replay of what `run` enqueues, and the bytes that its graph takes."""
+    # Capturing lets go of what torch caches: that is no gain of the graph's.
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free_bytes, _ = torch.cuda.mem_get_info()
+    graph = torch.cuda.CUDAGraph()
+    # A capture that fails at its end would leave its stream the current one.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay, max(0, free_bytes - torch.cuda.mem_get_info()[0])

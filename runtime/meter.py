@@ -180,6 +180,11 @@ class EnergyMeter:
     def __exit__(self, *_: object) -> None:
         self._ask("nvmlShutdown")
 
+    @property
+    def handle(self) -> Any:
+        """Return NVML's handle of the device."""
+        return self._handle
+
     def snapshot(self) -> Snapshot:
         """Return clock, temperature, power and reasons now; the power of an H100 is the mean of its last second."""
         power_mw = self._ask("nvmlDeviceGetPowerUsage", self._handle)
@@ -265,6 +270,11 @@ class EnergyMeter:
         energy_uj, error_ns = (end_mj - begin_mj) * 1000, max(begin_error_ns, end_error_ns)
         found = {"energy_uj": energy_uj, "duration_ns": end_ns - begin_ns, "duration_error_ns": error_ns}
         return found, end_steps - begin_steps, samples
+
+    def tick(self, pause: Callable[[], object]) -> tuple[int, int]:
+        """Poll until the counter moves, pausing between looks; return what it then says, mJ, and when, ns."""
+        energy_mj, at_ns, _, _ = self._tick(lambda: pause() is None)
+        return energy_mj, at_ns
 
     def _tick(self, keep: Callable[[], int]) -> tuple[int, int, int, int]:
         """Poll until the counter moves; return it, when, by how much that may be late, and the steps finished."""

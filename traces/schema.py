@@ -126,11 +126,15 @@ class OtherWork:
     flops: int
     hbm_bytes: int
     slice_id: int | None = None
-    """None: alone, before the layer; else beside the experts, on that slice."""
+    """None: alone, before the layer; else beside the experts, on that slice or the last one that a layout has."""
 
     def __post_init__(self) -> None:
         if self.flops < 0 or self.hbm_bytes < 0:
             raise ValueError(f"other work of {self.flops} FLOP and {self.hbm_bytes} bytes; neither may be negative")
+
+    def on_slice(self, num_slices: int) -> int | None:
+        """Return the slice of a layout that it runs on."""
+        return None if self.slice_id is None else min(self.slice_id, num_slices - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """`expertslice bench` without a GPU: the arms compute one layer, and every arm becomes a row whatever happens to it."""
 
+import contextlib
 import itertools
 import json
 import sys
@@ -114,6 +115,7 @@ def device(monkeypatch):
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for name in ("ours", "ours_modelled", "ours_paper"):
@@ -151,6 +153,44 @@ def test_the_arms_compute_the_layer(kind, renormalise):
         found = bench_measure.agreement(ARMS[name](batch), expected)
         assert found["status"] == "ok", (name, found)
         assert found["same_bits"] or not name.startswith("sequential")
+
+
+def test_graphs_of_experts_replay_on_rows_copied_in(monkeypatch):
+    from expertslice.kernels import reference
+
+    captured = []
+
+    class Expert:
+        """Redoes what the last capture did, into the tensor that it returned."""
+
+        def __init__(self):
+            captured.append(self)
+
+        def replay(self):
+            self.out.copy_(real(*self.arguments))
+
+    @contextlib.contextmanager
+    def graph(held, pool):
+        yield
+        held.arguments, held.out = calls[-1]
+
+    def expert(*arguments):
+        calls.append((arguments, real(*arguments)))
+        return calls[-1][1]
+
+    calls, real = [], reference.expert
+    monkeypatch.setattr(reference, "expert", expert)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Expert)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    batch = batch_on_cpu(num_tokens=120)
+    contender = ARMS["expert_graphs"](batch)
+    expected, graphs = bench_measure._expected(batch), len(captured)
+    assert 0 < graphs < 2 * SPEC.num_experts
+    assert {len(one.arguments[0]) for one in captured} <= {32, 64, 128}
+    assert bench_measure.agreement(contender, expected)["status"] == "ok"
+    assert len(captured) == graphs
+    assert not contender.in_graph
 
 
 def test_the_compiled_arm_is_one_graph(monkeypatch):

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import signal
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -9,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 
+from expertslice.experiments import run as experiments_run
 from expertslice.experiments.cli import run
 from expertslice.experiments.records import read_records
 from expertslice.policies.layouts import fallback_plan
@@ -77,6 +80,15 @@ def test_every_step_has_a_record_and_the_host_says_that_it_timed_nothing(go):
     assert json.loads((folder / "manifest.json").read_text())["status"] == "complete"
 
 
+def test_a_profile_lies_beside_the_records(go):
+    code, said, folder = go("--policy", "hot_cold", "--steps", "8", "--profile")
+    assert code == 0
+    assert said.count("recommended: ") == 2
+    found = json.loads((folder / "hot_cold.profile.json").read_text())
+    assert sum(layout["steps"] for layout in found["layouts"]) == 8
+    assert found["utilisation_reason"] == "no GPU"
+
+
 def test_the_same_run_gives_the_same_records(go, tmp_path):
     folders = [go("--policy", "dynamic", "--steps", "12")[2] for _ in range(2)]
     assert folders[0] != folders[1]
@@ -104,6 +116,30 @@ def test_a_policy_that_raises_runs_unsliced_and_is_counted(go, odd):
     assert found["warnings"] == ["Odd at step 4: odd; running unsliced"]
 
 
+@dataclass(frozen=True)
+class Hanging(Odd):
+    """A policy that never ends its fifth decision."""
+
+    def plan(self, obs, state):
+        decisions, plan = state
+        while decisions == 4:
+            pass
+        return plan, (decisions + 1, plan)
+
+
+def test_a_policy_that_hangs_keeps_its_last_plan(go, monkeypatch):
+    module = ModuleType("odd_policies")
+    module.Hanging = Hanging
+    monkeypatch.setitem(sys.modules, "odd_policies", module)
+    monkeypatch.setattr(experiments_run, "MOST_PLAN_S", 0.2)
+    code, said, folder = go("--policy", "odd_policies:Hanging", "--steps", "6")
+    assert code == 0
+    assert "2 decisions too late, the old plan kept" in said
+    found = json.loads((folder / "summary.json").read_text())["policies"]["odd_policies:Hanging"]
+    assert found["warnings"] == ["at step 4: no plan within 0.2 s; keeping the plan before"]
+    assert len({record.plan_id for record in read_records(folder / "odd_policies-Hanging.parquet")}) == 1
+
+
 def test_a_stop_by_the_user_keeps_the_records_up_to_then(go, odd):
     code, said, folder = go("--policy", odd(KeyboardInterrupt()), "--steps", "10")
     assert code == 130
@@ -113,6 +149,35 @@ def test_a_stop_by_the_user_keeps_the_records_up_to_then(go, odd):
     # What was on its way is waited for.
     assert [record.step for record in read_records(folder / name)] == [0, 1, 2, 3, 4]
     assert json.loads((folder / "manifest.json").read_text())["status"] == "partial"
+
+
+@dataclass(frozen=True)
+class Stopped(Odd):
+    """A policy whose user presses Ctrl-C during its third decision, as often as told."""
+
+    times: ClassVar[int] = 1
+
+    def plan(self, obs, state):
+        decisions, plan = state
+        if decisions == 2:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+        return plan, (decisions + 1, plan)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_a_run_between_two_steps(go, monkeypatch, times):
+    module = ModuleType("odd_policies")
+    module.Stopped = Stopped
+    monkeypatch.setitem(sys.modules, "odd_policies", module)
+    monkeypatch.setattr(Stopped, "times", times)
+    before = signal.getsignal(signal.SIGINT)
+    code, said, folder = go("--policy", "odd_policies:Stopped", "--steps", "10")
+    assert code == 130
+    assert "stopped; records up to then are kept in" in said
+    kept = [record.step for record in read_records(folder / "odd_policies-Stopped.parquet")]
+    assert kept == [0, 1, 2]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(

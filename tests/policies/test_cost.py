@@ -195,6 +195,17 @@ def test_other_work_runs_before_the_layer_or_beside_it():
     assert belief.layer_ns(plan, 0, values, (work,)) > belief.layer_ns(plan, 0, values)
 
 
+@pytest.mark.parametrize("detail", ["tiles", "roofline"])
+def test_other_work_of_a_slice_that_a_layout_lacks_runs_on_its_last_one(detail: str):
+    model, values = replace(truth(), detail=detail), counts([200] * 8)
+    plan = PLANS["green"]
+    last, beyond = (
+        model.layer_ns(plan, 0, values, (OtherWork(flops=0, hbm_bytes=10**9, slice_id=slice_id),))
+        for slice_id in (plan.layout.num_slices - 1, 15)
+    )
+    assert last == beyond > model.layer_ns(plan, 0, values)
+
+
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=50)
 def test_draws_keep_physics_in_order(seed: int):

@@ -1,11 +1,18 @@
 """The executor on a real GPU: the plans of the simulator, the bits of one launch, no host waits, nothing left."""
 
+import gc
+import itertools
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from expertslice.experiments.run import stoppable
 from expertslice.kernels.layer import moe_layer
 from expertslice.policies.contract import ByTokens, Pinned, Plan, Setup, SliceLayout
 from expertslice.policies.cost import CostModel
@@ -17,7 +24,7 @@ from expertslice.runtime.backend import ExecutorError, RuntimeBackend
 from expertslice.runtime.cuda import CudaExecutor
 from expertslice.runtime.layers import launch_of
 from expertslice.sim.backend import SimBackend, next_power_of_two
-from expertslice.traces.schema import MoeSpec, RoutedStep
+from expertslice.traces.schema import MoeSpec, OtherWork, RoutedStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,6 +78,7 @@ def random_plan(layout, rng):
 
 
 def backend(max_tokens=512, **options):
+    options = {"energy": False} | options
     return RuntimeBackend(CudaExecutor(max_tokens=max_tokens, **options), bucket_of=next_power_of_two)
 
 
@@ -109,7 +117,7 @@ def test_every_layout_and_plan_gives_the_bits_of_one_launch():
         out = ws.out_TD[:tokens].clone()
         plain = launch_of(fallback_plan(setup), setup)
         ws.plan.zero_()
-        executor._plan_id = ""
+        executor._plan = None
         expected = moe_layer(
             executor._x_TD[:tokens], executor._logits_LTE[2, :tokens], executor._weights[2 % len(executor._weights)],
             executor._router, ws, plain,
@@ -118,23 +126,108 @@ def test_every_layout_and_plan_gives_the_bits_of_one_launch():
     on.close()
 
 
-def test_steady_state_never_waits_for_the_device():
-    setup = setup_here()
-    on, counts_LE = backend(), np.full((3, 16), 75, dtype=np.int32)
-    steps = [RoutedStep(step=i, phase="mixed", counts_LE=counts_LE, num_tokens=300) for i in range(40)]
-    on.open(setup, layouts_of(setup))
-    for step in steps[:5]:
-        on.submit(step)
+WORK = (OtherWork(flops=2_000_000_000, hbm_bytes=20_000_000), OtherWork(flops=0, hbm_bytes=9_000_000, slice_id=1))
+
+
+def even_steps(num_steps, work):
+    counts_LE = np.full((3, 16), 75, dtype=np.int32)
+    for i in range(num_steps):
+        yield RoutedStep(
+            step=i, phase="mixed", counts_LE=counts_LE, num_tokens=300, other_L=(WORK,) * 3 if work else ()
+        )
+
+
+@pytest.mark.parametrize("work", [False, True])
+def test_steady_state_never_waits_for_the_device(work):
+    setup, rng = setup_here(), np.random.default_rng(1)
+    layouts, on = layouts_of(setup), backend(loads=[(512, frozenset())])
+    plans = [replace(random_plan(layout, rng), steal=False) for layout in layouts]
+    on.open(setup, layouts)
+    steps = iter(even_steps(60, work))
+
+    def run(num_steps):
+        for i in range(num_steps):
+            on.submit(next(steps))
+            on.observe()
+            on.apply(plans[i % len(plans)])
+            on.drain()
+
+    run(12)
     on.drain(wait=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in steps[5:]:
-            on.submit(step)
-            on.drain()
+        run(40)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert on.drain(wait=True)
+    records = on.drain(wait=True)
     on.close()
+    assert records
+    assert all(record.capture_ns == 0 and record.fallback is None for record in records)
+
+
+def test_other_work_lies_where_it_is_asked_for():
+    setup = setup_here()
+    layouts = layouts_of(setup)
+    on, found = backend(loads=[(512, frozenset())]), {}
+    on.open(setup, layouts)
+    before = OtherWork(flops=0, hbm_bytes=300_000_000)
+    for name, works in (("none", ()), ("before", (before,)), ("beside", (replace(before, slice_id=1),))):
+        plan = Plan(layout=layouts[3], placement=ByTokens(bounds=(), slice_ids=(0,)))
+        for step in even_steps(8, False):
+            on.apply(plan)
+            on.submit(replace(step, other_L=(works,) * 3))
+        found[name] = on.drain(wait=True)[-1]
+    on.close()
+    # 300 MB at 4.8 TB/s at most take 62 us, in each of three layers.
+    took = {name: record.end_ns - record.start_ns for name, record in found.items()}
+    assert min(took["before"], took["beside"]) > took["none"] + 3 * 40_000
+    busy = {name: record.busy_ns_LS.sum(axis=0) for name, record in found.items()}
+    assert busy["beside"][1] > busy["none"][1] + 3 * 60_000
+    assert busy["before"][1] < busy["none"][1] + 3 * 60_000
+
+
+def test_energy_windows_cover_a_run_without_stopping_it():
+    setup, on = setup_here(), backend(loads=[(512, frozenset())], energy=True)
+    on.open(setup, ())
+    records, end = [], time.monotonic() + 5
+    for step in even_steps(10**6, False):
+        on.submit(step)
+        records += on.drain()
+        if time.monotonic() > end:
+            break
+    records += on.drain(wait=True)
+    windows = on.close()
+    assert windows
+    for one, after in itertools.pairwise(windows):
+        assert after.first_step == one.last_step + 1
+    for window in windows:
+        assert window.duration_ns >= 2e9
+        assert 20 < window.idle_w < 800
+        assert 20 < window.energy_uj / window.duration_ns * 1000 < 800
+        assert window.sm_clock_mhz > 300
+    assert windows[-1].last_step == records[-1].step
+
+
+def test_a_stop_leaves_records_and_the_gpu_as_found():
+    torch.cuda.synchronize()
+    setup, records, on = setup_here(), [], backend()
+    timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+    class Started(type(make_policy("hot_cold"))):
+        def plan(self, obs, state):
+            if obs.step == 0:
+                timer.start()
+            return super().plan(obs, state)
+
+    with pytest.raises(KeyboardInterrupt), stoppable(even_steps(10**6, False)) as steps:
+        drive(Started(), on, steps, setup, on_record=records.append)
+    records += on.drain(wait=True)
+    assert [record.step for record in records] == list(range(len(records)))
+    assert len(records) > 10
+    del on
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() < 1 << 20
 
 
 def test_what_cannot_run_is_one_sentence():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertslice.runtime.graphs import GraphCache
+from expertslice.runtime.graphs import CAPTURE_RULES, Calls, CaptureRule, GraphCache
 
 SIZES = {"a": 10, "b": 20, "c": 30, "d": 45, "e": 200}
 
@@ -43,3 +43,25 @@ def test_a_capture_that_fails_leaves_the_others():
     assert "bad" not in cache
     with pytest.raises(ValueError, match="give 0 or more"):
         GraphCache(-1, capture)
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 64)), max_size=60), st.integers(0, 4), st.booleans())
+def test_graphs_are_captured_after_calls_large_enough_and_if_asked_without_another_between(steps, least, stable):
+    rule = CaptureRule(least_calls=least, least_tokens=32, stable=stable)
+    calls, seen = Calls(rule), []
+    for key, tokens in steps:
+        since = seen
+        if stable:
+            start = max((i + 1 for i, (other, _) in enumerate(seen) if other != key), default=0)
+            since = seen[start:]
+        enough = sum(1 for other, count in since if other == key and count >= 32) >= least
+        assert calls.captures(key, tokens) == (tokens >= 32 and enough)
+        seen.append((key, tokens))
+
+
+def test_the_papers_rule_is_a_preset_and_the_default_captures_at_once():
+    assert Calls(CAPTURE_RULES["all"]).captures("a", 0)
+    paper = Calls(CAPTURE_RULES["paper"])
+    assert [paper.captures("a", 32) for _ in range(11)] == [False] * 10 + [True]
+    with pytest.raises(ValueError, match="neither may be negative"):
+        CaptureRule(least_calls=-1)

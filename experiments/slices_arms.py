@@ -1,0 +1,82 @@
+"""What both slice experiments share: tiles, green contexts, times of finalists in turn and of the best two alone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.timer import capture, interleave, paired_ratio, quantiles
+from .bench_rows import in_us
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..kernels.spec import LaunchSpec
+
+GROUP_SMS = 2
+LEAST_ROUNDS = 6
+Row = dict[str, Any]
+
+
+def tiles() -> "list[tuple[LaunchSpec, int]]":
+    """Return the tiles that both sides choose from, with the CTAs of each that an SM holds."""
+    from ..kernels.launches import LONG_RUNS, PINGPONG, TILES
+
+    found = [
+        (replace(tile, descriptors=tile.block_m >= 64, flatten=tile.block_m >= 64), ctas)
+        for by_height in (*TILES.values(), *LONG_RUNS.values())
+        for tile, ctas in by_height
+    ]
+    return [*found, *((tile, 1) for tile in PINGPONG)]
+
+
+def tile_name(tile: "LaunchSpec") -> str:
+    """Return a tile in a few letters."""
+    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}w{tile.num_warps}s{tile.num_stages}" + "p" * tile.pingpong
+
+
+class Splits:
+    """Green contexts of the device, so many SMs and the rest: each created once and kept, since graphs hold streams."""
+
+    def __init__(self, sm_count: int) -> None:
+        self._sm_count = sm_count
+        self._held: dict[int, tuple[torch.cuda.Stream, ...]] = {}
+        self._partitions: list[Any] = []
+
+    def __call__(self, sms: int) -> "tuple[torch.cuda.Stream, ...]":
+        from ..runtime.partition import Partition
+
+        if sms not in self._held:
+            partition = Partition(wanted=(sms, self._sm_count - sms), group_sms=GROUP_SMS).__enter__()
+            self._partitions.append(partition)
+            self._held[sms] = tuple(share.stream for share in partition.shares)
+        return self._held[sms]
+
+    def close(self) -> None:
+        """Destroy them."""
+        for partition in reversed(self._partitions):
+            partition.__exit__()
+
+
+def time_in_turn(final: list[Row], num_sets: int, rounds: int, floor_us: float) -> list[Row]:
+    """Return the rows with quantiles of all arms timed in turn, the fastest first."""
+    samples = interleave([capture(row["step"], num_sets) for row in final], rounds, "burst").samples_ns
+    for row, samples_ns in zip(final, samples, strict=True):
+        row |= {"samples": len(samples_ns), **in_us("", samples_ns)}
+        row["of_floor"] = floor_us / row["us_q50"]
+    return sorted(final, key=lambda row: row["us_q50"])
+
+
+def duel(rows: Sequence[Row], num_sets: int, rounds: int) -> Row:
+    """Return the ratio of the best control to the best sliced arm, timed again by themselves; empty without both."""
+    best = {row["side"]: row for row in reversed(rows)}
+    control = min((row for side, row in best.items() if side != "sliced"), key=lambda row: row["us_q50"], default=None)
+    if control is None or "sliced" not in best:
+        return {"status": "one side has no arm of right bits"}
+    arms = [capture(row["step"], num_sets) for row in (control, best["sliced"])]
+    samples = interleave(arms, max(LEAST_ROUNDS, rounds), "burst").samples_ns
+    ratio = paired_ratio(*samples)
+    unsliced, cut = (quantiles(samples_ns).q50_ns / 1000 for samples_ns in samples)
+    return {
+        "status": "ok", "unsliced": control["arm"], "sliced": best["sliced"]["arm"], "unsliced_us": unsliced,
+        "sliced_us": cut, "gain": ratio.median, "gain_low": ratio.low, "gain_high": ratio.high,
+    }  # fmt: skip

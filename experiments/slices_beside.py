@@ -1,0 +1,240 @@
+"""Decode experts beside a dense product of another layer: work that no single launch can express, on a GPU.
+
+Every arm tries the same launches of the decode part, then with its best one the matrix library's dense product and our
+own on exactly the SMs that it has, and keeps the best. All arms are then timed in turn, and the stamps of both parts
+give the frontier: how long decode takes against the rate that the dense product keeps.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..runtime.timer import BURST_IDLE_NS, Captured, capture, quantiles
+from .slices_arms import Row, Splits, duel, tile_name, tiles, time_in_turn
+from .slices_load import Load, Shape, Step, Streams, beside, in_turn, one_tile, quick
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..kernels.spec import LaunchSpec
+
+LaunchOf = Callable[[int], "LaunchSpec"]
+"""A tile's launch on so many SMs."""
+DECODE_SMS = (16, 24, 32, 40, 48, 64)
+BOUNDED_SMS = (32, 64, 96)
+DECODE_ROWS = 16
+"""Of the decode part's tiles: its experts have fewer."""
+DENSE_ROWS, LIBRARY = 128, "torch.mm"
+STAMPED, STAMPED_AT_ONCE = 20, 5
+MOST_REL_DIFFERENCE = 5e-3
+"""Of the dense product: on fewer SMs the library may pick another kernel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """A decode step's experts, and a dense product [m, k] times [k, n]."""
+
+    decode: Shape
+    m: int
+    n: int
+    k: int
+
+    @property
+    def name(self) -> str:
+        """Return both parts in a few letters."""
+        return f"{self.decode.name}-{self.m}x{self.n}x{self.k}"
+
+    @property
+    def dense(self) -> Shape:
+        """Return the dense product as that of one expert, for our own launches."""
+        return Shape(name="dense", d_model=self.k, d_ff=self.n, num_experts=1, top_k=1, tokens=self.m, zipf_s=0)
+
+
+_LARGE = Shape(
+    name="large", d_model=2048, d_ff=4096, num_experts=32, top_k=4, tokens=64, zipf_s=0, kind="relu3", products=3
+)
+_MIXTRAL = Shape(name="mixtral", d_model=4096, d_ff=14336, num_experts=8, top_k=2, tokens=32, zipf_s=0, kind="swiglu")
+_QWEN3 = Shape(
+    name="qwen3", d_model=2048, d_ff=768, num_experts=128, top_k=8, tokens=128, zipf_s=0, kind="swiglu", sets_at_once=4
+)
+MIXES = (
+    Mix(decode=_LARGE, m=8192, n=8192, k=4096),
+    Mix(decode=_MIXTRAL, m=8192, n=8192, k=8192),
+    Mix(decode=_QWEN3, m=8192, n=4096, k=4096),
+    Mix(decode=_LARGE, m=4096, n=4096, k=4096),
+)
+
+
+class Parts:
+    """Both parts of a mix, stamped where they begin and end."""
+
+    def __init__(self, load: Load, dense: Load) -> None:
+        import torch
+
+        self.load, self.own = load, dense
+        self.flops, self.product = dense.flops, dense.out
+        rows, weight = dense.rows_ND[: len(self.product)], dense.weight
+        self._library = partial(torch.mm, rows, weight.mT, out=self.product)
+        self._stamps = torch.zeros(4, dtype=torch.int64, device=rows.device)
+
+    def decode(self, launch_of: LaunchOf, sms: int) -> Step:
+        """Return the decode part on a grid of so many SMs."""
+        return self._stamped(0, in_turn(self.load, self.load.route(one_tile(launch_of(sms)))))
+
+    def dense(self, launch_of: LaunchOf | None, sms: int) -> Step:
+        """Return the dense part: the library's, or ours on a grid of so many SMs."""
+        if launch_of is None:
+            return self._stamped(2, lambda _: self._library())
+        own = in_turn(self.own, self.own.route(one_tile(launch_of(sms))))
+        return self._stamped(2, lambda _: own(0))
+
+    def _stamped(self, at: int, step: Step) -> Step:
+        from ..runtime.lanes import stamp_kernel
+
+        def stamped(p: int) -> None:
+            stamp_kernel[(1,)](self._stamps[at])
+            step(p)
+            stamp_kernel[(1,)](self._stamps[at + 1])
+
+        return stamped
+
+    def stamped_us(self, arm: Captured) -> list[tuple[float, float]]:
+        """Return how long decode and dense took in replays of an arm, in bursts."""
+        found = []
+        for i in range(STAMPED):
+            if i % STAMPED_AT_ONCE == 0:
+                time.sleep(BURST_IDLE_NS / 1e9)
+            arm.graph.replay()
+            begin, end, dense_begin, dense_end = self._stamps.tolist()
+            found.append(((end - begin) / 1000, (dense_end - dense_begin) / 1000))
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to place the parts: streams for decode and dense, None for one after the other."""
+
+    name: str
+    side: str
+    sms: int
+    """Of the decode part's grid."""
+    dense_sms: int
+    streams: "Callable[[], Streams] | None"
+
+    def step(self, parts: Parts, decode_of: LaunchOf, dense_of: LaunchOf | None) -> Step:
+        """Return the step under launches of both parts."""
+        decode, dense = parts.decode(decode_of, self.sms), parts.dense(dense_of, self.dense_sms)
+        if self.streams is not None:
+            return beside([decode, dense], self.streams())
+
+        def in_turn(p: int) -> None:
+            decode(p)
+            dense(p)
+
+        return in_turn
+
+
+def ways(sm_count: int, split: "Splits") -> Iterator[Way]:
+    """Yield the controls, then bounded grids beside the dense product, then SM sets of their own."""
+    import torch
+
+    def plain(*priorities: int) -> "Callable[[], Streams]":
+        held = [torch.cuda.Stream(priority=priority) for priority in priorities]
+        return lambda: held
+
+    way = partial(Way, dense_sms=sm_count)
+    yield way(name="one after the other", side="unsliced", sms=sm_count, streams=None)
+    for name, priorities in (("plain streams", (0, 0)), ("decode first", (-1, 0)), ("dense first", (0, -1))):
+        yield way(name=name, side="unsliced", sms=sm_count, streams=plain(*priorities))
+    for sms in BOUNDED_SMS:
+        yield way(name=f"bounded {sms}", side="sliced", sms=sms, streams=plain(-1, 0))
+    for sms in DECODE_SMS:
+        yield Way(name=f"green {sms}", side="sliced", sms=sms, dense_sms=sm_count - sms, streams=partial(split, sms))
+
+
+def launches_of(block_m: int) -> dict[str, LaunchOf]:
+    """Return launches of tiles of a height, up to as many CTAs as an SM holds."""
+    return {
+        f"{tile_name(tile)} x{n}": partial(lambda tile, n, sms: replace(tile, num_ctas=sms * n), tile, n)
+        for tile, ctas in tiles()
+        if tile.block_m == block_m
+        for n in range(1, ctas + 1)
+    }
+
+
+def tune(parts: Parts, way: Way) -> Row:
+    """Return a way's row with its best launches of both parts; without a step where the device has no such way."""
+    best: Row = {"arm": way.name, "side": way.side, "quick_us": float("inf")}
+    decode, dense = launches_of(DECODE_ROWS), {LIBRARY: None, **launches_of(DENSE_ROWS)}
+
+    def attempt(decode_name: str, dense_name: str) -> None:
+        make = partial(way.step, parts, decode[decode_name], dense[dense_name])
+        one = quick(make, parts.load.num_sets)
+        if one and one[0] / 1000 < best["quick_us"]:
+            names = {"decode_launch": decode_name, "dense_launch": dense_name}
+            best.update({"quick_us": one[0] / 1000, "step": one[1], **names})
+
+    for name in decode:
+        attempt(name, LIBRARY)
+    if "step" in best:
+        for name in launches_of(DENSE_ROWS):
+            attempt(best["decode_launch"], name)
+    return best
+
+
+def measure_mix(mix: Mix, rounds: int, split: "Splits") -> list[Row]:
+    """Return a row for every way, each with its own best decode launch, then one that says what slicing gained."""
+    import torch
+
+    parts, sm_count = (
+        Parts(Load(mix.decode), Load(mix.dense, cold=False)),
+        torch.cuda.get_device_properties(0).multi_processor_count,
+    )
+    found = [row for way in ways(sm_count, split) if "step" in (row := tune(parts, way))]
+    alone = _alone_us(parts, sm_count)
+    bound_us = max(alone.values())
+    expected = _outputs(parts, found[0]["step"])
+    found = [row | _agreement(_outputs(parts, row["step"]), expected) for row in found]
+    common = {"experiment": "beside", "name": mix.name, **asdict(mix), "floor_us": bound_us, **alone}
+    wrong = [common | {k: v for k, v in row.items() if k != "step"} for row in found if row["status"] != "ok"]
+    rows = time_in_turn([row for row in found if row["status"] == "ok"], parts.load.num_sets, rounds, bound_us)
+    summary = duel(rows, parts.load.num_sets, rounds)
+    rows = [row | _frontier(parts, row.pop("step")) for row in rows]
+    return [*wrong, *(common | row for row in rows), common | {"arm": "gain", "side": "both", **summary}]
+
+
+def _alone_us(parts: Parts, sm_count: int) -> Row:
+    """Return each part's time by itself, by its fastest launch."""
+    makes = [partial(parts.decode, launch_of, sm_count) for launch_of in launches_of(DECODE_ROWS).values()]
+    dense = [partial(parts.dense, launch_of, sm_count) for launch_of in (None, *launches_of(DENSE_ROWS).values())]
+    alone = [
+        min(one[0] for make in some if (one := quick(make, parts.load.num_sets))) / 1000 for some in (makes, dense)
+    ]
+    return dict(zip(("decode_alone_us", "dense_alone_us"), alone, strict=True))
+
+
+def _outputs(parts: Parts, step: Step) -> "tuple[torch.Tensor, torch.Tensor]":
+    for out in (parts.load.out, parts.product):
+        out.fill_(float("nan"))
+    step(0)
+    return parts.load.out.clone(), parts.product.clone()
+
+
+def _agreement(found: "Sequence[torch.Tensor]", expected: "Sequence[torch.Tensor]") -> Row:
+    """Return whether the decode bits are equal and the dense product is near enough to be timed."""
+    import torch
+
+    off = float((found[1].float() - expected[1].float()).norm() / expected[1].float().norm())
+    right = torch.equal(found[0], expected[0]) and off <= MOST_REL_DIFFERENCE
+    return {"status": "ok" if right else "wrong bits", "dense_same_bits": torch.equal(found[1], expected[1])}
+
+
+def _frontier(parts: Parts, step: Step) -> Row:
+    decode_us, dense_us = zip(*parts.stamped_us(capture(step, parts.load.num_sets)), strict=True)
+    decode, dense = quantiles(decode_us), quantiles(dense_us)
+    return {
+        "decode_us_q50": decode.q50_ns, "decode_us_q95": decode.q95_ns, "dense_us_q50": dense.q50_ns,
+        "dense_tflops": parts.flops / dense.q50_ns / 1e6,
+    }  # fmt: skip

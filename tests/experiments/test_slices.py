@@ -1,0 +1,172 @@
+"""The slice experiments on small experts without a GPU: kernels are interpreted, and time is told by the test."""
+
+import contextlib
+import itertools
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, it is tried itself")
+
+from expertslice.experiments import slices, slices_arms, slices_beside, slices_load  # noqa: E402
+from expertslice.experiments.slices_load import Load, Shape, in_turn, one_tile  # noqa: E402
+from expertslice.kernels import reference  # noqa: E402
+from expertslice.kernels.spec import LaunchSpec  # noqa: E402
+from expertslice.runtime import lanes  # noqa: E402
+from expertslice.runtime.partition import PartitionError  # noqa: E402
+from expertslice.runtime.timer import Captured  # noqa: E402
+
+SHAPE = Shape(name="s", d_model=16, d_ff=32, num_experts=4, top_k=2, tokens=40, zipf_s=1.0)
+TILES = [(LaunchSpec(block_m=m, block_n=32, block_k=16, num_warps=4, num_stages=2, num_ctas=1), 2) for m in (16, 64)]
+
+
+class Stream:
+    def __init__(self, priority=0):
+        pass
+
+    def wait_stream(self, _):
+        pass
+
+    def record_event(self):
+        pass
+
+    def wait_event(self, _):
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Let both experiments run here, each replay slower than the one before."""
+    times = itertools.count(100)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=2))
+
+    def capture(step, num_sets):
+        for p in range(num_sets):
+            step(p)
+        return Captured(graph=SimpleNamespace(replay=lambda: step(0)), step=step, layers=num_sets)
+
+    def interleave(arms, rounds, _):
+        samples = tuple(tuple(1000.0 * (10 + i) + r for r in range(2 * rounds)) for i in range(len(arms)))
+        return SimpleNamespace(samples_ns=samples)
+
+    for module in (slices_arms, slices_load, slices_beside):
+        monkeypatch.setattr(module, "capture", capture)
+    monkeypatch.setattr(Captured, "time_ns", lambda self: next(times) * 1000.0)
+    monkeypatch.setattr(slices_arms, "interleave", interleave)
+    monkeypatch.setattr(slices, "tiles", lambda: TILES)
+    monkeypatch.setattr(slices, "COLD_SMS", (1,))
+    monkeypatch.setattr(slices_beside, "DECODE_SMS", (1,))
+    monkeypatch.setattr(slices_beside, "BOUNDED_SMS", (2,))
+    monkeypatch.setattr(slices_beside, "STAMPED", 2)
+    for module in (slices, slices_beside):
+        monkeypatch.setattr(module, "Load", lambda shape, **_: Load(shape, cold=False, device="cpu"))
+    monkeypatch.setattr(slices_load, "BOUNDS", (20,))
+
+
+def streams(_):
+    return [Stream(), Stream()]
+
+
+def refuse(_):
+    raise PartitionError("no green contexts here")
+
+
+@pytest.mark.parametrize(("kind", "products"), [("gelu2", 1), ("relu3", 3), ("swiglu", 2)])
+def test_a_load_has_the_bits_of_its_definition_under_any_bound(kind, products):
+    shape = replace(SHAPE, kind=kind, products=products)
+    load = Load(shape, cold=False, device="cpu")
+    rows = load.rows_ND[: sum(load.counts_E)]
+    expected = []
+    for e, part in enumerate(rows.split(load.counts_E)):
+        x = part
+        for held, epilogue in zip(load._sets[0], load.epilogues, strict=True):
+            x = reference.product(x, held.weight[e], epilogue=epilogue)
+        expected.append(x)
+    expected = torch.cat(expected)
+    if products > 1:
+        expected = torch.empty_like(expected).index_copy_(0, load._base.row_slot_N[: len(rows)].long(), expected)
+    for launch, bound in ((one_tile(TILES[0][0]), None), (one_tile(TILES[0][0], TILES[1][0]), 20)):
+        load.out.fill_(float("nan"))
+        in_turn(load, load.route(launch, bound, "heavy"))(0)
+        assert torch.equal(load.out, expected)
+    assert load.flops == 2 * sum(load.counts_E) * sum(held.weight[0].numel() for held in load._sets[0])
+
+
+def test_loads_are_even_or_skewed_and_each_token_takes_different_experts():
+    even = Load(replace(SHAPE, zipf_s=0), cold=False, device="cpu")
+    assert even.counts_E == [20] * 4
+    skewed = Load(replace(SHAPE, zipf_s=2.0, num_experts=8), cold=False, device="cpu")
+    assert max(skewed.counts_E) > 3 * sorted(skewed.counts_E)[3]
+    assert max(skewed.counts_E) <= SHAPE.tokens
+
+
+def test_a_shape_gives_finalists_of_both_sides_and_what_slicing_gained(here):
+    rows = slices.measure(SHAPE, 60.0, 6, streams)
+    gain = rows[-1]
+    assert (gain["arm"], gain["status"]) == ("gain", "ok")
+    assert gain["gain_low"] <= gain["gain"] <= gain["gain_high"]
+    names = {row["arm"].split()[0] for row in rows}
+    assert {"torch", "one"} | {"gain"} <= names
+    assert names & {"co-resident", "green"}
+    tried = [json.loads(gain[f"tried_{side}_us"]) for side in ("unsliced", "sliced")]
+    assert all(len({name.split()[0] for name in side}) > 1 for side in tried)
+    assert all(row["status"] == "ok" for row in rows)
+    assert all("step" not in row for row in rows)
+    assert all(slices.line(row) for row in rows)
+
+
+def test_wrong_bits_are_reported_and_arms_that_cannot_be_are_left(here, monkeypatch):
+    real = slices.in_turn
+
+    def wrong(load, queues):
+        step = real(load, queues)
+
+        def broken(p):
+            step(p)
+            load.out[:1] += (queues.launch.slices[0].up.block_m == 64) * 1.0
+
+        return broken
+
+    monkeypatch.setattr(slices, "in_turn", wrong)
+    rows = slices.measure(SHAPE, 60.0, 6, refuse)
+    assert {row["status"] for row in rows} == {"ok", "wrong bits"}
+    assert all("us_q50" not in row for row in rows if row["status"] == "wrong bits")
+    kinds = {row["arm"].split()[0] for row in rows}
+    assert "co-resident" in kinds
+    assert "green" not in kinds
+
+
+def test_a_mix_gives_every_way_its_best_launch_and_a_frontier(here, monkeypatch):
+    now = itertools.count(1)
+
+    class Stamp:
+        def __getitem__(self, _):
+            return lambda out: out.fill_(1000 * next(now))
+
+    monkeypatch.setattr(lanes, "stamp_kernel", Stamp())
+    monkeypatch.setattr(slices_beside.time, "sleep", lambda _: None)
+    monkeypatch.setattr(slices_beside, "tiles", lambda: [(TILES[0][0], 1), (replace(TILES[0][0], block_m=128), 1)])
+    mix = slices_beside.Mix(decode=replace(SHAPE, tokens=8, zipf_s=0, kind="swiglu"), m=16, n=32, k=16)
+    rows = slices_beside.measure_mix(mix, 6, streams)
+    names = [row["arm"] for row in rows]
+    assert {"one after the other", "plain streams", "decode first", "dense first", "bounded 2", "green 1"} <= {*names}
+    assert rows[-1]["gain"] > 0
+    assert {row["decode_launch"] for row in rows[:-1]} == {"16x32x16w4s2 x1"}
+    assert {row["dense_launch"] for row in rows[:-1]} <= {"torch.mm", "128x32x16w4s2 x1"}
+    assert all(row["decode_us_q50"] == row["dense_us_q50"] == 1.0 for row in rows[:-1])
+    assert all(row["status"] == "ok" for row in rows)
+
+
+def test_tiles_that_share_an_sm_are_those_that_fit():
+    def tile(m, warps, stages):
+        return LaunchSpec(block_m=m, block_n=128, block_k=64, num_warps=warps, num_stages=stages, num_ctas=1)
+
+    assert slices.shares_sm(tile(64, 4, 3), tile(128, 8, 4))
+    assert not slices.shares_sm(tile(128, 8, 4), tile(128, 8, 4))
