@@ -17,6 +17,7 @@ from ..policies.cost import floor_ns
 from ..policies.data import load_device
 from ..runtime.meter import EnergyMeter
 from ..runtime.timer import Captured, capture
+from .bench import points_of
 from .bench_arms import Batch
 from .bench_rows import LONG_LAYER_US, Point, Work, cold_batches, device_manifest, write_parquet
 from .runs import to_json
@@ -130,10 +131,15 @@ def line(row: dict[str, Any]) -> str:
     return f"{head} whole {row['whole_us']:8.1f} floor {row['floor_us']:8.1f} us: {parts}"
 
 
-def main() -> None:
-    """Account for the rows of the layer benchmark, or those of the models given, within a time."""
-    from .bench_layer import all_rows
+def loads() -> list[Point]:
+    """Return the loads accounted for: SwiGLU layers of the models compared, then the paper's three-layer ReLU ones."""
+    swiglu = ("qwen3-30b-a3b", "mixtral-8x7b", "large", "olmoe-1b-7b", "medium", "small")
+    points = points_of(swiglu, (1, 32, 256, 2048, 8192), ("uniform", "zipf"), "swiglu")
+    return points + points_of(("small", "medium", "large"), (1, 32, 256, 2048), ("uniform",), "relu3")
 
+
+def main() -> None:
+    """Account for the loads of the page about speed, or those of the models given, within a time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=120.0)
@@ -141,7 +147,7 @@ def main() -> None:
     parser.add_argument("--commit", help="of a checkout that has no history with it")
     arguments = parser.parse_args()
     wanted = arguments.models.split(",") if arguments.models else None
-    points = [point for point in all_rows() if wanted is None or point.model in wanted]
+    points = [point for point in loads() if wanted is None or point.model in wanted]
     arguments.out.mkdir(parents=True, exist_ok=True)
     device, rows = load_device("h100-sxm5-80gb"), []
     for point, batch in cold_batches(points, arguments.seconds):

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import pyarrow.parquet as pq
 
-FILES = ("errors", "matrix_library", "sequential", "sanitizers", "layers.manifest", "routing.manifest")
+FILES = ("errors", "matrix_library", "sequential", "sanitizers", "routing.manifest")
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -23,22 +23,20 @@ def facts(folder: Path) -> dict[str, Any]:
     for row in routing:
         name = f"{row['model']} ({row['experts']}, {row['top_k']})"
         route_us.setdefault(name, {})[row["tokens"]] = row["route_us_q50"]
-    layers = pq.read_table(folder / "layers.parquet").to_pylist()
-    slowest = min(layers, key=lambda row: row["speedup"])
     out_of_order: dict[tuple[int, int], list[int]] = {}
     for one in found["matrix_library"]["bf16"]:
         out_of_order.setdefault((one["k"], one["n"]), []).append(one["rows"])
-    return {**found, "route_us": route_us, "layers": layers, "slowest": slowest, "out_of_order": out_of_order}
+    return {**found, "route_us": route_us, "out_of_order": out_of_order}
 
 
-def render(folder: Path) -> str:
-    """Return the page in Markdown."""
-    source = (files(__package__) / "templates" / "kernels.md.j2").read_text(encoding="utf-8")
+def page_of(template: str, shown: dict[str, Any]) -> str:
+    """Return a page in Markdown."""
+    source = (files(__package__) / "templates" / template).read_text(encoding="utf-8")
     page = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    return page.from_string(source).render(facts(folder))
+    return page.from_string(source).render(shown)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(render(Path(sys.argv[1])))
+    sys.stdout.write(page_of("kernels.md.j2", facts(Path(sys.argv[1]))))

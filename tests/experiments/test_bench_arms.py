@@ -1,10 +1,10 @@
-"""The parts of the layer benchmark that need no device."""
+"""The arms of benchmarks, as far as they need no device."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from expertslice.experiments import bench_layer
+from expertslice.experiments import account
 from expertslice.experiments.bench_arms import describe, draw_logits, num_sets, torch_grouped
 from expertslice.experiments.tune import candidates
 from expertslice.traces.schema import MoeSpec
@@ -36,12 +36,12 @@ def test_zipf_logits_are_skewed_and_uniform_ones_are_not():
     assert shares["zipf"] > 0.2
 
 
-def test_rows_cover_the_table_and_weights_are_cold(monkeypatch):
+def test_loads_cover_the_table_and_weights_are_cold(monkeypatch):
     torch = pytest.importorskip("torch")
     held = SimpleNamespace(L2_cache_size=50 * 2**20, total_memory=80 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: held)
-    rows = bench_layer.all_rows()
-    assert len(set(rows)) == len(rows) == 6 * 9 + 12
+    rows = account.loads()
+    assert len(set(rows)) == len(rows) == 6 * 10 + 12
     for row in rows:
         spec = row.spec
         touched = num_sets(spec, row.tokens) * min(spec.num_experts, row.tokens * spec.top_k) * spec.expert_bytes()
