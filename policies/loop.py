@@ -177,9 +177,7 @@ def drive(
         PolicyError: the policy raised or returned an invalid plan, and `on_policy_error` is "raise".
         ValueError: the policy foresees and the backend offers no foresight.
     """
-    loop = Loop(
-        policy, backend, setup, on_record=on_record, on_decision=on_decision, on_policy_error=on_policy_error
-    )
+    loop = Loop(policy, backend, setup, on_record=on_record, on_decision=on_decision, on_policy_error=on_policy_error)
     try:
         for step in steps:
             loop.submit(step)
