@@ -4,7 +4,6 @@ Shape letters: L MoE layers, E experts, S slices, R passes in flight.
 """
 
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np

@@ -7,7 +7,7 @@ Shape letters: T tokens, E experts, K top-k, N routed rows (T times K), D model,
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -31,6 +31,19 @@ How = Literal["kernels", "reference"]
 INTERPRETED_SMS = 4
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerCall:
+    """One call of a layer: what `kernels.layer.moe_layer` takes."""
+
+    x_TD: Tensor
+    logits_TE: Tensor
+    weights: ExpertWeights
+    router: RouterSpec
+    bias_E: Tensor | None = None
+    weights_TK: Tensor | None = None
+    """Take the place of the weights that the router gives."""
+
+
 class LayerRunner:
     """What the layers of a model share: buffers, and the policy that says how they run."""
 
@@ -46,32 +59,17 @@ class LayerRunner:
         self._workspaces: dict[MoeSpec, Workspace] = {}
         self._plan_id, self._words_LW = "", torch.empty(0)
 
-    def run(
-        self,
-        layer: int,
-        x_TD: Tensor,
-        logits_TE: Tensor,
-        weights: ExpertWeights,
-        router: RouterSpec,
-        *,
-        bias_E: Tensor | None = None,
-        weights_TK: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the layer's output [T, D] and the ids [T, K] that routing chose; the latter only until the next call.
-
-        `weights_TK` take the place of those that the router gives.
-        """
-        plan, lanes = (None, InTurn()) if self.steering is None else self.steering.enter(layer, len(x_TD))
+    def run(self, layer: int, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """Return a layer's output [T, D] and the ids [T, K] that routing chose; the latter only until the next call."""
+        plan, lanes = (None, InTurn()) if self.steering is None else self.steering.enter(layer, len(call.x_TD))
         run = self._kernels if self.how == "kernels" else self._reference
-        out_TD, ids_TK, counts_E = run(layer, x_TD, logits_TE, weights, router, bias_E, weights_TK, plan, lanes)
+        out_TD, ids_TK, counts_E = run(layer, call, plan, lanes)
         if self.steering is not None:
             self.steering.leave(layer, counts_E)
         return out_TD, ids_TK
 
-    def _kernels(
-        self, layer: int, x_TD: Tensor, logits_TE: Tensor, weights: ExpertWeights, router: RouterSpec,
-        bias_E: Tensor | None, weights_TK: Tensor | None, plan: Plan | None, lanes: Lanes,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def _kernels(self, layer: int, call: LayerCall, plan: Plan | None, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
+        x_TD, logits_TE, weights, router, bias_E = call.x_TD, call.logits_TE, call.weights, call.router, call.bias_E
         ws, out_TD = self._workspace(weights.spec, len(x_TD), x_TD.device), torch.empty_like(x_TD)
         check_inputs(x_TD, logits_TE, weights, router, ws, bias_E=bias_E, num_tokens=None, out_TD=out_TD)
         if plan is not None and self.steering is not None:
@@ -80,7 +78,16 @@ class LayerRunner:
         else:
             launch = default_launch_on(x_TD.device, weights.spec, len(x_TD))
         run_layer(
-            x_TD, logits_TE, weights, router, ws, launch, lanes, bias_E=bias_E, weights_TK=weights_TK, out_TD=out_TD
+            x_TD,
+            logits_TE,
+            weights,
+            router,
+            ws,
+            launch,
+            lanes,
+            bias_E=bias_E,
+            weights_TK=call.weights_TK,
+            out_TD=out_TD,
         )
         return out_TD, ws.ids_TK[: len(x_TD)], ws.counts_E
 
@@ -88,8 +95,8 @@ class LayerRunner:
         """Return buffers for a batch, larger ones where it exceeds those before."""
         if device.type != "cuda" and not INTERPRET.value:
             raise ValueError(
-                f"the kernels need a CUDA device and the model is on {device}; move it there, or run the experts' plain "
-                "definition by how='reference'"
+                f"the kernels need a CUDA device and the model is on {device}; move it there, or run the plain "
+                "definition of the experts by how='reference'"
             )
         held = self._workspaces.get(spec)
         if held is None or held.max_tokens < num_tokens:
@@ -105,11 +112,9 @@ class LayerRunner:
             self._words_LW = plan_words_LW(plan, model.num_layers, model.num_experts).to(device)
         return self._words_LW
 
-    def _reference(
-        self, layer: int, x_TD: Tensor, logits_TE: Tensor, weights: ExpertWeights, router: RouterSpec,
-        bias_E: Tensor | None, weights_TK: Tensor | None, plan: Plan | None, lanes: Lanes,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        ids_TK, own_TK = reference.route(logits_TE, router, bias_E=bias_E)
+    def _reference(self, layer: int, call: LayerCall, plan: Plan | None, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
+        x_TD, weights, router = call.x_TD, call.weights, call.router
+        ids_TK, weights_TK = reference.route(call.logits_TE, router, bias_E=call.bias_E)
         counts_E = torch.bincount(ids_TK.flatten(), minlength=router.num_experts).int()
         rows_ND = torch.zeros(ids_TK.numel(), x_TD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
         owner_E = [0] * router.num_experts
@@ -122,8 +127,15 @@ class LayerRunner:
             return lambda: _fill_rows(rows_ND, x_TD, ids_TK, weights, mine)
 
         lanes.beside([part(s) for s in slices])
-        chosen_TK = own_TK if weights_TK is None else weights_TK.float()
-        return reference.combine(rows_ND.unflatten(0, (-1, router.top_k)), chosen_TK), ids_TK, counts_E
+        if call.weights_TK is not None:
+            weights_TK = call.weights_TK.float()
+        return reference.combine(rows_ND.unflatten(0, (-1, router.top_k)), weights_TK), ids_TK, counts_E
+
+
+def refuse_gradients(*tensors: Tensor) -> None:
+    """Raise ValueError where autograd would expect gradients of these: the kernels give none."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError("expertslice's experts have no gradients; run the model under torch.no_grad()")
 
 
 def _fill_rows(rows_ND: Tensor, x_TD: Tensor, ids_TK: Tensor, weights: ExpertWeights, experts: list[int]) -> None:

@@ -22,7 +22,7 @@ from ..policies.contract import Control, Policy, Setup, StepRecord
 from ..policies.data import load_device, load_variants
 from ..traces.models import model_from_config
 from ..traces.schema import Dtype, MoeSpec
-from .experts import How, LayerRunner, one_layer
+from .experts import How, LayerCall, LayerRunner, one_layer, refuse_gradients
 from .passes import HostPasses, Steering
 from .workload import write_logits
 
@@ -92,8 +92,7 @@ def register() -> None:
 
 def _experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run a module's experts for the routing that its model chose."""
-    if torch.is_grad_enabled() and (hidden_states.requires_grad or next(module.parameters()).requires_grad):
-        raise ValueError("expertslice's experts have no gradients; run the model under torch.no_grad()")
+    refuse_gradients(hidden_states, next(module.parameters()))
     place: _Place | None = module.__dict__.get("_expertslice")
     if place is None:
         # The implementation was set by name alone: this layer runs unsliced.
@@ -104,10 +103,14 @@ def _experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tens
     logits_TE = torch.empty(len(hidden_states), spec.num_experts, dtype=torch.float32, device=hidden_states.device)
     ids_TK = top_k_index.long()
     write_logits(logits_TE[None], ids_TK[None])
-    router = RouterSpec(num_experts=spec.num_experts, top_k=spec.top_k)
-    out_TD, _ = place.runner.run(
-        place.layer, hidden_states.contiguous(), logits_TE, weights, router, weights_TK=top_k_weights
+    call = LayerCall(
+        x_TD=hidden_states.contiguous(),
+        logits_TE=logits_TE,
+        weights=weights,
+        router=RouterSpec(num_experts=spec.num_experts, top_k=spec.top_k),
+        weights_TK=top_k_weights,
     )
+    out_TD, _ = place.runner.run(place.layer, call)
     return out_TD
 
 

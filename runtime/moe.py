@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..kernels.spec import TORCH_DTYPE, RouterSpec
 from ..kernels.weights import EPILOGUES, ExpertWeights
 from ..traces.schema import MoeSpec
-from .experts import How, LayerRunner, one_layer
+from .experts import How, LayerCall, LayerRunner, one_layer, refuse_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,9 +77,13 @@ class MoeLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the routed experts' output."""
+        refuse_gradients(x)
         x_TD = x.reshape(-1, self.spec.d_model).contiguous()
         weights = ExpertWeights.stacked(self.spec, [p.detach() for p in self.products])
-        out_TD, ids_TK = self.runner.run(self.layer, x_TD, self.logits(x_TD), weights, self.router, bias_E=self.bias_E)
+        call = LayerCall(
+            x_TD=x_TD, logits_TE=self.logits(x_TD), weights=weights, router=self.router, bias_E=self.bias_E
+        )
+        out_TD, ids_TK = self.runner.run(self.layer, call)
         if self.on_ids is not None:
             self.on_ids(self.layer, ids_TK)
         return out_TD.view(x.shape)

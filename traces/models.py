@@ -18,6 +18,8 @@ from .schema import Dtype, MoeSpec, nearest
 
 Config = dict[str, Any]
 
+CONFIG_SUFFIX = ".config.json"
+"""Of the file beside a recorded trace that holds its model's config, in place of the trace's own suffix."""
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config", "attn_config")
 NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "moe_num_experts", "num_moe_experts", "num_experts")
 TOP_K = (
