@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import cli_bench, cli_gpu, cli_lists, cli_record, cli_trace, sweep_cli
+from . import cli_bench, cli_gpu, cli_lists, cli_mig, cli_record, cli_trace, sweep_cli
 from .cli_lists import AsJson, print_json
 from .errors import EXIT_INTERRUPT, EXIT_USER, StoppedError, sentence_of
 
@@ -80,6 +80,7 @@ def whatif(
 app.command(name="doctor")(cli_gpu.doctor)
 app.command(name="run")(cli_gpu.run_trace)
 app.command(name="record")(cli_record.record)
+app.command(name="mig")(cli_mig.mig)
 app.command(name="tune")(cli_gpu.tune)
 app.command(name="bench")(cli_bench.bench)
 app.command(name="sweep")(sweep_cli.sweep)

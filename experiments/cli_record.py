@@ -15,7 +15,7 @@ def record(
     flush_seconds: Annotated[float, typer.Option(min=0.1, help="What a crash may cost.")] = 5.0,
 ) -> None:
     """Run a Python program and record how its model routes: any Hugging Face model with experts, or ours."""
-    from .record import record_command
+    from .record_program import record_command
 
     found = record_command(command, out, name=name, times=times, flush_s=flush_seconds)
     typer.echo(f"wrote {out}: {found.num_steps} steps of {found.model}; next: expertslice whatif {out}")

@@ -56,7 +56,7 @@ class MoeLayer(nn.Module):
             )
         self.spec, self.router, self.layer = one_layer(spec), router or RouterSpec.of(spec), layer
         self.runner = runner or LayerRunner(how)
-        self.on_ids: Callable[[int, Tensor], None] | None = None
+        self.on_ids: Callable[[Tensor], None] | None = None
         """Is told the ids [T, K] that were chosen, valid until the next layer runs."""
         self.gate = nn.Parameter(torch.empty(spec.num_experts, spec.d_model, device=device), requires_grad=False)
         self.register_buffer("bias_E", torch.zeros(spec.num_experts, device=device) if choosing_bias else None)
@@ -85,5 +85,5 @@ class MoeLayer(nn.Module):
         )
         out_TD, ids_TK = self.runner.run(self.layer, call)
         if self.on_ids is not None:
-            self.on_ids(self.layer, ids_TK)
+            self.on_ids(ids_TK)
         return out_TD.view(x.shape)

@@ -10,7 +10,8 @@ import json
 import platform
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +32,6 @@ from ..traces.store import PARTS
 from ..traces.trace import UNKNOWN, RoutingTrace, StepTable, id_dtype
 from .hf import experts_of
 from .marks import Marks
-from .moe import MoeLayer
 from .ring import IdRing
 from .rows import PassRows, SequenceRows
 
@@ -115,12 +115,12 @@ class Recorder:
         """
         if self._model is not None:
             raise ValueError("a recorder takes one model; make another recorder for the next")
-        self._layers = [m for m in model.modules() if isinstance(m, MoeLayer)] or experts_of(model)
+        self._layers: list[Any] = [m for m in model.modules() if _is_ours(m)] or experts_of(model)
         self._device, self._model = next(self._layers[0].parameters()).device, model
         self._ids_L = [None] * len(self._layers)
         self._marks = None
         for layer, module in enumerate(self._layers):
-            if isinstance(module, MoeLayer):
+            if _is_ours(module):
                 module.on_ids = partial(self._own_layer, layer)
             else:
                 self._handles.append(
@@ -129,7 +129,7 @@ class Recorder:
             if self._times:
                 self._handles.append(module.register_forward_pre_hook(partial(self._mark, 2 * layer)))
                 self._handles.append(module.register_forward_hook(partial(self._mark, 2 * layer + 1)))
-        self._handles.append(model.register_forward_pre_hook(self.begin, with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(self._called, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._end))
 
     def describe(self, rows: PassRows) -> None:
@@ -140,12 +140,21 @@ class Recorder:
         """Take note of one pass that a replayed graph ran: hooks do not fire there, and its ids are in the ring."""
         self._guarded(self._counted, rows, time.perf_counter_ns())
 
-    def begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Begin a pass: the hook of the model."""
+    @contextmanager
+    def step(self, rows: PassRows) -> Generator[None]:
+        """Record what runs inside as one pass of these rows: for models whose layers are called one by one."""
+        self._begin(rows)
+        yield
+        self._end()
+
+    def _called(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._begin(self._rows or self._sequences.of(args, kwargs))
+
+    def _begin(self, rows: PassRows | None) -> None:
         self._ids_L = [None] * len(self._layers)
         self._start_ns = time.perf_counter_ns()
         self._marks = Marks(self._device, len(self._layers)) if self._times else None
-        self._given, self._rows = self._rows or self._sequences.of(args, kwargs), None
+        self._given, self._rows = rows, None
 
     def _mark(self, place: int, *_: object) -> None:
         if self._marks is not None:
@@ -161,7 +170,7 @@ class Recorder:
         order = weights.argsort(dim=-1, descending=True, stable=True)
         self._ids_L[layer] = ids.gather(-1, order)
 
-    def _own_layer(self, layer: int, _place: int, ids_TK: Tensor) -> None:
+    def _own_layer(self, layer: int, ids_TK: Tensor) -> None:
         self._ids_L[layer] = ids_TK.clone()
 
     def _end(self, *_: object) -> None:
@@ -276,8 +285,8 @@ class Recorder:
         return {"other_ns_SL": spans_SL2[..., 0], "moe_ns_SL": spans_SL2[..., 1]}
 
     def _num_experts(self) -> int:
-        first: Any = self._layers[0]
-        return first.spec.num_experts if isinstance(first, MoeLayer) else first.num_experts
+        first = self._layers[0]
+        return first.spec.num_experts if _is_ours(first) else first.num_experts
 
     def _provenance(self) -> Provenance:
         cuda = self._device.type == "cuda"
@@ -295,7 +304,7 @@ class Recorder:
             handle.remove()
         self._handles.clear()
         for module in getattr(self, "_layers", ()):
-            if isinstance(module, MoeLayer):
+            if _is_ours(module):
                 module.on_ids = None
 
     def close(self, *, notes: str | None = None) -> None:
@@ -329,10 +338,9 @@ class Recorder:
         to_dict = getattr(getattr(self._model, "config", None), "to_dict", None)
         if to_dict is not None:
             return to_dict()
-        first = self._layers[0]
-        if not isinstance(first, MoeLayer) or first.spec.kind != "swiglu":
+        spec = self._layers[0].spec
+        if spec.kind != "swiglu":
             return None
-        spec = first.spec
         dtype = str(TORCH_DTYPE[spec.dtype]).removeprefix("torch.")
         sizes = {"num_hidden_layers": len(self._layers), "num_experts": spec.num_experts, "hidden_size": spec.d_model}
         own = {"num_experts_per_tok": spec.top_k, "moe_intermediate_size": spec.d_ff_of(0), "dtype": dtype}
@@ -343,6 +351,11 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(notes=f"partial: the run broke off ({kind.__name__})" if kind else None)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Return whether a module tells its ids itself, as a `MoeLayer` does: it has `on_ids` and a `spec`."""
+    return hasattr(module, "on_ids")
 
 
 def _installed(name: str) -> str | None:

@@ -1,6 +1,7 @@
 """MIG against an NVML that answers with the tables of real devices, and fails at every call in turn."""
 
 import ctypes
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -320,3 +321,34 @@ def test_a_mode_that_waits_for_a_reset_is_taken_back_and_said():
 def test_a_device_without_mig_says_so():
     with Mig(nvml=FakeNvml(H100, mig=False)) as mig, pytest.raises(MigError, match="has no MIG"):
         mig.state()
+
+
+def test_the_command_shows_prints_steps_and_changes_only_when_told(monkeypatch, capsys):
+    from expertslice.experiments import cli
+
+    fake = standing(H100, *FORMER)
+    fake.nvmlInit, fake.nvmlShutdown = (lambda: None), (lambda: None)
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+
+    def run(*arguments):
+        code = cli.run(["mig", *arguments])
+        return code, *capsys.readouterr()
+
+    code, out, _ = run()
+    assert code == 0
+    assert all(words in out for words in ("MIG on", "1g.10gb", "0 2 4 6", "stands: 3g.40gb@4"))
+    code, out, _ = run("7g.80gb@0")
+    assert out.count("nvidia-smi mig -i 0") == 6
+    assert fake.layout() == [("3g.40gb", 0, 1), ("3g.40gb", 4, 1)]
+    assert run("7g.80gb@0", "--change")[1].endswith("done\n")
+    assert fake.layout() == [("7g.80gb", 0, 1)]
+    assert run("off", "--change")[0] == 0
+    assert (fake.layout(), fake.mode) == ([], 0)
+    assert run("half")[2] == "expertslice: instance 'half' is not profile@place; write for example 3g.40gb@0, or off\n"
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    code, _, err = run("7g.80gb@0", "--change")
+    assert (code, err) == (
+        2,
+        "expertslice: changing MIG instances needs root; run as root, or use the instances that stand\n",
+    )

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from ..runtime.moe import MoeLayer
 from ..runtime.recorder import Recorder
 from .errors import StoppedError
 
@@ -85,7 +84,7 @@ def first_model(recorder: Recorder) -> Generator[None]:
     def looking(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if nn.Module.__call__ is looking and module not in seen:
             seen.add(module)
-            if any(type(one).__name__.endswith("Experts") or isinstance(one, MoeLayer) for one in module.modules()):
+            if any(type(one).__name__.endswith("Experts") or hasattr(one, "on_ids") for one in module.modules()):
                 nn.Module.__call__ = call
                 try:
                     recorder.attach(module)
