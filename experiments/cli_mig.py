@@ -31,7 +31,7 @@ def mig(
                 mode = "on" if state.enabled else "off"
                 typer.echo(f"GPU {gpu}: MIG {mode}{', a change waits for a reset' * (state.enabled != state.pending)}")
                 rows = [
-                    [o.name, str(o.sm_count), f"{o.memory_mib} MiB", f"{o.memory_slices}", _starts(o.starts)]
+                    [o.name, str(o.sm_count), f"{o.memory_mib} MiB", f"{o.memory_slices}", " ".join(map(str, o.starts))]
                     for o in state.offers
                 ]
                 print_table("instances that it offers", ("profile", "SMs", "memory", "memory slices", "places"), rows)

@@ -132,6 +132,16 @@ class Recorder:
         self._handles.append(model.register_forward_pre_hook(self._called, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._end))
 
+    @contextmanager
+    def attached(self, model: nn.Module) -> Generator[None]:
+        """Record the passes of a model while the context lasts; it may be attached again."""
+        self._model = None
+        self.attach(model)
+        try:
+            yield
+        finally:
+            self._detach()
+
     def describe(self, rows: PassRows) -> None:
         """Say which request and position each row of the next pass is."""
         self._rows = rows

@@ -55,6 +55,18 @@ def _presets() -> dict[str, dict[str, Any]]:
     return tomllib.loads(Path(__file__).with_name("models.toml").read_text(encoding="utf-8"))
 
 
+def preset_config(name: str) -> Config:
+    """Return the keys of a preset's published config.json.
+
+    Raises:
+        ValueError: there is no preset of that name with a config.
+    """
+    configs = {key: preset["config"] for key, preset in _presets().items() if "config" in preset}
+    if name not in configs:
+        raise ValueError(nearest("model", name, configs))
+    return dict(configs[name])
+
+
 def load_model(name_or_path: str) -> MoeSpec:
     """Return a preset by name, or the model of a config.json or of a folder that holds one.
 
