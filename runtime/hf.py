@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels.spec import TORCH_DTYPE, RouterSpec
 from ..kernels.weights import ExpertWeights
-from ..policies.contract import Control, Policy, Setup, StepRecord
+from ..policies.contract import MECHANISMS, Control, Policy, Setup, StepRecord
 from ..policies.data import load_device, load_variants
 from ..traces.models import model_from_config
 from ..traces.schema import Dtype, MoeSpec
@@ -197,7 +197,14 @@ def _steering(
     on_record: Callable[[StepRecord], None],
 ) -> Steering:
     found = load_device(device)
-    setup = Setup(device=found, model=spec, variants=load_variants(found.compute_capability), control=control)
+    setup = Setup(
+        device=found,
+        model=spec,
+        variants=load_variants(found.compute_capability),
+        # A process sees one instance of MIG.
+        mechanisms=frozenset(MECHANISMS) - {"mig"},
+        control=control,
+    )
     if next(experts.parameters()).device.type == "cuda":
         from .cuda_passes import CudaPasses
 
