@@ -1,8 +1,8 @@
 """Our experts inside Hugging Face models: `set_experts_implementation("expertslice")`, with or without a policy.
 
 Routing stays the model's own; its ids and weights reach our kernels exactly. Families whose experts are SwiGLU without
-bias run: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3 and others that store [E, 2F, D] and [E, D, F]. Experts with a bias, an
-activation of their own, transposed or interleaved weights (gpt-oss) are refused. For inference: there are no gradients.
+bias run in place: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3 and others that store [E, 2F, D] and [E, D, F]. gpt-oss runs
+on a copy of its weights in this layout. Others are refused. For inference: there are no gradients.
 
 Shape letters: T tokens, E experts, K top-k, D model, F ffn.
 """
@@ -28,6 +28,8 @@ from .workload import write_logits
 
 NAME = "expertslice"
 DTYPES: dict[torch.dtype, Dtype] = {dtype: name for name, dtype in TORCH_DTYPE.items()}  # pyright: ignore
+CLAMPED = {"has_bias": True, "is_transposed": True, "is_concatenated": False, "alpha": 1.702, "limit": 7.0}
+"""What gpt-oss's experts are."""
 PLAIN = {
     "has_bias": False,
     "is_transposed": False,
@@ -98,7 +100,7 @@ def _experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tens
         # The implementation was set by name alone: this layer runs unsliced.
         place = _Place(_unsliced_runner(), 0, _spec_of_layer(module, top_k_index.shape[1]))
     spec = place.spec
-    weights = ExpertWeights.stacked(spec, [module.gate_up_proj.detach(), module.down_proj.detach()])
+    weights = _weights_of(module, spec)
     # Logits with which routing chooses what the model has chosen, slot by slot.
     logits_TE = torch.empty(len(hidden_states), spec.num_experts, dtype=torch.float32, device=hidden_states.device)
     ids_TK = top_k_index.long()
@@ -123,14 +125,41 @@ def _unsliced_runner() -> LayerRunner:
 def _spec_of_layer(module: Any, top_k: int) -> MoeSpec:
     _check_kind(module)
     num_experts, d_model, d_ff = module.down_proj.shape
+    if _is_clamped(module):
+        d_model, d_ff = d_ff, d_model
     dtype = DTYPES[module.down_proj.dtype]
     return MoeSpec(
         name="layer", num_layers=1, num_experts=num_experts, top_k=top_k, d_model=d_model, d_ff=(d_ff,), dtype=dtype
     )
 
 
+def _weights_of(module: Any, spec: MoeSpec) -> ExpertWeights:
+    """Return a module's weights in place; those of gpt-oss as a copy in our layout, kept while they do not change."""
+    if not _is_clamped(module):
+        return ExpertWeights.stacked(spec, [module.gate_up_proj.detach(), module.down_proj.detach()])
+    tensors = (module.gate_up_proj, module.down_proj, module.gate_up_proj_bias, module.down_proj_bias)
+    state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    held = module.__dict__.get("_expertslice_weights")
+    if held is None or held[0] != state:
+        up, down, up_bias, down_bias = (tensor.detach() for tensor in tensors)
+        # Columns of gate and up alternate there.
+        rows = [torch.cat([x[..., ::2], x[..., 1::2]], dim=-1) for x in (up, up_bias)]
+        weights = [rows[0].transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()]
+        biases = [rows[1].contiguous(), down_bias.contiguous()]
+        held = module.__dict__["_expertslice_weights"] = (
+            state, ExpertWeights.stacked(spec, weights, biases, clamped=True),
+        )  # fmt: skip
+    return held[1]
+
+
+def _is_clamped(module: Any) -> bool:
+    return all(getattr(module, name, None) == value for name, value in CLAMPED.items())
+
+
 def _check_kind(module: Any) -> None:
     """Refuse experts that compute something else than ours."""
+    if _is_clamped(module):
+        return
     amiss = [name for name, needed in PLAIN.items() if getattr(module, name, needed) != needed]
     if not amiss and type(getattr(module, "act_fn", None)).__name__ not in ("SiLU", "SiLUActivation"):
         amiss = [f"activation {type(getattr(module, 'act_fn', None)).__name__}"]
@@ -139,7 +168,7 @@ def _check_kind(module: Any) -> None:
     if amiss:
         raise ValueError(
             f"{type(module).__name__} cannot run on expertslice's kernels ({', '.join(amiss)}): they compute SwiGLU "
-            "experts without bias, stored [E, 2F, D] and [E, D, F]; use another experts implementation"
+            "experts without bias, stored [E, 2F, D] and [E, D, F], and gpt-oss's; use another experts implementation"
         )
 
 
@@ -183,7 +212,8 @@ def sliced(
     finally:
         model.set_experts_implementation(before)
         for module in experts:
-            module.__dict__.pop("_expertslice", None)
+            for name in ("_expertslice", "_expertslice_weights"):
+                module.__dict__.pop(name, None)
         if steering is not None:
             steering.close()
 

@@ -8,15 +8,21 @@ from expertslice.policies.registry import make_policy
 from expertslice.runtime.hf import register, sliced, spec_of
 
 pytest.importorskip("transformers")
-FAMILIES = ("Mixtral", "Qwen3Moe", "Olmoe", "DeepseekV3")
+FAMILIES = ("Mixtral", "Qwen3Moe", "Olmoe", "DeepseekV3", "GptOss")
 
 
 def tokens(rows=2, columns=5):
     return torch.randint(0, 40, (rows, columns), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("how", ["reference", "kernels"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        *((family, "reference") for family in FAMILIES),
+        *((family, "kernels") for family in ("Mixtral", "GptOss")),
+        *(pytest.param(family, "kernels", marks=pytest.mark.slow) for family in ("Qwen3Moe", "Olmoe", "DeepseekV3")),
+    ],
+)
 def test_experts_of_every_family_are_those_of_eager(tiny_model, family, how):
     model = tiny_model(family)
     eager = model(tokens()).logits
@@ -27,14 +33,25 @@ def test_experts_of_every_family_are_those_of_eager(tiny_model, family, how):
     assert torch.equal(model(tokens()).logits, eager)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kernels_give_the_bits_of_their_definition_in_half_precision(tiny_model, dtype):
-    model = tiny_model("Qwen3Moe", dtype)
+@pytest.mark.parametrize(("family", "dtype"), [("Qwen3Moe", torch.bfloat16), ("GptOss", torch.float16)])
+def test_kernels_give_the_bits_of_their_definition_in_half_precision(tiny_model, family, dtype):
+    model = tiny_model(family, dtype)
     logits = {}
     for how in ("reference", "kernels"):
         with sliced(model, how=how):
             logits[how] = model(tokens(1, 3)).logits
     assert torch.equal(logits["kernels"], logits["reference"])
+    assert logits["kernels"].isfinite().all()
+
+
+def test_weights_that_change_are_seen(tiny_model):
+    model = tiny_model("GptOss")
+    with sliced(model, how="reference"):
+        first = model(tokens()).logits
+        model.model.layers[0].mlp.experts.down_proj.mul_(2)
+        changed = model(tokens()).logits
+    torch.testing.assert_close(changed, model(tokens()).logits, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(changed, first)
 
 
 def test_the_implementation_is_found_by_its_name_alone(tiny_model):
@@ -112,7 +129,7 @@ def test_a_pass_that_breaks_off_is_a_step_and_the_next_one_begins_anew(tiny_mode
 
 
 def test_experts_that_compute_something_else_are_refused(tiny_model):
-    model = tiny_model("GptOss")
+    model = tiny_model("GptOss", swiglu_alpha=1.5)
     said = r"GptOssExperts cannot run .*has_bias, is_transposed.*use another"
     with pytest.raises(ValueError, match=said), sliced(model):
         pass

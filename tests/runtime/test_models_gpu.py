@@ -41,7 +41,7 @@ def tokens(batch=4, length=9):
     return torch.randint(0, 40, (batch, length), generator=torch.Generator().manual_seed(1)).cuda()
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "Olmoe", "DeepseekV3"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "Olmoe", "DeepseekV3", "GptOss"])
 def test_experts_of_every_family_are_those_of_eager_on_a_gpu(tiny_model, family):
     model = tiny_model(family, torch.bfloat16, **(WIDE if family != "DeepseekV3" else {"hidden_size": 64})).cuda()
     eager = model(tokens()).logits
