@@ -15,7 +15,10 @@ def record(
     flush_seconds: Annotated[float, typer.Option(min=0.1, help="What a crash may cost.")] = 5.0,
 ) -> None:
     """Run a Python program and record how its model routes: any Hugging Face model with experts, or ours."""
-    from .record_program import record_command
+    try:
+        from .record_program import record_command
+    except ImportError as error:
+        raise ValueError(f"record needs torch ({error}); install expertslice[gpu,hf]") from None
 
     found = record_command(command, out, name=name, times=times, flush_s=flush_seconds)
     typer.echo(f"wrote {out}: {found.num_steps} steps of {found.model}; next: expertslice whatif {out}")

@@ -11,8 +11,9 @@ import torch
 
 from ..policies.contract import Plan, SliceLayout
 from ..traces.schema import I32, RoutedStep
-from .backend import Finished, Launched
+from .backend import ExecutorError, Finished, Launched
 from .cuda import IN_FLIGHT, MOST_SLICES, CudaExecutor, StreamLanes, _Running
+from .partition import PartitionError
 
 
 class CudaPasses(CudaExecutor):
@@ -42,8 +43,11 @@ class CudaPasses(CudaExecutor):
         """Let the pass that follows run under a plan."""
         del bucket
         self.end()
-        if plan.layout not in self._streams:
-            self._streams[plan.layout] = self._streams_of(plan.layout)
+        try:
+            if plan.layout not in self._streams:
+                self._streams[plan.layout] = self._streams_of(plan.layout)
+        except PartitionError as error:
+            raise ExecutorError(f"no streams for the plan's layout: {error}") from error
         self.plan = plan
         start = torch.cuda.Event(enable_timing=True)
         submit_ns = self.now_ns()

@@ -3,9 +3,12 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
+
+from expertslice.experiments.inputs import open_source
 
 pytest.importorskip("transformers")
 README = Path(__file__).parents[2] / "README.md"
@@ -112,4 +115,11 @@ def test_the_library_is_listed_and_its_traces_go_by_name(expertslice):
     names = [one["trace"] for one in json.loads(out)]
     assert "ours-moe-32e4k" in names
     for name in names:
-        assert expertslice("trace", "info", name, "--json")[0] == 0
+        assert open_source(name).source.num_steps > 0
+
+
+def test_without_torch_the_command_says_what_to_install(expertslice, monkeypatch):
+    monkeypatch.setitem(sys.modules, "expertslice.experiments.record_program", None)
+    code, _, err = expertslice("record", "--", "python", "x.py")
+    assert code == 2
+    assert err.strip().endswith("install expertslice[gpu,hf]")

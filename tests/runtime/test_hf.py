@@ -62,8 +62,14 @@ def test_the_implementation_is_found_by_its_name_alone(tiny_model):
     torch.testing.assert_close(model(tokens()).logits, eager, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["static", "hot_cold", "proportional", "dynamic"])
-@pytest.mark.parametrize("control", [Control(), Control(delay_steps=0, every_steps=2)])
+@pytest.mark.parametrize(
+    ("policy", "control"),
+    [
+        ("static", Control()),
+        ("hot_cold", Control(delay_steps=0, every_steps=2)),
+        *(pytest.param(name, Control(), marks=pytest.mark.slow) for name in ("hot_cold", "proportional", "dynamic")),
+    ],
+)
 def test_a_policy_drives_generation_with_the_same_tokens_and_bits(tiny_model, policy, control):
     model, records = tiny_model("Qwen3Moe"), []
     options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

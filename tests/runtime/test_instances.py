@@ -46,6 +46,7 @@ def test_rows_through_two_workers_have_the_bits_of_one_process_and_a_dead_worker
     assert not [name for name in names if os.path.exists(f"/dev/shm/{name}")]
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_is_told():
     with pytest.raises(WorkerError, match="the worker of instance 1 died with exit code 1"):
         InstanceLayers(replace(SPEC, num_layers=1), [Instance(), Instance(device="nowhere")], max_tokens=2)
