@@ -17,8 +17,8 @@ ALLOWED_TO_NEED_TORCH = tuple(
         "tune",
         "tune_shape",
         "record_program",
-        "generate",
-        "library",
+        "bench_generate",
+        "record_library",
     )
 )
 
