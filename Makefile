@@ -39,7 +39,7 @@ $(RUN)/.ready: pyproject.toml
 
 $(DEV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(DEV)
-	$(DEV)/bin/pip install --quiet --disable-pip-version-check -e '.[gpu,dev]'
+	$(DEV)/bin/pip install --quiet --disable-pip-version-check -e '.[gpu,hf,dev]'
 	@touch $@
 
 $(LINK):

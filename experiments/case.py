@@ -102,7 +102,7 @@ def _chosen(options: Options) -> Chosen:
 
         return fitted_source(options)
     opened = choose_segment(open_source(options.trace or BUNDLED), options.segment)
-    model, said = choose_model(opened.source, options.model)
+    model, said = choose_model(opened, options.model)
     trace = in_memory(opened.source)
     like = composition_like(trace) if trace else None
     rebatch = (trace, like) if trace and like else None

@@ -1,4 +1,4 @@
-"""`trace info | import | compose | synth`: look at routing, read other formats, batch it, make it up."""
+"""`trace list | info | import | compose | synth | recover`: look at, read, batch, make up routing."""
 
 import sys
 from collections.abc import Sequence
@@ -81,6 +81,32 @@ def _statistics(source: "StepSource", seed: int) -> "tuple[TraceStatistics, list
     total = getattr(source, "num_tokens", stats.num_tokens)
     partly = stats.num_tokens < total
     return stats, [f"statistics are of the first {stats.num_tokens} of {total} tokens"] if partly else []
+
+
+@app.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """List the traces that ship with the package; each can be named wherever a trace file can."""
+    from .inputs import library
+
+    found = library()
+    if as_json:
+        print_json(found)
+        return
+    columns = ("trace", "model", "shape", "steps", "tokens", "device", "MB")
+    rows = [[str(one[column]) for column in columns] for one in found]
+    print_table("traces", columns, rows, right=("steps", "tokens", "MB"))
+
+
+@app.command()
+def recover(
+    trace: Annotated[Path, typer.Argument(help="The path that a recording was to be written to.")],
+) -> None:
+    """Make a trace of what a recording that was killed had flushed."""
+    from ..traces.append import recover as recovered
+    from ..traces.store import open_trace
+
+    recovered(trace)
+    _report_written(trace, open_trace(trace), ("partial: the recording broke off",), as_json=False)
 
 
 @app.command("import")

@@ -14,6 +14,7 @@ from .ranking import REFERENCE
 from .runs import sha256_of
 
 BUNDLED = "bundled"
+DEFAULT_TRACE = "ours-moe-32e4k"
 REBATCH_TOKENS = 100_000
 """Tokens of a trace held in memory to batch its requests anew; a longer trace gives its first ones."""
 
@@ -39,16 +40,33 @@ class Opened:
         return {**facts, **origin, "notes": list(self.notes)}
 
 
+def library_paths() -> dict[str, Path]:
+    """Return the traces that ship with the package by name."""
+    folder = Path(str(files("expertslice.traces") / "bundled"))
+    return {path.stem: path for path in sorted(folder.glob("*.parquet"))}
+
+
+def library() -> list[dict[str, Any]]:
+    """Return what the traces that ship with the package are."""
+    found: list[dict[str, Any]] = []
+    for name, path in library_paths().items():
+        source = open_source(name).source
+        row = {"trace": name, "model": source.provenance.model, "shape": _shape_of(source), "steps": source.num_steps}
+        row |= {"tokens": getattr(source, "num_tokens", None), "device": source.provenance.device}
+        found.append({**row, "MB": round(path.stat().st_size / 1e6, 1), "notes": source.provenance.notes})
+    return found
+
+
 def bundled_path() -> Path:
-    """Return the trace that ships with the package.
+    """Return the trace that is meant when none is given.
 
     Raises:
         ValueError: this installation has none.
     """
-    found = sorted(Path(str(files("expertslice.traces") / "bundled")).glob("*.parquet"))
+    found = library_paths()
     if not found:
         raise ValueError("this installation holds no bundled trace; give a trace file instead")
-    return found[0]
+    return found.get(DEFAULT_TRACE) or next(iter(found.values()))
 
 
 def open_source(given: str) -> Opened:
@@ -60,17 +78,20 @@ def open_source(given: str) -> Opened:
     from ..traces.importers import import_trace
     from ..traces.store import open_trace
 
-    bundled = given == BUNDLED
-    path = bundled_path() if bundled else Path(given)
+    named = library_paths() if "/" not in given else {}
+    bundled = given == BUNDLED or given in named
+    path = bundled_path() if given == BUNDLED else named.get(given, Path(given))
     if not path.exists() and not path.with_name(path.name + ".parts").exists():
         raise ValueError(f"trace {given} does not exist; give a trace file, or '{BUNDLED}' for the one that ships")
     imported = None if _is_ours(path) else import_trace(path)
+    source = imported.trace if imported else open_trace(path)
+    partial = [note for note in source.provenance.notes.split("; ") if note.startswith("partial")]
     return Opened(
-        source=imported.trace if imported else open_trace(path),
+        source=source,
         name=f"{path.stem} (bundled)" if bundled else path.name,
         path=path,
         sha256=_checksum(path),
-        notes=(f"imported from {imported.format}", *imported.notes) if imported else (),
+        notes=(f"imported from {imported.format}", *imported.notes) if imported else tuple(partial),
         bundled=bundled,
     )
 
@@ -123,14 +144,20 @@ def choose_segment(opened: Opened, segment: str | None) -> Opened:
     return replace(opened, source=opened.source.select(segment=chosen), segment=chosen, notes=(*opened.notes, *note))
 
 
-def choose_model(source: StepSource, given: str | None) -> tuple[MoeSpec, tuple[str, ...]]:
+def choose_model(opened: Opened, given: str | None) -> tuple[MoeSpec, tuple[str, ...]]:
     """Return the model whose layers are simulated, cut to the trace's layers, and what to say about it.
+
+    That is the one given, else that of the config that a recorder left beside the trace, else the one the trace names.
 
     Raises:
         ValueError: the model is unknown, does not fit the trace, or the trace does not name one that is known.
     """
-    from ..traces.models import load_model, model_names
+    from ..traces.models import CONFIG_SUFFIX, load_model, model_names
 
+    source, beside = opened.source, opened.path.with_suffix(CONFIG_SUFFIX)
+    if given is None and beside.is_file():
+        model, said = _cut(source, replace(load_model(str(beside)), name=source.provenance.model or beside.stem))
+        return model, (f"the model is that of {beside.name}", *said)
     named = given or source.provenance.model
     if given or named in model_names():
         return _cut(source, load_model(named))

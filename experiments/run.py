@@ -63,7 +63,7 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
         StoppedError: the user stopped it; records up to then are kept.
     """
     opened = choose_segment(open_source(options.trace or BUNDLED), options.segment)
-    model, notes = choose_model(opened.source, options.model)
+    model, notes = choose_model(opened, options.model)
     policies = choose_policies(options.policies, options.settings)
     foreseeing = [name for name, policy in policies.items() if policy.foresees]
     if foreseeing:

@@ -28,6 +28,14 @@ def silu(x):
 
 
 @triton.jit
+def clamped_swiglu(gate, up):
+    """Return gpt-oss's gate: both clamped to 7, the sigmoid steeper, and the up column above 1."""
+    gate = tl.minimum(gate, 7.0)
+    up = tl.minimum(tl.maximum(up, -7.0), 7.0)
+    return tl.div_rn(gate, 1.0 + expf(-1.702 * gate)) * (up + 1.0)
+
+
+@triton.jit
 def pointwise(x, EPILOGUE: tl.constexpr):
     """Apply an epilogue that looks at each number alone: relu or gelu (exact); others leave it."""
     if EPILOGUE == "relu":

@@ -148,7 +148,7 @@ def pingpong_source(spec: LaunchSpec, dtype: str = "bf16", **chosen: Any) -> AST
 
 
 def _weight_type(dtype: str, epilogue: str, block_n: int, block_k: int) -> str:
-    rows = f"2,{block_n // 2}" if epilogue == "swiglu" else f"{block_n}"
+    rows = f"2,{block_n // 2}" if epilogue in ("swiglu", "swiglu_clamped") else f"{block_n}"
     return f"tensordesc<{dtype}[{rows},{block_k}]>"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .activation import pointwise, silu
+from .activation import clamped_swiglu, pointwise, silu
 from .pingpong import pingpong_product
 from .prefetch import prefetch_share
 from .queues import locate_tile
@@ -24,7 +24,7 @@ from .weights import ProductWeights
 if TYPE_CHECKING:
     from .workspace import Workspace
 
-EPILOGUES = ("none", "relu", "gelu", "swiglu")
+EPILOGUES = ("none", "relu", "gelu", "swiglu", "swiglu_clamped")
 
 
 @triton.jit
@@ -39,18 +39,18 @@ def round_to(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def activate(x, EPILOGUE: tl.constexpr, PAIRED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Apply an epilogue to rounded products in float32; SwiGLU returns half the columns.
+    """Apply an epilogue to rounded products in float32; SwiGLU, clamped or not, returns half the columns.
 
     PAIRED: gate and up columns alternate; else a tile's first half is gate, its second half up.
     """
-    if EPILOGUE == "swiglu":
+    if EPILOGUE == "swiglu" or EPILOGUE == "swiglu_clamped":  # noqa: PLR1714
         half: tl.constexpr = BLOCK_N // 2
         if PAIRED:
             pairs = tl.reshape(x, [BLOCK_M, half, 2])
         else:
             pairs = tl.permute(tl.reshape(x, [BLOCK_M, 2, half]), [0, 2, 1])
         gate, up = tl.split(pairs)
-        x = silu(gate) * up
+        x = clamped_swiglu(gate, up) if EPILOGUE == "swiglu_clamped" else silu(gate) * up
     else:
         x = pointwise(x, EPILOGUE)
     return x
@@ -78,7 +78,7 @@ def expert_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute and store rows [row, row_stop) by columns [col, col_stop) of one expert's product, at most a tile."""
-    GATED: tl.constexpr = EPILOGUE == "swiglu"
+    GATED: tl.constexpr = EPILOGUE == "swiglu" or EPILOGUE == "swiglu_clamped"  # noqa: PLR1714
     OUT: tl.constexpr = out_ptr.dtype.element_ty
     # An expert's start is 64 bits wide; what a tile adds to it fits 32, which spares registers.
     b_start = expert.to(tl.int64) * n_dim * k_dim
@@ -216,7 +216,7 @@ def grouped_kernel(
 def weight_descriptor(held: ProductWeights, epilogue: str, block_n: int, block_k: int) -> TensorDescriptor:
     """Return the descriptor of a stacked weight: all rows, or [2 E, F / 2] halves where gate meets up."""
     rows = held.weight.numel() // held.k_dim
-    if epilogue == "swiglu":
+    if epilogue in ("swiglu", "swiglu_clamped"):
         half = held.n_dim // 2
         view = held.weight.view(rows // half, half, held.k_dim)
         return TensorDescriptor.from_tensor(view, [2, block_n // 2, block_k])
@@ -245,6 +245,8 @@ def grouped_product(
     spec = launch.spec(slice_id, product, num_products)
     first, last = product == 0 and not launch.gathered, product == num_products - 1
     if spec.pingpong:
+        if epilogue == "swiglu_clamped":
+            raise ValueError("pingpong tiles know no clamped SwiGLU; choose another tile")
         if scale_TK is not None:
             raise ValueError("pingpong tiles do not scale by the routing weight; choose another tile")
         pingpong_product(x, held, out, ws, launch, spec, slice_id=slice_id, last=last, epilogue=epilogue)

@@ -115,7 +115,10 @@ def queues(
 
 
 def activate(x_NF: Tensor, epilogue: str) -> Tensor:
-    """Apply an epilogue to a rounded product: none, relu, gelu (exact), or swiglu over gate columns then up columns."""
+    """Apply an epilogue to a rounded product: none, relu, gelu (exact), swiglu over gate columns then up columns.
+
+    The clamped SwiGLU is gpt-oss's: gate at most 7, up within 7, sigmoid of 1.702 times the gate, up + 1.
+    """
     wide = widen(x_NF)
     if epilogue == "relu":
         wide = torch.relu(wide)
@@ -124,6 +127,10 @@ def activate(x_NF: Tensor, epilogue: str) -> Tensor:
     elif epilogue == "swiglu":
         gate, up = wide.chunk(2, dim=1)
         wide = functional.silu(gate) * up
+    elif epilogue == "swiglu_clamped":
+        gate, up = wide.chunk(2, dim=1)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        wide = gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
     return wide.to(x_NF.dtype)
 
 

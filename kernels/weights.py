@@ -53,11 +53,13 @@ class ExpertWeights:
 
     spec: MoeSpec
     products: tuple[ProductWeights, ...]
+    clamped: bool = False
+    """SwiGLU as gpt-oss has it, see `reference.activate`."""
 
     @property
     def epilogues(self) -> tuple[str, ...]:
         """Return the epilogue of each product."""
-        return EPILOGUES[self.spec.kind]
+        return ("swiglu_clamped", "none") if self.clamped else EPILOGUES[self.spec.kind]
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +68,12 @@ class ExpertWeights:
 
     @classmethod
     def stacked(
-        cls, spec: MoeSpec, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None
+        cls,
+        spec: MoeSpec,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None] | None = None,
+        *,
+        clamped: bool = False,
     ) -> "ExpertWeights":
         """Use one [E, n_dim, k_dim] tensor per product, and one [E, n_dim] per bias, in place."""
         shapes = [(spec.num_experts, p.n_dim, p.k_dim) for p in spec.products(spec.d_ff_of(0))]
@@ -79,7 +86,9 @@ class ExpertWeights:
             ProductWeights(weight=w, bias=b, k_dim=k, n_dim=n)
             for w, b, (_, n, k) in zip(weights, biases, shapes, strict=True)
         )
-        return cls(spec=spec, products=products)
+        if clamped and spec.kind != "swiglu":
+            raise ValueError(f"model {spec.name!r}: experts of kind {spec.kind} have no gate to clamp; leave it out")
+        return cls(spec=spec, products=products, clamped=clamped)
 
     @classmethod
     def packed(

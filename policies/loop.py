@@ -123,6 +123,71 @@ class _Decisions:
         return plan
 
 
+class Loop:
+    """A policy and a backend, step by step: for whoever cannot give all steps at once.
+
+    A plan that takes effect later (delay_steps >= 1) is decided after its step has been submitted, so that the device
+    works while the host decides; one that takes effect at once is decided before.
+    """
+
+    def __init__(
+        self,
+        policy: Policy[Any],
+        backend: Backend,
+        setup: Setup,
+        *,
+        on_record: Callable[[StepRecord], None],
+        on_decision: Callable[[Observation, Plan], None] | None = None,
+        on_policy_error: OnPolicyError = "raise",
+        limit: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Start the policy and open the backend.
+
+        Raises:
+            PolicyError: the policy raised or declares layouts that the device cannot hold.
+            ValueError: the policy foresees and the backend offers no foresight.
+        """
+        if policy.foresees and not backend.foresight:
+            raise ValueError(f"{type(policy).__name__} foresees the coming step, which only the simulator can offer")
+        setup = deployable_control(policy, setup)
+        self.num_steps = 0
+        self._control, self._backend, self._on_record = setup.control, backend, on_record
+        self._decisions = _Decisions(policy, backend, setup, on_decision, on_policy_error, limit)
+        with _blaming(policy, "starts"):
+            self._decisions.state = policy.init(setup)
+        backend.open(setup, declared_layouts(policy, setup))
+
+    @property
+    def policy_errors(self) -> int:
+        """Decisions replaced by the unsliced plan."""
+        return self._decisions.errors
+
+    @property
+    def late_plans(self) -> int:
+        """Decisions that took too long: the plan before was kept."""
+        return self._decisions.late
+
+    def submit(self, step: RoutedStep) -> None:
+        """Run one step and decide where a decision is due.
+
+        Raises:
+            PolicyError: the policy raised or returned an invalid plan, and `on_policy_error` is "raise".
+        """
+        due = self.num_steps % self._control.every_steps == 0
+        if due and self._control.delay_steps == 0:
+            self._decisions.decide(step)
+        self._backend.submit(step)
+        if due and self._control.delay_steps > 0:
+            self._decisions.decide(step)
+        self.num_steps += 1
+        self.drain()
+
+    def drain(self, *, wait: bool = False) -> None:
+        """Hand over the records of finished steps; of all steps when `wait`."""
+        for record in self._backend.drain(wait=wait):
+            self._on_record(record)
+
+
 def drive(
     policy: Policy[Any],
     backend: Backend,
@@ -138,37 +203,25 @@ def drive(
 
     A decision runs inside `limit()`; where that raises TimeoutError the policy's last plan and state are kept.
 
-    A plan that takes effect later (delay_steps >= 1) is decided after its step has been submitted, so that the device
-    works while the host decides; one that takes effect at once is decided before.
-
     Raises:
         PolicyError: the policy raised or returned an invalid plan, and `on_policy_error` is "raise".
         ValueError: the policy foresees and the backend offers no foresight.
     """
-    if policy.foresees and not backend.foresight:
-        raise ValueError(f"{type(policy).__name__} foresees the coming step, which only the simulator can offer")
-    setup = deployable_control(policy, setup)
-    control = setup.control
-    decisions = _Decisions(policy, backend, setup, on_decision, on_policy_error, limit)
-    with _blaming(policy, "starts"):
-        decisions.state = policy.init(setup)
-    backend.open(setup, declared_layouts(policy, setup))
-    num_steps = 0
+    loop = Loop(
+        policy,
+        backend,
+        setup,
+        on_record=on_record,
+        on_decision=on_decision,
+        on_policy_error=on_policy_error,
+        limit=limit,
+    )
     try:
         for step in steps:
-            due = num_steps % control.every_steps == 0
-            if due and control.delay_steps == 0:
-                decisions.decide(step)
-            backend.submit(step)
-            if due and control.delay_steps > 0:
-                decisions.decide(step)
-            num_steps += 1
-            for record in backend.drain():
-                on_record(record)
-        for record in backend.drain(wait=True):
-            on_record(record)
+            loop.submit(step)
+        loop.drain(wait=True)
     finally:
         energy = backend.close()
     return DriveResult(
-        num_steps=num_steps, energy=tuple(energy), policy_errors=decisions.errors, late_plans=decisions.late
+        num_steps=loop.num_steps, energy=tuple(energy), policy_errors=loop.policy_errors, late_plans=loop.late_plans
     )

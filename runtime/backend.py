@@ -17,7 +17,7 @@ import numpy as np
 from ..policies.contract import EnergyWindow, Observation, Plan, Setup, SliceLayout, StepRecord
 from ..policies.control import ControlState
 from ..policies.layouts import fallback_plan
-from ..policies.needs import Needs, StepNeeds
+from ..policies.needs import Needs
 from ..traces.schema import I32, I64, RoutedStep
 
 MOST_AHEAD = 64
@@ -95,11 +95,9 @@ class Executor(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Running:
-    step: int
+    step: RoutedStep
     plan_id: str
     bucket: int
-    num_tokens: int
-    needs: StepNeeds
     launched: Launched
     control_stall_ns: int
     fallback: str | None
@@ -142,7 +140,7 @@ class RuntimeBackend:
             now_ns=self.executor.now_ns(),
             newest=self._newest,
             power_w=self.executor.power_w(),
-            queued_tokens=sum(one.num_tokens for one in self._running),
+            queued_tokens=sum(one.step.num_tokens for one in self._running),
         )
 
     def _check_counts(self, index: int) -> None:
@@ -184,11 +182,9 @@ class RuntimeBackend:
             launched = self.executor.launch(step, plan, bucket)
         self._running.append(
             _Running(
-                step=step.step,
+                step=step,
                 plan_id=plan.plan_id,
                 bucket=bucket,
-                num_tokens=step.num_tokens,
-                needs=self._needs.of(step),
                 launched=launched,
                 control_stall_ns=self._stall_ns,
                 fallback=fallback,
@@ -206,8 +202,10 @@ class RuntimeBackend:
     def _collect(self, wait_for: int) -> None:
         for done in self.executor.finished(wait_for=wait_for):
             run = self._running.popleft()
+            # Not before: a step of a model that generates has counts only once it has run.
+            needs = self._needs.of(run.step)
             self._newest = StepRecord(
-                step=run.step,
+                step=run.step.step,
                 plan_id=run.plan_id,
                 bucket=run.bucket,
                 submit_ns=run.launched.submit_ns,
@@ -218,8 +216,8 @@ class RuntimeBackend:
                 reconfigure_ns=run.launched.reconfigure_ns,
                 capture_ns=run.launched.capture_ns,
                 control_stall_ns=run.control_stall_ns,
-                hbm_bytes=run.needs.hbm_bytes,
-                flops=run.needs.flops,
+                hbm_bytes=needs.hbm_bytes,
+                flops=needs.flops,
                 fallback=run.fallback,
             )
             self._finished.append(self._newest)

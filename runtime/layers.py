@@ -78,14 +78,19 @@ def run_layer(
     launch: LayerLaunch,
     lanes: Lanes,
     *,
+    bias_E: "Tensor | None" = None,
     num_tokens: "Tensor | None" = None,
+    weights_TK: "Tensor | None" = None,
+    out_TD: "Tensor | None" = None,
 ) -> "Tensor":
-    """Return the layer's output [T, D], in the workspace, with each slice on a lane of its own.
+    """Return the layer's output [T, D], in `out_TD` or else in the workspace, with each slice on a lane of its own.
 
-    The bits are those of `kernels.layer.moe_layer`.
+    The bits are those of `kernels.layer.moe_layer`. `weights_TK` take the place of the router's.
     """
-    out_TD = ws.out_TD[: x_TD.shape[0]]
-    route(logits_TE, router, launch, ws, num_tokens=num_tokens)
+    out_TD = ws.out_TD[: x_TD.shape[0]] if out_TD is None else out_TD
+    route(logits_TE, router, launch, ws, bias_E=bias_E, num_tokens=num_tokens)
+    if weights_TK is not None:
+        ws.weights_TK[: x_TD.shape[0]].copy_(weights_TK)
     rows = gather(x_TD, ws) if launch.gathered else x_TD
     slices = range(len(launch.slices))
     if launch.steal:

@@ -8,6 +8,7 @@ import ctypes
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def cuda_is_there() -> bool:

@@ -9,7 +9,17 @@ from pathlib import Path
 BARRED = ("torch", "triton", "pynvml", "cuda")
 FREE = ("traces", "policies", "sim", "experiments")
 ALLOWED_TO_NEED_TORCH = tuple(
-    f"expertslice.experiments.{name}" for name in ("own_model", "compile_tiles", "bench_routing", "tune", "tune_shape")
+    f"expertslice.experiments.{name}"
+    for name in (
+        "own_model",
+        "compile_tiles",
+        "bench_routing",
+        "tune",
+        "tune_shape",
+        "record_program",
+        "bench_generate",
+        "record_library",
+    )
 )
 
 

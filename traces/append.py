@@ -78,21 +78,21 @@ class TraceAppender:
             self._parts += 1
             self._pending = []
 
-    def close(self) -> None:
-        """Write the trace and remove the parts; a recording without steps leaves nothing."""
+    def close(self, *, notes: str | None = None) -> None:
+        """Write the trace, with what there is to say about it, and remove the parts; without steps nothing is left."""
         if self._lock.closed:
             return
         self.flush()
         if self._parts:
-            _merge(self._folder, self.path, notes=None)
+            _merge(self._folder, self.path, notes=notes)
         shutil.rmtree(self._folder)
         self._lock.close()
 
     def __enter__(self) -> "TraceAppender":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(notes=f"partial: the run broke off ({kind.__name__})" if kind else None)
 
 
 def recover(path: str | Path) -> None:

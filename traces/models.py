@@ -18,6 +18,8 @@ from .schema import Dtype, MoeSpec, nearest
 
 Config = dict[str, Any]
 
+CONFIG_SUFFIX = ".config.json"
+"""Of the file beside a recorded trace that holds its model's config, in place of the trace's own suffix."""
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config", "attn_config")
 NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "moe_num_experts", "num_moe_experts", "num_experts")
 TOP_K = (
@@ -51,6 +53,18 @@ def model_names() -> tuple[str, ...]:
 @cache
 def _presets() -> dict[str, dict[str, Any]]:
     return tomllib.loads(Path(__file__).with_name("models.toml").read_text(encoding="utf-8"))
+
+
+def preset_config(name: str) -> Config:
+    """Return the keys of a preset's published config.json.
+
+    Raises:
+        ValueError: there is no preset of that name with a config.
+    """
+    configs = {key: preset["config"] for key, preset in _presets().items() if "config" in preset}
+    if name not in configs:
+        raise ValueError(nearest("model", name, configs))
+    return dict(configs[name])
 
 
 def load_model(name_or_path: str) -> MoeSpec:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor, nn
 
+from ...traces.schema import MoeSpec
+
 BOS = 256
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -111,6 +113,9 @@ class Moe(nn.Module):
         super().__init__()
         E, D, ffn = cfg.num_experts, cfg.d_model, cfg.d_ff
         self.top_k = cfg.top_k
+        self.spec = MoeSpec(name="ours", num_layers=1, num_experts=E, top_k=cfg.top_k, d_model=D, d_ff=(ffn,))
+        self.on_ids: Callable[[Tensor], None] | None = None
+        """Is told which experts each token chose: how a recorder listens."""
         self.norm = Norm(D)
         self.router = nn.Parameter(torch.randn(E, D) * cfg.init_std)
         self.gate_up = nn.Parameter(torch.randn(E, 2 * ffn, D) * cfg.init_std)
@@ -130,6 +135,8 @@ class Moe(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
         h_TD = self.norm(x_TD)
         routing, order_R = self.route(h_TD)
+        if self.on_ids is not None:
+            self.on_ids(routing.ids_TK)
         rows_RD = h_TD[:, None].expand(-1, self.top_k, -1).flatten(0, 1).index_select(0, order_R)
         gate_RF, up_RF = grouped_product(rows_RD, self.gate_up, routing.ends_E).chunk(2, -1)
         weight_R = routing.gates_TK.flatten().gather(0, order_R).to(x_TD.dtype)

@@ -249,3 +249,33 @@ def gradients(x_RD, w_EFD, ends_E, seed_RF):
     x_RD, w_EFD = x_RD.requires_grad_(), w_EFD.requires_grad_()
     y_RF = grouped_product(x_RD, w_EFD, ends_E)
     return (y_RF, *torch.autograd.grad(y_RF, (x_RD, w_EFD), seed_RF))
+
+
+@pytest.mark.slow
+def test_the_library_is_recorded_with_manifests(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    import sys
+    import tarfile
+
+    from expertslice.experiments import record_library
+
+    text = tmp_path / "a.txt"
+    text.write_bytes(bytes(np.random.default_rng(0).integers(32, 127, 600_000, dtype=np.uint8)))
+    with tarfile.open(tmp_path / "c.tar", "w") as archive:
+        for name in ("a.txt", "b.txt"):
+            archive.add(text, name)
+    monkeypatch.setattr(record_library, "RANDOM", {"olmoe-1b-7b": 1})
+    command = ["x", "--corpus", tmp_path / "c.tar", "--out", tmp_path / "out", "--small"]
+    monkeypatch.setattr(sys, "argv", [str(one) for one in command])
+    record_library.main()
+    names = sorted(path.stem for path in (tmp_path / "out").glob("*.parquet"))
+    assert names == ["olmoe-1b-7b-random", "ours-batch2", "ours-batch4", "ours-training"]
+    for name in names:
+        facts = json.loads((tmp_path / "out" / f"{name}.manifest.json").read_text())
+        trace = open_trace(tmp_path / "out" / f"{name}.parquet")
+        assert (facts["num_tokens"], facts["num_steps"]) == (trace.num_tokens, trace.num_steps)
+        assert facts["what"]
+    assert "random weights" in open_trace(tmp_path / "out" / "olmoe-1b-7b-random.parquet").provenance.model
+    training = open_trace(tmp_path / "out" / "ours-training.parquet")
+    assert training.segments == ("step 0", "step 10")
+    assert training.domains == ("a", "b")

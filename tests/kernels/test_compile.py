@@ -52,7 +52,10 @@ def test_tiles_of_launches_compile_without_spilling():
     chosen = [asdict(spec) for by_height in TILES.values() for spec, _ in by_height]
     fields = [{name: one[name] for name in FIELDS} for one in chosen]
     hopper = [one | {"descriptors": True, "flatten": True} for one in fields if one["block_m"] >= 64]
-    check([[one, 90, "bf16", role] for one in (*fields, *hopper) for role in (UP, DOWN)], {90: 0})
+    clamped = [
+        [one, 90, "bf16", UP | {"EPILOGUE": "swiglu_clamped", "HAS_BIAS": True}] for one in (fields[0], hopper[0])
+    ]
+    check([[one, 90, "bf16", role] for one in (*fields, *hopper) for role in (UP, DOWN)] + clamped, {90: 0})
 
 
 def test_pingpong_tiles_compile_without_spilling():

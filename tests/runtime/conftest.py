@@ -163,3 +163,34 @@ def errors():
         "unknown": FunctionNotFoundError,
         "other": FakeError,
     }
+
+
+GROUPS = {"n_group": 2, "topk_group": 1, "n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 24}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+DENSE_FIRST = {"first_k_dense_replace": 1, "intermediate_size": 48, "num_hidden_layers": 3}
+FAMILIES = {
+    "Mixtral": {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "head_dim": 16},
+    "Olmoe": {"intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    "DeepseekV3": {**GROUPS, **LATENT, **DENSE_FIRST, "num_experts_per_tok": 3},
+    "GptOss": {"intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+}
+
+
+@pytest.fixture
+def tiny_model():
+    """Return the maker of a family's model, random weights large enough that experts matter."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+
+    def build(family, dtype=torch.float32, **changes):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        options = {**sizes, "num_key_value_heads": 2, "eos_token_id": None, **FAMILIES[family], **changes}
+        model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**options))
+        model.set_experts_implementation("eager")
+        for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+            if weight.dim() > 1 or name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(weight, std=0.3)
+        return model.eval().to(dtype).requires_grad_(False)
+
+    return build

@@ -1,0 +1,297 @@
+"""Records how a model routes while it runs: Hugging Face models and our own layers, to a trace that survives a crash.
+
+Hooks keep what the routers chose on the model's device: tensors as they are, or in a graph's capture a ring that each
+replay fills. Every so often they come to the host and to disk. What fails in here stops the recording, never the
+model: one warning, and everything flushed stays.
+
+Shape letters: T tokens of a pass, L MoE layers, K top-k.
+"""
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..traces.append import TraceAppender
+from ..traces.check import TraceError
+from ..traces.models import CONFIG_SUFFIX
+from ..traces.store import PARTS
+from ..traces.trace import UNKNOWN
+from .hf import experts_of
+from .marks import Marks
+from .recorded import Names, RecordedPass, chosen_of, config_of, ids_of, is_ours, name_of, provenance_of, trace_of
+from .ring import IdRing
+from .rows import PassRows, SequenceRows
+
+NOBODY_SAID = "requests and positions are not known: each pass stands as one request"
+TIMES_SAID = "times are of the model as it ran, launches included"
+
+
+class Recorder:
+    """Records one model's passes to `path`; use as a context manager, and `attach` the model inside it."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        times: bool = False,
+        flush_s: float = 5.0,
+        ring_rows: int = 16384,
+    ) -> None:
+        """Take the path.
+
+        Args:
+            path: of the trace; nothing may stand there.
+            name: of the model; default: what its config says.
+            times: measure experts and what lies between them, layer by layer, with events. Not in graph replay.
+            flush_s: a crash costs passes of so many seconds, or of half a ring.
+            ring_rows: tokens that the ring on the device holds, twice those of the largest captured pass or more.
+
+        Raises:
+            TraceError: something stands at the path, or another recorder is at work.
+        """
+        self.domain: str | None = None
+        """Of the requests in the passes to come; names are remembered as they come."""
+        self.segment = "all"
+        """Likewise, of the passes: a checkpoint, a run."""
+        self.failure: str | None = None
+        """Why the recording stopped, or None."""
+        self._appender = TraceAppender(path)
+        self._name, self._times, self._flush_s, self._ring_rows = name, times, flush_s, ring_rows
+        self._names = Names()
+        self._handles: list[Any] = []
+        self._passes: list[RecordedPass] = []
+        self._chosen_L: list[tuple[Tensor, Tensor | None] | None] = []
+        self._notes: dict[str, None] = {}
+        self._rows: PassRows | None = None
+        self._sequences = SequenceRows()
+        self._model: nn.Module | None = None
+        self._ring: IdRing | None = None
+        self._told_config = False
+        self._pending = self._next_request = 0
+        self._zero_ns = self._flushed_ns = time.perf_counter_ns()
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self._name or name_of(self._model)
+
+    @property
+    def num_steps(self) -> int:
+        """Passes that came to the host."""
+        return self._appender.num_steps
+
+    def attach(self, model: nn.Module) -> None:
+        """Record the passes of a model from now on.
+
+        Raises:
+            ValueError: it has no experts, experts on several devices, or another model is attached.
+        """
+        if self._model is not None:
+            raise ValueError("a recorder takes one model; make another recorder for the next")
+        self._layers: list[Any] = [m for m in model.modules() if is_ours(m)] or experts_of(model)
+        self._device, self._model = next(self._layers[0].parameters()).device, model
+        self._marks = None
+        for layer, module in enumerate(self._layers):
+            if is_ours(module):
+                module.on_ids = partial(self._own_layer, layer)
+            else:
+                self._handles.append(
+                    module.register_forward_pre_hook(partial(self._guarded, self._layer, layer), with_kwargs=True)
+                )
+            if self._times:
+                self._handles.append(module.register_forward_pre_hook(partial(self._mark, 2 * layer)))
+                self._handles.append(module.register_forward_hook(partial(self._mark, 2 * layer + 1)))
+        self._handles.append(model.register_forward_pre_hook(self._called, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(self._end))
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Generator[None]:
+        """Record the passes of a model while the context lasts; it may be attached again."""
+        self._model = None
+        self.attach(model)
+        try:
+            yield
+        finally:
+            self._detach()
+
+    def describe(self, rows: PassRows) -> None:
+        """Say which request and position each row of the next pass is."""
+        self._rows = rows
+
+    def replayed(self, rows: PassRows) -> None:
+        """Take note of one pass that a replayed graph ran: hooks do not fire there, and its ids are in the ring."""
+        self._guarded(self._counted, rows, time.perf_counter_ns(), None)
+
+    @contextmanager
+    def step(self, rows: PassRows) -> Generator[None]:
+        """Record what runs inside as one pass of these rows: for models whose layers are called one by one."""
+        self._begin(rows)
+        yield
+        self._end()
+
+    def _called(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        rows = self._rows
+        if rows is None and not self._captures():
+            rows = self._sequences.of(args, kwargs)
+        self._begin(rows)
+
+    def _begin(self, rows: PassRows | None) -> None:
+        self._chosen_L = [None] * len(self._layers)
+        self._start_ns = time.perf_counter_ns()
+        self._marks = Marks(self._device, len(self._layers)) if self._times and not self._captures() else None
+        self._given, self._rows = rows, None
+
+    def _mark(self, place: int, *_: object) -> None:
+        if self._marks is not None:
+            self._marks.mark(place)
+
+    def _layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        ids, weights = [*args, *kwargs.values()][1:3]
+        if getattr(ids, "ndim", 0) != 2 or ids.shape != getattr(weights, "shape", None):
+            raise TraceError(
+                f"{type(module).__name__} is not called with expert ids [tokens, k]; it cannot be recorded"
+            )
+        self._chosen_L[layer] = ids, weights
+
+    def _own_layer(self, layer: int, ids_TK: Tensor) -> None:
+        # The next layer writes its ids there.
+        self._chosen_L[layer] = ids_TK.clone(), None
+
+    def _captures(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _end(self, *_: object) -> None:
+        self._guarded(self._take)
+
+    def _guarded(self, act: Callable[..., None], *args: Any) -> None:
+        """Do something; where it fails the recording stops, and the model goes on."""
+        if self.failure is not None:
+            return
+        try:
+            act(*args)
+        except (TraceError, OSError) as error:
+            self.stop(str(error))
+
+    def stop(self, why: str) -> None:
+        """Stop recording with a warning; the model goes on."""
+        self.failure = why
+        self._detach()
+        warnings.warn(f"recording stopped after {self.num_steps} steps: {why}", stacklevel=4)
+
+    def _take(self) -> None:
+        """Keep what a pass chose."""
+        missing = [layer for layer, chosen in enumerate(self._chosen_L) if chosen is None]
+        if missing:
+            raise TraceError(f"layers {missing} did not run in a pass; record a model that runs all its MoE layers")
+        chosen_L = [chosen for chosen in self._chosen_L if chosen is not None]
+        num_tokens, top_k = chosen_L[0][0].shape
+        if self._captures():
+            self._put(chosen_L, num_tokens)
+            return
+        if self._ring is None:
+            self._ring = IdRing(len(chosen_L), top_k, num_rows=self._ring_rows, device=self._device)
+        rows = self._given
+        if rows is None or len(rows.keep_T) != num_tokens:
+            self._notes[NOBODY_SAID] = None
+            rows = PassRows.of_one_request(self._next_request, num_tokens)
+            self._next_request += 1
+        self._counted(rows, self._start_ns, chosen_L)
+
+    def _put(self, chosen_L: list[tuple[Tensor, Tensor | None]], num_tokens: int) -> None:
+        """Let each replay put what it chooses into the ring."""
+        if self._ring is None:
+            raise TraceError("the first pass of a recording is captured in a graph; run one before capturing")
+        if 2 * num_tokens > self._ring.num_rows:
+            raise TraceError(
+                f"a captured pass of {num_tokens} tokens; the ring holds {self._ring.num_rows}, give ring_rows of at "
+                "least twice the pass"
+            )
+        self._ring.put(chosen_of([chosen_L]))
+
+    def _counted(self, rows: PassRows, start_ns: int, chosen_L: list[tuple[Tensor, Tensor | None]] | None) -> None:
+        """Take note of a pass; of a replay, whose ids are in the ring, without them."""
+        self._passes.append(
+            RecordedPass(
+                rows=rows,
+                start_ns=start_ns - self._zero_ns,
+                chosen_L=chosen_L,
+                marks=self._marks,
+                domain=UNKNOWN if self.domain is None else self._names.domain(self.domain),
+                segment=self._names.segment(self.segment),
+            )
+        )
+        self._marks = None
+        self._pending += len(rows.keep_T)
+        late = time.perf_counter_ns() - self._flushed_ns > self._flush_s * 1e9
+        if late or self._pending > self._ring_rows // 2:
+            self._drain()
+        if late:
+            self._appender.flush()
+            self._flushed_ns = time.perf_counter_ns()
+
+    def _drain(self) -> None:
+        """Bring to the host what passes have chosen."""
+        if not self._passes:
+            return
+        passes, self._passes, self._pending = self._passes, [], 0
+        notes = (*self._notes, *([TIMES_SAID] if self._times else []))
+        num_experts = self._layers[0].spec.num_experts if is_ours(self._layers[0]) else self._layers[0].num_experts
+        trace = trace_of(
+            passes,
+            ids_of(passes, self._ring),
+            num_experts=num_experts,
+            names=self._names,
+            provenance=provenance_of(self.model, self._device, notes),
+            times=self._times,
+        )
+        self._appender.append(trace)
+        if not self._told_config:
+            self._told_config = True
+            self._write_config()
+
+    def _write_config(self) -> None:
+        """Write the model's config beside the trace."""
+        if config := config_of(self._model, self._layers):
+            text = json.dumps(config, indent=1, default=str)
+            self._appender.path.with_suffix(CONFIG_SUFFIX).write_text(text + "\n", encoding="utf-8")
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in getattr(self, "_layers", ()):
+            if is_ours(module):
+                module.on_ids = None
+
+    def close(self, *, notes: str | None = None) -> None:
+        """Write the trace.
+
+        Raises:
+            TraceError: the recording had stopped, or cannot be written; what was flushed is kept.
+        """
+        self._detach()
+        if self.failure is None:
+            self._drain()
+            self._appender.close(notes=notes)
+            return
+        kept = self._appender.path
+        try:
+            self._appender.close(notes=f"partial: {self.failure}")
+        except TraceError:
+            kept = f"{kept}{PARTS}"
+        raise TraceError(f"recording stopped: {self.failure}{f'; {kept} keeps the rest' if self.num_steps else ''}")
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(notes=f"partial: the run broke off ({kind.__name__})" if kind else None)
