@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..traces.schema import F64, I32
-from .candidates import layouts_of, sharing_plans, splitting_plans
+from .candidates import helping_plans, layouts_of, splitting_plans
 from .choice import Choice, choose, is_due, sampled_steps
 from .contract import Observation, Plan, Setup, SliceLayout
 from .layouts import switch_ns
@@ -226,5 +226,4 @@ def _plans(setup: Setup) -> tuple[Plan, ...]:
     """Return the plans to try beside the control: other tiles, and hot beside cold; none without a belief."""
     if setup.belief is None:
         return ()
-    sharing = tuple(replace(plan, steal=True) for plan in sharing_plans(setup))
-    return (*CONTROL.init(setup).plans, *sharing, *splitting_plans(setup))
+    return CONTROL.init(setup).plans + helping_plans(setup) + splitting_plans(setup)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..traces.schema import F64, I32, Ints
-from .candidates import layouts_of, sharing_plans, unsliced_plans
+from .candidates import helping_plans, layouts_of, unsliced_plans
 from .choice import Choice, choose, is_due
 from .contract import Observation, Plan, Setup, SliceLayout
 from .predictor import Predictor, untrained
@@ -69,7 +69,7 @@ class Predictive:
 def _plans(setup: Setup) -> tuple[tuple[Plan, ...], tuple[Plan, ...]]:
     if setup.belief is None:
         return unsliced_plans(setup)[:1], ()
-    return unsliced_plans(setup), tuple(replace(plan, steal=True) for plan in sharing_plans(setup))
+    return unsliced_plans(setup), helping_plans(setup)
 
 
 def drawn_counts(load_LE: F64, rows_L: Ints, seed: tuple[int, ...]) -> I32:
