@@ -5,7 +5,7 @@ Shape letters: L MoE layers, E experts, S slices, N steps.
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -178,6 +178,7 @@ def simulate(
     *,
     draw: int | None = None,
     records: Path | None = None,
+    on_decision: Callable[[Observation, Plan], None] | None = None,
 ) -> Outcome:
     """Drive one policy over steps and return its sums.
 
@@ -193,8 +194,13 @@ def simulate(
             write(record)
 
         work = collector.watch(_with_other_work(steps, world.model))
-        on_decision = collector.on_decision
-        result = drive(policy, SimBackend(truth), work, setup, on_record=on_record, on_decision=on_decision)
+
+        def decided(obs: Observation, plan: Plan) -> None:
+            collector.on_decision(obs, plan)
+            if on_decision is not None:
+                on_decision(obs, plan)
+
+        result = drive(policy, SimBackend(truth), work, setup, on_record=on_record, on_decision=decided)
     collector.outcome.energy = result.energy
     return collector.outcome
 
