@@ -21,6 +21,8 @@ LEVEL = 0.95
 NUM_DRAWS = 2000
 CHUNK_BLOCKS = 100_000
 """Blocks drawn at once: memory does not grow with the number of draws times the number of steps."""
+DIFFERENT_P = 0.02
+"""Independent means are called different below this: stricter than `LEVEL`, so that it holds for those who test often."""
 EXACT_PERCENT = 1e-9
 """Differences below this are rounding, not effects."""
 

@@ -33,16 +33,17 @@ def sampled_steps(counts_HLE: I32, num_samples: int) -> list[I32]:
 def plan_costs_ns(setup: Setup, plans: Sequence[Plan], counts_LE: I32) -> F64:
     """Return what the belief says each plan takes for one step; infinity for a plan that leaves a slice without work.
 
-    A plan with fewer slices does the same. Plans of one layout that place the step's experts alike are priced once.
+    A plan with fewer slices does the same, unless idle slices help the others. Plans of one layout that place the
+    step's experts alike are priced once.
     """
     assert setup.belief is not None
     costs: list[float] = []
-    priced: dict[tuple[SliceLayout, bytes], float] = {}
+    priced: dict[tuple[SliceLayout, bool, bytes], float] = {}
     for plan in plans:
         ids_LE = plan.placement.owner_LE(counts_LE)
-        key = (plan.layout, ids_LE.tobytes())
+        key = (plan.layout, plan.steal, ids_LE.tobytes())
         if key not in priced:
-            busy = np.bincount(ids_LE.ravel(), counts_LE.ravel(), plan.layout.num_slices).all()
+            busy = plan.steal or np.bincount(ids_LE.ravel(), counts_LE.ravel(), plan.layout.num_slices).all()
             priced[key] = float(setup.belief.step_ns(plan, counts_LE)) if busy else float("inf")
         costs.append(priced[key])
     return np.asarray(costs)

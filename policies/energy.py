@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..traces.schema import F64, I32
-from .candidates import sharing_plans, splitting_plans, unsliced_plans
+from .candidates import helping_plans, unsliced_plans
 from .choice import Choice, Chooser, plan_costs_ns
 from .contract import DeviceSpec, Plan, Setup
 
@@ -26,7 +26,7 @@ def energy_rates(device: DeviceSpec) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Energy(Chooser):
-    """Chooses among unsliced, shared and split plans; without a belief the default unsliced one."""
+    """Chooses among unsliced plans and slices that help each other; without a belief the default unsliced one."""
 
     stickiness: float = 0.0005
     """Times differ more than joules do: what the arithmetic and the bytes need is much the same."""
@@ -36,7 +36,7 @@ class Energy(Chooser):
     def init(self, setup: Setup) -> Choice:
         if setup.belief is None:
             return Choice(setup=setup, plans=unsliced_plans(setup)[:1])
-        return Choice(setup=setup, plans=unsliced_plans(setup) + sharing_plans(setup) + splitting_plans(setup))
+        return Choice(setup=setup, plans=unsliced_plans(setup) + helping_plans(setup))
 
     def costs(self, setup: Setup, plans: Sequence[Plan], counts_LE: I32) -> F64:
         """Return joules; infinity for a plan that is too slow. What the arithmetic needs is the same for all."""

@@ -142,6 +142,6 @@ def test_the_same_policy_is_rarely_called_different_and_one_slower_by_2_percent_
         means.append(simulate(Unsliced(), source.steps(), case.world).times().mean())
     rng, means_R = np.random.default_rng(0), np.array(means)
     drawn = [rng.permutation(means_R)[:32].reshape(2, 16) for _ in range(100)]
-    false = sum(paired.p_of_difference(one_C, other_C) < 0.05 for one_C, other_C in drawn)
-    found = sum(paired.p_of_difference(one_C, 1.02 * other_C) < 0.05 for one_C, other_C in drawn)
+    false = sum(paired.p_of_difference(one_C, other_C) < paired.DIFFERENT_P for one_C, other_C in drawn)
+    found = sum(paired.p_of_difference(one_C, 1.02 * other_C) < paired.DIFFERENT_P for one_C, other_C in drawn)
     assert (false <= 5, found >= 80) == (True, True), (false, found)
