@@ -22,7 +22,7 @@ NUM_DRAWS = 2000
 CHUNK_BLOCKS = 100_000
 """Blocks drawn at once: memory does not grow with the number of draws times the number of steps."""
 DIFFERENT_P = 0.02
-"""Independent means are called different below this: stricter than `LEVEL`, so that it holds for those who test often."""
+"""Independent means are called different below this: stricter than `LEVEL`, which errs in 5 of 100 by its nature."""
 EXACT_PERCENT = 1e-9
 """Differences below this are rounding, not effects."""
 

@@ -44,8 +44,8 @@ class Predictor:
         gram_FF, moment_F = self.gram_FF, self.moment_F
         if len(share_HLE) > self.horizon + 1:
             simple_FLE = self._simple(share_HLE[: -self.horizon])
-            gram_FF = FADE * gram_FF + np.einsum("fle,gle->fg", simple_FLE, simple_FLE)
-            moment_F = FADE * moment_F + np.einsum("fle,le->f", simple_FLE, share_HLE[-1])
+            gram_FF = FADE * gram_FF + np.einsum("fij,gij->fg", simple_FLE, simple_FLE)
+            moment_F = FADE * moment_F + np.einsum("fij,ij->f", simple_FLE, share_HLE[-1])
         popular_LE, seen = FADE * self.popular_LE + share_HLE[-1], FADE * self.seen + 1.0
         return replace(self, popular_LE=popular_LE, seen=seen, gram_FF=gram_FF, moment_F=moment_F)
 
@@ -56,7 +56,7 @@ class Predictor:
         weight_F = np.linalg.solve(
             self.gram_FF + pull * np.eye(NUM_SIMPLE), self.moment_F + pull * np.full(NUM_SIMPLE, 1.0 / NUM_SIMPLE)
         )
-        share_LE = np.maximum(np.einsum("f,fle->le", weight_F, simple_FLE), 0.0)
+        share_LE = np.maximum(np.einsum("f,fij->ij", weight_F, simple_FLE), 0.0)
         return share_LE / np.maximum(share_LE.sum(axis=1, keepdims=True), 1e-12)
 
     def _simple(self, share_HLE: F64) -> F64:
@@ -75,7 +75,7 @@ class Predictor:
         beside_HL[:, 1:] += distance_HL[:, :-1]
         beside_HL[:, :-1] += distance_HL[:, 1:]
         near_HL = np.exp(-(beside_HL - beside_HL.min(axis=0)) / 0.1)
-        return np.einsum("hl,hle->le", near_HL / near_HL.sum(axis=0), after_HLE)
+        return np.einsum("hi,hij->ij", near_HL / near_HL.sum(axis=0), after_HLE)
 
 
 def shares(counts_HLE: Ints) -> F64:

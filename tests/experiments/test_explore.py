@@ -1,6 +1,7 @@
 """Judging on unseen requests, measuring predictions, searching parameters, explaining decisions."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,6 +15,8 @@ from expertslice.experiments.halves import halves
 from expertslice.experiments.search import separated, space_of
 from expertslice.experiments.simulate import simulate
 from expertslice.experiments.workload import rebatched
+from expertslice.policies.data import load_device
+from expertslice.policies.registry import make_policy
 from expertslice.policies.unsliced import Unsliced
 from expertslice.traces.store import open_trace
 
@@ -44,6 +47,16 @@ def test_a_wrong_belief_is_told(expertslice, trace_path, config_path):
     code, out, err = expertslice(*given, "--belief", "a100-sxm4-80gb", "--policy", "planner", "--perturbed")
     assert code == 0, err
     assert "the belief disagrees with what was observed" in out
+
+
+@pytest.mark.parametrize("believed", [None, "a100-sxm4-80gb"])
+@pytest.mark.parametrize("name", ["planner", "predictive", "hot_cold"])
+def test_guarded_policies_lose_little_whatever_they_believe(write_batches, tmp_path, config_path, name, believed):
+    write_batches(tmp_path / "t.parquet", 160)
+    case = prepare(Options(trace=str(tmp_path / "t.parquet"), model=str(config_path), policies=("unsliced",)))
+    world = replace(case.world, believed=load_device(believed) if believed else None)
+    times = [simulate(make_policy(n), case.source.steps(), world).times().mean() for n in ("unsliced", name)]
+    assert times[1] <= 1.02 * times[0]
 
 
 def test_forecasts_are_rows_with_a_manifest(expertslice, trace_path, config_path, tmp_path):
