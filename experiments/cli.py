@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import cli_bench, cli_gpu, cli_lists, cli_mig, cli_record, cli_trace, sweep_cli
+from . import cli_bench, cli_gpu, cli_lists, cli_mig, cli_record, cli_trace, explore_cli, sweep_cli
 from .cli_lists import AsJson, print_json
 from .errors import EXIT_INTERRUPT, EXIT_USER, StoppedError, sentence_of
 
@@ -84,6 +84,8 @@ app.command(name="mig")(cli_mig.mig)
 app.command(name="tune")(cli_gpu.tune)
 app.command(name="bench")(cli_bench.bench)
 app.command(name="sweep")(sweep_cli.sweep)
+for command in (explore_cli.judge, explore_cli.forecast, explore_cli.search, explore_cli.explain):
+    app.command()(command)
 app.command(name="devices")(cli_lists.devices)
 app.command(name="models")(cli_lists.models)
 app.command(name="policies")(cli_lists.policies)

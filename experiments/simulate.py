@@ -5,7 +5,7 @@ Shape letters: L MoE layers, E experts, S slices, N steps.
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +48,8 @@ class World:
     mechanisms: frozenset[Mechanism] = frozenset(MECHANISMS)
     control: Control = field(default_factory=Control)
     seed: int = 0
+    believed: DeviceSpec | None = None
+    """The device that policies believe they run on; None: the one they do."""
 
     @property
     def variants(self) -> tuple[TileVariant, ...]:
@@ -55,16 +57,17 @@ class World:
 
     def truth(self, draw: int | None = None) -> CostModel:
         """Return the simulator's cost model: nominal, or under one draw of its errors."""
-        truth = self._model("tiles")
+        truth = self._model("tiles", self.device)
         return truth if draw is None else truth.perturbed(draw)
 
     def setup(self, *, foresees: bool, truth: CostModel) -> Setup:
         """Return what a policy may know: the plain belief about the nominal device, or the truth for a bound."""
-        shared = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Setup(**shared, variants=self.variants, belief=truth if foresees else self._model("roofline"))
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "believed"}
+        belief = truth if foresees else self._model("roofline", self.believed or self.device)
+        return Setup(**shared, variants=self.variants, belief=belief)
 
-    def _model(self, detail: Literal["tiles", "roofline"]) -> CostModel:
-        return CostModel(device=self.device, model=self.model, variants=self.variants, detail=detail)
+    def _model(self, detail: Literal["tiles", "roofline"], device: DeviceSpec) -> CostModel:
+        return CostModel(device=device, model=self.model, variants=self.variants, detail=detail)
 
 
 @dataclass(slots=True)
@@ -175,6 +178,7 @@ def simulate(
     *,
     draw: int | None = None,
     records: Path | None = None,
+    on_decision: Callable[[Observation, Plan], None] | None = None,
 ) -> Outcome:
     """Drive one policy over steps and return its sums.
 
@@ -190,8 +194,13 @@ def simulate(
             write(record)
 
         work = collector.watch(_with_other_work(steps, world.model))
-        on_decision = collector.on_decision
-        result = drive(policy, SimBackend(truth), work, setup, on_record=on_record, on_decision=on_decision)
+
+        def decided(obs: Observation, plan: Plan) -> None:
+            collector.on_decision(obs, plan)
+            if on_decision is not None:
+                on_decision(obs, plan)
+
+        result = drive(policy, SimBackend(truth), work, setup, on_record=on_record, on_decision=decided)
     collector.outcome.energy = result.energy
     return collector.outcome
 

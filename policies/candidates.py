@@ -4,6 +4,7 @@ The set is small on purpose: every layout is captured before step 0, and every p
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .contract import ByTokens, DeviceSpec, Mechanism, Plan, Setup, Slice, SliceLayout, TileVariant
 from .layouts import (
@@ -101,6 +102,11 @@ def sharing_plans(setup: Setup) -> tuple[Plan, ...]:
         for cold, hot in tile_pairs(setup)
         for tiles in BOUND_TILES
     )
+
+
+def helping_plans(setup: Setup) -> tuple[Plan, ...]:
+    """Return `sharing_plans` whose slices drain each other's queues when their own are empty."""
+    return tuple(replace(plan, steal=True) for plan in sharing_plans(setup))
 
 
 def splitting_plans(setup: Setup) -> tuple[Plan, ...]:

@@ -4,7 +4,7 @@ Shape letters: H steps of history, L MoE layers, E routed experts, S slices of a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,6 +14,8 @@ from ..traces.schema import F64, I32
 from .candidates import layouts_of
 from .contract import Observation, Plan, Setup, SliceLayout
 
+Costs = Callable[[Setup, Sequence[Plan], I32], F64]
+"""What plans cost for one step, in any unit; infinity for one that may not run."""
 CLOSE = 0.03
 """Plans this close to the best on one step are priced on others as well."""
 
@@ -31,16 +33,17 @@ def sampled_steps(counts_HLE: I32, num_samples: int) -> list[I32]:
 def plan_costs_ns(setup: Setup, plans: Sequence[Plan], counts_LE: I32) -> F64:
     """Return what the belief says each plan takes for one step; infinity for a plan that leaves a slice without work.
 
-    A plan with fewer slices does the same. Plans of one layout that place the step's experts alike are priced once.
+    A plan with fewer slices does the same, unless idle slices help the others. Plans of one layout that place the
+    step's experts alike are priced once.
     """
     assert setup.belief is not None
     costs: list[float] = []
-    priced: dict[tuple[SliceLayout, bytes], float] = {}
+    priced: dict[tuple[SliceLayout, bool, bytes], float] = {}
     for plan in plans:
         ids_LE = plan.placement.owner_LE(counts_LE)
-        key = (plan.layout, ids_LE.tobytes())
+        key = (plan.layout, plan.steal, ids_LE.tobytes())
         if key not in priced:
-            busy = np.bincount(ids_LE.ravel(), counts_LE.ravel(), plan.layout.num_slices).all()
+            busy = plan.steal or np.bincount(ids_LE.ravel(), counts_LE.ravel(), plan.layout.num_slices).all()
             priced[key] = float(setup.belief.step_ns(plan, counts_LE)) if busy else float("inf")
         costs.append(priced[key])
     return np.asarray(costs)
@@ -80,7 +83,9 @@ def is_due(choice: Choice, obs: Observation, every_steps: int) -> bool:
     return not choice.tokens <= 2 * tokens <= 4 * choice.tokens
 
 
-def choose(choice: Choice, obs: Observation, samples: Sequence[I32], stickiness: float) -> Choice:
+def choose(
+    choice: Choice, obs: Observation, samples: Sequence[I32], stickiness: float, costs_of: Costs = plan_costs_ns
+) -> Choice:
     """Return the choice that the belief finds cheapest on sampled steps; ties go to the earlier plan.
 
     A sliced plan must be cheaper than the best unsliced one by the fraction `choice.min_gain`, and any plan cheaper
@@ -88,23 +93,23 @@ def choose(choice: Choice, obs: Observation, samples: Sequence[I32], stickiness:
     """
     if not samples or choice.setup.belief is None:
         return choice
-    costs = plan_costs_ns(choice.setup, choice.plans, samples[0])
+    costs = costs_of(choice.setup, choice.plans, samples[0])
     if len(samples) > 1:
-        costs = _costs_of_close(choice, costs, samples[1:])
+        costs = _costs_of_close(choice, costs, samples[1:], costs_of)
     costs[: choice.num_unsliced] *= 1.0 - choice.min_gain
     costs[choice.index] *= 1.0 - stickiness
     index = int(costs.argmin()) if np.isfinite(costs).any() else choice.index
     return replace(choice, index=index, decided_step=obs.step, tokens=int(obs.counts_HLE[-1].sum()))
 
 
-def _costs_of_close(choice: Choice, first: F64, rest: Sequence[I32]) -> F64:
+def _costs_of_close(choice: Choice, first: F64, rest: Sequence[I32], costs_of: Costs) -> F64:
     """Return costs over all samples of the plans that the first found close to the best of their kind."""
     split = choice.num_unsliced
     best = np.concatenate([np.full(part.size, part.min(initial=np.inf)) for part in (first[:split], first[split:])])
     close = np.flatnonzero(np.isfinite(first) & (first <= best * (1.0 + CLOSE)))
     costs = np.full_like(first, np.inf)
     plans = [choice.plans[index] for index in close]
-    costs[close] = first[close] + sum(plan_costs_ns(choice.setup, plans, counts_LE) for counts_LE in rest)
+    costs[close] = first[close] + sum(costs_of(choice.setup, plans, counts_LE) for counts_LE in rest)
     # What the first sample likes may have no price in the others; then the first alone decides.
     return costs if np.isfinite(costs).any() else first
 
@@ -132,10 +137,9 @@ class Chooser(ABC):
 
     def plan(self, obs: Observation, state: Choice) -> tuple[Plan, Choice]:
         if obs.counts_HLE.shape[0] and is_due(state, obs, self.plan_every):
-            state = choose(state, obs, self.samples(obs, state), self.stickiness)
+            state = choose(state, obs, sampled_steps(obs.counts_HLE, self.num_samples), self.stickiness, self.costs)
         return state.plan, state
 
-    def samples(self, obs: Observation, state: Choice) -> list[I32]:
-        """Return the steps to price plans on: recent ones."""
-        del state
-        return sampled_steps(obs.counts_HLE, self.num_samples)
+    def costs(self, setup: Setup, plans: Sequence[Plan], counts_LE: I32) -> F64:
+        """Return what plans cost for one step: their time."""
+        return plan_costs_ns(setup, plans, counts_LE)

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .candidates import layouts_of, sharing_plans, splitting_plans, unsliced_plans
+from .candidates import helping_plans, layouts_of, sharing_plans, splitting_plans, unsliced_plans
 from .choice import Choice, plan_costs_ns
 from .contract import Mechanism, Observation, Pinned, Plan, Setup, SliceLayout
 from .layouts import switch_ns
@@ -28,7 +28,8 @@ def candidate_plans(setup: Setup) -> tuple[Plan, ...]:
         if mechanism in setup.mechanisms
         for layout in equal_layouts(setup, STATIC_SLICES, mechanism, "auto")
     )
-    return unsliced_plans(setup) + sharing_plans(setup) + splitting_plans(setup) + static
+    shared = sharing_plans(setup) + helping_plans(setup)
+    return unsliced_plans(setup) + shared + splitting_plans(setup) + static
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,11 @@ from typing import Any
 from ..traces.schema import nearest
 from .contract import Policy
 from .dynamic import Dynamic
+from .energy import Energy
 from .hot_cold import HotCold
+from .mig_layout import MigLayout
 from .oracle import Oracle
+from .planner import Planner
 from .predictive import Predictive
 from .proportional import Proportional
 from .static import Static
@@ -31,7 +34,12 @@ POLICIES: dict[str, type[Policy[Any]]] = {
     "oracle": Oracle,
 }
 """Compared where none is named."""
-ON_REQUEST: dict[str, type[Policy[Any]]] = {"predictive": Predictive}
+ON_REQUEST: dict[str, type[Policy[Any]]] = {
+    "predictive": Predictive,
+    "planner": Planner,
+    "energy": Energy,
+    "mig_layout": MigLayout,
+}
 """Compared where they are named."""
 
 

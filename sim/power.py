@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from math import cbrt, exp, floor
 
 from ..policies.contract import DeviceSpec, EnergyWindow
+from ..policies.energy import energy_rates
 
 AVERAGE_NS = 40_000_000
 """Time constant of the moving average: a burst of 20 ms keeps its clock, 100 ms of rest restore it."""
@@ -27,10 +28,7 @@ class Power:
         self._device = device
         # The regulator holds the mean just below the limit: at what the sustained product was measured to draw.
         self._held_w = min(device.matrix_w, device.limit_w)
-        top = max(device.read_curve_bytes_per_s)
-        self._joule_per_byte = (device.stream_w - device.idle_w) / top
-        sustained = device.sustained_flops_per_s / device.matrix_flops_per_s
-        self._joule_per_flop = (self._held_w - device.idle_w) / device.sustained_flops_per_s / sustained**2
+        self._joule_per_byte, self._joule_per_flop = energy_rates(device)
         self.clock = 1.0
         self.average_w = device.idle_w
         self._work_w = (0.0, 0.0)

@@ -1,11 +1,15 @@
-"""Laws of the expected load, and the contract of the policy that draws from it."""
+"""Laws of the expected load, and the contract of the policies that search, predict, save energy or lay out MIG."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertslice.policies.predictive import Predictive, drawn_counts, expected_load
+from expertslice.policies.energy import Energy
+from expertslice.policies.mig_layout import MigLayout
+from expertslice.policies.planner import Planner
+from expertslice.policies.predictive import Predictive, drawn_counts
+from expertslice.policies.predictor import shares, untrained
 from expertslice.policies.registry import ON_REQUEST, make_policy
 from expertslice.policies.testing import PolicyContract
 
@@ -16,37 +20,69 @@ class TestPredictive(PolicyContract):
         return Predictive()
 
 
+class TestPlanner(PolicyContract):
+    @pytest.fixture
+    def policy(self):
+        return Planner(price_ns=10_000)
+
+
+class TestEnergy(PolicyContract):
+    @pytest.fixture
+    def policy(self):
+        return Energy()
+
+
+class TestMigLayout(PolicyContract):
+    @pytest.fixture
+    def policy(self):
+        return MigLayout(most_instances=2)
+
+
+def learned(counts_NLE, horizon=2):
+    predictor = untrained(*counts_NLE.shape[1:], horizon)
+    for n in range(1, len(counts_NLE) + 1):
+        predictor = predictor.learned(counts_NLE[max(0, n - 16) : n])
+    return predictor
+
+
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 999), smoothing=st.sampled_from([0.05, 0.5, 1.0]), steps=st.integers(1, 12))
-def test_expected_loads_follow_names_and_draws_keep_their_rows(seed, smoothing, steps):
+@given(seed=st.integers(0, 999), steps=st.integers(1, 24))
+def test_expected_loads_are_shares_and_follow_names_and_draws_keep_their_rows(seed, steps):
     rng = np.random.default_rng(seed)
-    counts_HLE = rng.integers(0, 50, (steps, 2, 6))
+    counts_NLE = rng.integers(0, 50, (steps, 2, 6)).astype(np.int32)
     to_E = rng.permutation(6)
-    load_LE = expected_load(counts_HLE, smoothing)
-    assert (load_LE >= 0).all()
-    np.testing.assert_array_equal(expected_load(counts_HLE[..., to_E], smoothing), load_LE[:, to_E])
-    assert drawn_counts(load_LE + 1, np.array([40, 7]), (seed,)).sum(axis=1).tolist() == [40, 7]
+    share_LE = learned(counts_NLE).predicted(counts_NLE[-16:])
+    assert (share_LE >= 0).all()
+    np.testing.assert_allclose(share_LE.sum(axis=1), 1)
+    renamed_LE = learned(counts_NLE[..., to_E]).predicted(counts_NLE[-16:, :, to_E])
+    np.testing.assert_allclose(renamed_LE, share_LE[:, to_E], atol=1e-9)
+    assert drawn_counts(share_LE, np.array([40, 7]), (seed,)).sum(axis=1).tolist() == [40, 7]
 
 
 def test_a_steady_load_is_expected_as_it_is_and_an_idle_layer_stays_idle():
-    counts_HLE = np.tile([[[3, 1, 0, 4], [0, 0, 0, 0]]], (9, 1, 1))
-    load_LE = expected_load(counts_HLE, 0.25)
-    np.testing.assert_allclose(load_LE[0] / load_LE[0].sum(), [3 / 8, 1 / 8, 0, 1 / 2])
-    assert not drawn_counts(load_LE, np.array([16, 0]), (1,))[1].any()
+    counts_NLE = np.tile(np.array([[[3, 1, 0, 4], [0, 0, 0, 0]]], np.int32), (9, 1, 1))
+    share_LE = learned(counts_NLE).predicted(counts_NLE)
+    np.testing.assert_allclose(share_LE[0], [3 / 8, 1 / 8, 0, 1 / 2], atol=1e-9)
+    assert not drawn_counts(share_LE, np.array([16, 0]), (1,))[1].any()
 
 
-def test_smoothing_beats_the_newest_step_and_the_mean_under_slow_drift():
+@pytest.mark.parametrize("drift", [0.0, 0.1, 1.0])
+def test_it_learns_whether_to_trust_the_newest_step_or_the_mean(drift):
     rng = np.random.default_rng(0)
-    logit_NE = np.cumsum(0.1 * rng.standard_normal((200, 16)), axis=0)
+    logit_NE = 0.5 * rng.standard_normal(16) + np.cumsum(drift * rng.standard_normal((300, 16)), axis=0)
     share_NE = np.exp(logit_NE) / np.exp(logit_NE).sum(axis=1, keepdims=True)
-    counts_NLE = np.stack([rng.multinomial(64, share_E)[None] for share_E in share_NE])
+    counts_NLE = np.stack([rng.multinomial(64, share_E)[None] for share_E in share_NE]).astype(np.int32)
+    predictor, seen_NLE, errors = untrained(1, 16, 2), shares(counts_NLE), []
+    for n in range(1, 299):
+        history_HLE = counts_NLE[max(0, n - 16) : n]
+        predictor = predictor.learned(history_HLE)
+        if n > 150:
+            guesses = (predictor.predicted(history_HLE), seen_NLE[n - 1], seen_NLE[:n].mean(axis=0))
+            errors.append([((guess - seen_NLE[n + 1]) ** 2).sum() for guess in guesses])
+    ours, newest, popular = np.mean(errors, axis=0)
+    assert ours < 1.03 * min(newest, popular)
 
-    def error(smoothing):
-        load_NE = np.stack([expected_load(counts_NLE[n - 15 : n + 1], smoothing)[0] for n in range(20, 198)])
-        return np.abs(load_NE / load_NE.sum(axis=1, keepdims=True) - share_NE[22:200]).sum(axis=1).mean()
 
-    assert error(0.25) < min(error(1.0), error(0.0))
-
-
-def test_it_is_made_by_name():
-    assert {name: type(make_policy(name)) for name in ON_REQUEST} == {"predictive": Predictive}
+def test_each_is_made_by_name():
+    made = {name: type(make_policy(name)) for name in ON_REQUEST}
+    assert made == {"predictive": Predictive, "planner": Planner, "energy": Energy, "mig_layout": MigLayout}
