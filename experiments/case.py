@@ -1,7 +1,7 @@
 """What is compared: options resolved to a device, a model, policies and steps, and checked before the first step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..policies.contract import MECHANISMS, Policy
 from ..policies.data import load_device
 from ..policies.loop import declared_layouts
 from ..traces.compose import Composition
-from ..traces.schema import MoeSpec, StepSource, nearest
+from ..traces.schema import MoeSpec, OtherWork, StepSource, nearest
 from ..traces.trace import RoutingTrace
 from .inputs import BUNDLED, Opened, choose_model, choose_policies, choose_segment, in_memory, open_source
 from .ranking import REFERENCE
@@ -36,6 +36,7 @@ class Options:
     policies: Sequence[str] = ()
     settings: Sequence[str] = ()
     model: str | None = None
+    beside: str | None = None
     fit_routing: str | None = None
     mechanisms: Sequence[str] = ()
     segment: str | None = None
@@ -74,6 +75,8 @@ def prepare(options: Options) -> Case:
         if name not in MECHANISMS:
             raise ValueError(nearest("mechanism", name, MECHANISMS))
     opened, source, rebatch, model, notes = _chosen(options)
+    if options.beside is not None:
+        model = replace(model, beside=work_beside(options.beside))
     mechanisms = frozenset(options.mechanisms or MECHANISMS)
     world = World(device=device, model=model, mechanisms=mechanisms, seed=options.seed)
     window_steps = max(LEAST_STEPS, WINDOW_LAYERS // source.num_layers)
@@ -93,6 +96,17 @@ def prepare(options: Options) -> Case:
         policies=kept,
         notes=(*notes, *left_out),
     )
+
+
+def work_beside(text: str) -> OtherWork:
+    """Return the other work that a text such as "550,0" names: GFLOP, and MB of memory traffic."""
+    try:
+        gflop, megabytes = map(float, text.split(","))
+        return OtherWork(flops=round(gflop * 1e9), hbm_bytes=round(megabytes * 1e6), slice_id=1)
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"--beside {text!r}; give GFLOP and MB of each layer, neither negative, such as 550,0"
+        ) from None
 
 
 def _chosen(options: Options) -> Chosen:

@@ -45,6 +45,9 @@ def whatif(
         list[str] | None, typer.Option("--policy", help="May be repeated; default: all built-in ones.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="A name from `expertslice models`, or a config.json.")] = None,
+    beside: Annotated[
+        str | None, typer.Option(metavar="GFLOP,MB", help="Other work beside each layer's experts, as for `mixed`.")
+    ] = None,
     fit_routing: Annotated[
         str | None, typer.Option(help="Synthesise routing for --model, fitted to this trace; 'bundled' is one.")
     ] = None,

@@ -16,6 +16,7 @@ from .dynamic import Dynamic
 from .energy import Energy
 from .hot_cold import HotCold
 from .mig_layout import MigLayout
+from .mixed import Mixed
 from .oracle import Oracle
 from .planner import Planner
 from .predictive import Predictive
@@ -39,6 +40,7 @@ ON_REQUEST: dict[str, type[Policy[Any]]] = {
     "planner": Planner,
     "energy": Energy,
     "mig_layout": MigLayout,
+    "mixed": Mixed,
 }
 """Compared where they are named."""
 

@@ -72,6 +72,8 @@ class MoeSpec:
     score: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: bool = True
     other_params_per_layer: int = 0
+    beside: "OtherWork | None" = None
+    """Work of something else beside each layer's experts, such as another micro-batch's products."""
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -113,10 +115,12 @@ class MoeSpec:
 
     def other_work(self, num_tokens: int) -> "tuple[OtherWork, ...]":
         """Return the work beside one layer's experts for a step of `num_tokens`; empty when nothing is known."""
+        beside = (self.beside,) if self.beside else ()
         if not self.other_params_per_layer or not num_tokens:
-            return ()
+            return beside
         flops = 2 * self.other_params_per_layer * num_tokens
-        return (OtherWork(flops=flops, hbm_bytes=self.other_params_per_layer * DTYPE_BYTES[self.dtype]),)
+        before = OtherWork(flops=flops, hbm_bytes=self.other_params_per_layer * DTYPE_BYTES[self.dtype])
+        return (before, *beside)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

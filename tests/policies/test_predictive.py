@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from expertslice.policies.energy import Energy
 from expertslice.policies.mig_layout import MigLayout
+from expertslice.policies.mixed import Mixed
 from expertslice.policies.planner import Planner
 from expertslice.policies.predictive import Predictive, drawn_counts
 from expertslice.policies.predictor import shares, untrained
@@ -30,6 +31,12 @@ class TestEnergy(PolicyContract):
     @pytest.fixture
     def policy(self):
         return Energy()
+
+
+class TestMixed(PolicyContract):
+    @pytest.fixture
+    def policy(self):
+        return Mixed()
 
 
 class TestMigLayout(PolicyContract):
@@ -85,4 +92,10 @@ def test_it_learns_whether_to_trust_the_newest_step_or_the_mean(drift):
 
 def test_each_is_made_by_name():
     made = {name: type(make_policy(name)) for name in ON_REQUEST}
-    assert made == {"predictive": Predictive, "planner": Planner, "energy": Energy, "mig_layout": MigLayout}
+    assert made == {
+        "predictive": Predictive,
+        "planner": Planner,
+        "energy": Energy,
+        "mig_layout": MigLayout,
+        "mixed": Mixed,
+    }
