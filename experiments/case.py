@@ -33,6 +33,7 @@ class Options:
 
     trace: str | None = None
     device: str = "h100-sxm5-80gb"
+    device_model: Path | None = None
     policies: Sequence[str] = ()
     settings: Sequence[str] = ()
     model: str | None = None
@@ -79,6 +80,9 @@ def prepare(options: Options) -> Case:
         model = replace(model, beside=work_beside(options.beside))
     mechanisms = frozenset(options.mechanisms or MECHANISMS)
     world = World(device=device, model=model, mechanisms=mechanisms, seed=options.seed)
+    if options.device_model is not None:
+        world, said = _calibrated(world, options.device_model)
+        notes = (*notes, said)
     window_steps = max(LEAST_STEPS, WINDOW_LAYERS // source.num_layers)
     look = survey(source, num_windows=NUM_WINDOWS, window_steps=window_steps, limit=options.steps)
     mean_tokens = look.num_tokens / look.num_steps
@@ -96,6 +100,17 @@ def prepare(options: Options) -> Case:
         policies=kept,
         notes=(*notes, *left_out),
     )
+
+
+def _calibrated(world: World, path: Path) -> tuple[World, str]:
+    """Return the world with a device model's truth and belief, and what to say of it."""
+    from . import device_model
+
+    found = device_model.load(path)
+    found.check_device(world.device.name)
+    held = found.held_out
+    said = f"device model {path.name}: error {held['mape']:.1%} on {held['points']:.0f} points held out"
+    return replace(world, residual=found.truth, believed=found.believed), said
 
 
 def work_beside(text: str) -> OtherWork:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import cli_bench, cli_gpu, cli_lists, cli_mig, cli_record, cli_trace, explore_cli, sweep_cli
+from . import cli_bench, cli_fidelity, cli_gpu, cli_lists, cli_mig, cli_record, cli_trace, explore_cli, sweep_cli
 from .cli_lists import AsJson, print_json
 from .errors import EXIT_INTERRUPT, EXIT_USER, StoppedError, sentence_of
 
@@ -44,6 +44,7 @@ def whatif(
     policies: Annotated[
         list[str] | None, typer.Option("--policy", help="May be repeated; default: all built-in ones.")
     ] = None,
+    device_model: Annotated[Path | None, typer.Option(help="A file of `expertslice calibrate`.")] = None,
     model: Annotated[str | None, typer.Option(help="A name from `expertslice models`, or a config.json.")] = None,
     beside: Annotated[
         str | None, typer.Option(metavar="GFLOP,MB", help="Other work beside each layer's experts, as for `mixed`.")
@@ -86,6 +87,9 @@ app.command(name="record")(cli_record.record)
 app.command(name="mig")(cli_mig.mig)
 app.command(name="tune")(cli_gpu.tune)
 app.command(name="bench")(cli_bench.bench)
+app.command(name="profile")(cli_fidelity.profile)
+app.command(name="calibrate")(cli_fidelity.calibrate)
+app.command(name="fidelity")(cli_fidelity.fidelity)
 app.command(name="sweep")(sweep_cli.sweep)
 for command in (explore_cli.judge, explore_cli.forecast, explore_cli.search, explore_cli.explain):
     app.command()(command)

@@ -59,6 +59,7 @@ def run_trace(
     device: Annotated[str, typer.Option(help="See `expertslice devices`; on a GPU: the one that is there.")] = (
         "h100-sxm5-80gb"
     ),
+    device_model: Annotated[Path | None, typer.Option(help="A file of `expertslice calibrate`.")] = None,
     model: Annotated[str | None, typer.Option(help="A name from `expertslice models`, or a config.json.")] = None,
     segment: Annotated[str | None, typer.Option(help="Part of the trace; 'all' takes every step.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Take only the first steps.")] = None,
@@ -81,6 +82,7 @@ def run_trace(
         settings=settings or (),
         model=model,
         device=device,
+        device_model=device_model,
         where=on,
         capture=capture,
         segment=segment,

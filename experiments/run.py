@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..policies.contract import MECHANISMS, Control, Policy, Setup, StepRecord
+from ..policies.cost import CostModel
 from ..policies.data import load_device, load_variants
 from ..policies.loop import drive
 from ..runtime.backend import Executor, ExecutorError, RuntimeBackend
@@ -46,6 +47,7 @@ class RunOptions:
     settings: Sequence[str] = ()
     model: str | None = None
     device: str = "h100-sxm5-80gb"
+    device_model: Path | None = None
     where: Where = "host"
     capture: Capture = "all"
     segment: str | None = None
@@ -68,19 +70,13 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
     foreseeing = [name for name, policy in policies.items() if policy.foresees]
     if foreseeing:
         raise ValueError(f"policy {foreseeing[0]} foresees steps, which only the simulator offers; use `whatif` for it")
-    device = load_device(options.device)
-    variants = load_variants(device.compute_capability)
-    # A process on a GPU holds one MIG instance: slices of several are not carried out there.
-    mechanisms = frozenset(MECHANISMS) - ({"mig"} if options.where == "gpu" else set())
-    setup = Setup(
-        device=device, model=model, variants=variants, mechanisms=mechanisms, control=Control(), seed=options.seed
-    )
+    setup = _setup(options, model)
     steps = partial(_steps, opened.source, model, options.steps)
     executor = _executor(options, steps())
     about = {
         "trace": opened.plain(),
         "model": asdict(model),
-        "device": device.name,
+        "device": setup.device.name,
         "where": options.where,
         "label": HOST_LABEL if options.where == "host" else "GPU timing",
         "seed": options.seed,
@@ -108,6 +104,38 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
     if summary[name]["stopped"]:
         raise StoppedError(f"stopped; records up to then are kept in {folder.finish('partial')}")
     return {**about, "policies": summary}, folder.finish()
+
+
+def _setup(options: RunOptions, model: MoeSpec) -> Setup:
+    """Return what a policy may know."""
+    device = load_device(options.device)
+    variants = load_variants(device.compute_capability)
+    # A process on a GPU holds one MIG instance: slices of several are not carried out there.
+    mechanisms = frozenset(MECHANISMS) - ({"mig"} if options.where == "gpu" else set())
+    setup = Setup(
+        device=device, model=model, variants=variants, mechanisms=mechanisms, control=Control(), seed=options.seed
+    )
+    if options.device_model is None:
+        return setup
+    return replace(setup, belief=_calibrated_belief(setup, options.device_model, options.where))
+
+
+def _calibrated_belief(setup: Setup, path: Path, where: Where) -> CostModel:
+    """Return a device model's belief, once it is of this device, and on a GPU of this machine."""
+    from . import device_model
+
+    found = device_model.load(path)
+    found.check_device(setup.device.name)
+    if where == "gpu":
+        from ..runtime.meter import EnergyMeter
+        from .bench_rows import device_manifest
+        from .calibrate import machine_of
+        from .cli_gpu import require_gpu
+
+        require_gpu("run --on gpu")
+        with EnergyMeter(0) as meter:
+            found.check_machine(machine_of(device_manifest(meter, None)))
+    return CostModel(device=found.believed, model=setup.model, variants=setup.variants, detail="roofline")
 
 
 def _executor(options: RunOptions, steps: Iterator[RoutedStep]) -> Callable[[], Executor]:

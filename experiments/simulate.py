@@ -31,6 +31,7 @@ from ..policies.cost import CostModel
 from ..policies.data import load_variants
 from ..policies.layouts import fallback_plan
 from ..policies.loop import drive
+from ..policies.residual import Residual
 from ..sim.backend import SimBackend
 from ..traces.schema import PHASES, MoeSpec, OtherWork, RoutedStep
 from .records import writing
@@ -50,6 +51,8 @@ class World:
     seed: int = 0
     believed: DeviceSpec | None = None
     """The device that policies believe they run on; None: the one they do."""
+    residual: Residual | None = None
+    """Of the truth: what measurement adds to its physics."""
 
     @property
     def variants(self) -> tuple[TileVariant, ...]:
@@ -57,12 +60,12 @@ class World:
 
     def truth(self, draw: int | None = None) -> CostModel:
         """Return the simulator's cost model: nominal, or under one draw of its errors."""
-        truth = self._model("tiles", self.device)
+        truth = replace(self._model("tiles", self.device), residual=self.residual)
         return truth if draw is None else truth.perturbed(draw)
 
     def setup(self, *, foresees: bool, truth: CostModel) -> Setup:
         """Return what a policy may know: the plain belief about the nominal device, or the truth for a bound."""
-        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "believed"}
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("believed", "residual")}
         belief = truth if foresees else self._model("roofline", self.believed or self.device)
         return Setup(**shared, variants=self.variants, belief=belief)
 

@@ -2,7 +2,8 @@
 
 `CostModel` with detail "tiles" is the simulator's truth: waves, padding, tails, L2 and shared-memory limits. Detail
 "roofline" is what a policy believes: each expert takes the longest of its bytes, L2 traffic and padded tiles. The two
-differ in form on purpose: a planner that holds the simulator's own model proves nothing.
+differ in form on purpose: a planner that holds the simulator's own model proves nothing. A residual, learned from
+measured kernels, corrects the truth.
 
 Shape letters: L MoE layers, E routed experts, S slices.
 """
@@ -16,6 +17,7 @@ import numpy as np
 
 from ..traces.schema import Ints, MoeSpec, OtherWork
 from .contract import DeviceSpec, Plan, SliceLayout, TileVariant
+from .residual import Residual
 from .roofline import roofs_ns
 from .shares import Shares
 from .stepwork import OtherL, StepWork
@@ -41,6 +43,8 @@ class CostModel:
     variants: tuple[TileVariant, ...]
     detail: Literal["tiles", "roofline"] = "tiles"
     constants: TileConstants = field(default_factory=TileConstants)
+    residual: Residual | None = None
+    """Of detail "tiles" alone."""
     _shares: dict[SliceLayout, Shares] = field(
         default_factory=dict[SliceLayout, Shares], init=False, repr=False, compare=False
     )
@@ -59,7 +63,7 @@ class CostModel:
 
     def work(self, plan: Plan, counts_LE: Ints, other_L: OtherL = (), first_layer: int = 0) -> StepWork:
         """Return what one step under a plan consists of, whatever the detail."""
-        return StepWork(self.shares(plan.layout), plan, counts_LE, other_L, first_layer)
+        return StepWork(self.shares(plan.layout), plan, counts_LE, other_L, first_layer, self.residual)
 
     def shares(self, layout: SliceLayout) -> Shares:
         """Return a layout as this model sees it."""
@@ -74,7 +78,12 @@ class CostModel:
 
     def perturbed(self, seed: int) -> "CostModel":
         """Return the model under one draw of all its errors; the same seed draws the same for every policy."""
-        return replace(self, device=perturb(self.device, seed), constants=_drawn(self.constants, seed))
+        return replace(
+            self,
+            device=perturb(self.device, seed),
+            constants=_drawn(self.constants, seed),
+            residual=self.residual and self.residual.drawn(seed),
+        )
 
 
 Erring = TypeVar("Erring", DeviceSpec, TileConstants)

@@ -30,8 +30,8 @@ class Shares:
     ) -> None:
         self.device, self.model, self.slices = device, model, layout.slices
         self._constants = constants
-        self._tiles_S = [(variants[one.up], variants[one.down]) for one in self.slices]
-        self.tables = tables_of(self._tiles_S, model, device, constants)
+        self.tiles_S = [(variants[one.up], variants[one.down]) for one in self.slices]
+        self.tables = tables_of(self.tiles_S, model, device, constants)
         self.pooled = not any(one.mechanism in EXCLUSIVE for one in self.slices)
         """Whether all slices run on the same SMs."""
         self.own_memory = bool(layout.mig)
@@ -82,7 +82,7 @@ class Shares:
         if fits is None:
             present = [i for i in range(len(self.slices)) if mask >> i & 1] + [newcomer]
             fits = len(present) == 1 or sum(self.slices[i].sm_count for i in present) <= self.device.sm_count
-            each_cta = [self._tiles_S[i] for i in present for _ in range(self.slices[i].ctas_per_sm)]
+            each_cta = [self.tiles_S[i] for i in present for _ in range(self.slices[i].ctas_per_sm)]
             fits = fits or all(fits_together([tiles[product] for tiles in each_cta], self.device) for product in (0, 1))
             self._fits[mask, newcomer] = fits
         return fits

@@ -12,6 +12,7 @@ from ..traces.schema import DTYPE_BYTES, Ints, MoeSpec, OtherWork
 from .contract import Plan
 from .fluid import Fluid, Theft
 from .rates import Segment, gap
+from .residual import Residual
 from .shares import Shares
 from .tiles import peak_flops_per_clk
 from .work import merged, segment_sums, segments_of
@@ -74,13 +75,25 @@ def hop_ns(rows: int, shares: Shares) -> float:
 class StepWork:
     """What a step consists of; times are those of the device, launch and control plane apart."""
 
-    def __init__(self, shares: Shares, plan: Plan, counts_LE: Ints, other_L: OtherL, first_layer: int) -> None:
+    def __init__(
+        self,
+        shares: Shares,
+        plan: Plan,
+        counts_LE: Ints,
+        other_L: OtherL,
+        first_layer: int,
+        residual: Residual | None = None,
+    ) -> None:
         self.shares = shares
         self._plan, self._other_L = plan, other_L
         owner_LE = plan.placement.owner_LE(counts_LE, first_layer)
         sums = segment_sums(counts_LE, owner_LE, plan.tile_order, shares)
-        self._sums: Sums = sums.tolist()
+        factor_LS = residual.factors_LS(sums, shares) if residual else None
         self._moved_bytes_L: list[float] = sums[..., 6].sum(axis=(1, 2, 3)).tolist()
+        if factor_LS is not None:
+            # Demands grow with the time: beside others, a kernel is as far from its physics as it is alone.
+            sums *= factor_LS[:, :, None, None, None]
+        self._sums: Sums = sums.tolist()
         self._rows_L: list[int] = counts_LE.sum(axis=1).tolist()
         self._remote_rows_SL: list[list[int]] = [
             np.where(owner_LE == s, counts_LE, 0).sum(axis=1).tolist() if one.instance else []
@@ -89,10 +102,12 @@ class StepWork:
         self._stolen_sums: list[Sums] = []
         """Of each thief: every queue at that slice's prices."""
         if plan.steal:
-            self._stolen_sums = [
-                segment_sums(counts_LE, owner_LE, plan.tile_order, shares, cost_slice=s).tolist()
-                for s in range(len(shares.slices))
-            ]
+            for s in range(len(shares.slices)):
+                stolen = segment_sums(counts_LE, owner_LE, plan.tile_order, shares, cost_slice=s)
+                if factor_LS is not None:
+                    # A thief runs the victim's tiles as well, or as badly, as its own.
+                    stolen *= factor_LS[:, s, None, None, None, None]
+                self._stolen_sums.append(stolen.tolist())
 
     def _other(self, layer: int) -> Sequence[OtherWork]:
         return self._other_L[layer] if self._other_L else ()

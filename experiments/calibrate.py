@@ -1,0 +1,67 @@
+"""From a folder of `expertslice profile` to a device model: rows become measurements, throttled ones are dropped."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from ..policies.contract import ByTokens, Plan, Slice, SliceLayout
+from ..policies.data import load_variants
+from ..sim.calibrate import Measured
+from .bench import DEVICES
+from .design import Load
+from .device_model import DeviceModel, calibrate
+
+MACHINE = ("device", "driver", "torch", "triton")
+
+
+def from_profile(folder: Path, *, seed: int, say: Callable[[str], object]) -> DeviceModel:
+    """Return the device model of a profile.
+
+    Raises:
+        ValueError: the folder holds no profile, or one with too few points, or of an unknown device.
+    """
+    rows, manifest = read_profile(folder)
+    name = DEVICES.get(manifest["device"])
+    if name is None:
+        raise ValueError(f"nothing is known of {manifest['device']!r}; profiles can be of {', '.join(DEVICES)}")
+    layers = [row for row in rows if row["group"] == "layers" and row["status"] == "ok"]
+    kept = [row for row in layers if not row["throttled"]]
+    if len(kept) < len(layers):
+        say(f"{len(layers) - len(kept)} of {len(layers)} points were measured under throttling and are dropped")
+    known = [measured_of(row) for row in kept if not row["held_out"]]
+    held_out = [measured_of(row) for row in kept if row["held_out"]]
+    about = {"profile": manifest["commit"], "profiled": manifest["seeds"]}
+    return calibrate(known, device=name, machine=machine_of(manifest), held_out=held_out, seed=seed, about=about)
+
+
+def machine_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be the same where a device model is used on a GPU: device, driver and versions."""
+    found = {**manifest["versions"], **manifest}
+    return {what: found[what] for what in MACHINE}
+
+
+def read_profile(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows and the manifest of a profile; ValueError where the folder holds none."""
+    if not (folder / "rows.parquet").is_file() or not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} holds no rows.parquet and manifest.json; give the folder of `expertslice profile`")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return pq.read_table(folder / "rows.parquet").to_pylist(), manifest
+
+
+def measured_of(row: dict[str, Any]) -> Measured:
+    """Return a row of a profiled layer as a measurement."""
+    load = Load(shape=row["shape"], tokens=row["tokens"], skew=row["skew"])
+    slices = tuple(Slice(**one) for one in json.loads(row["slices"]))
+    rule = ByTokens(bounds=tuple(row["bounds"]), slice_ids=tuple(range(len(slices))))
+    return Measured(
+        cell=load.name,
+        model=load.spec,
+        variants=load_variants(),
+        plan=Plan(layout=SliceLayout(slices=slices), placement=rule, tile_order=row["tile_order"]),
+        counts_LE=np.array(row["counts"], dtype=np.int32).reshape(-1, load.spec.num_experts),
+        ns=row["us_q50"] * 1000,
+    )
