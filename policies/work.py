@@ -133,7 +133,9 @@ def _between(queue: _Queue, end_W: I64) -> F64:
     tile_N = np.cumsum(queue.tiles_N)
     at_W = np.searchsorted(tile_N, end_W)
     rest_W = (tile_N[at_W] - end_W) / queue.tiles_N[at_W]
-    reached = np.cumsum(queue.columns_CN, axis=1)[:, at_W] - queue.columns_CN[:, at_W] * rest_W
+    # By take: indexing two axes costs three times as much.
+    reached = np.take(np.cumsum(queue.columns_CN, axis=1), at_W, axis=1)
+    reached -= np.take(queue.columns_CN, at_W, axis=1) * rest_W
     # By hand: np.diff with a prepended column costs more than all that stands above.
     reached[:, 1:] -= reached[:, :-1].copy()
     return reached

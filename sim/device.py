@@ -79,11 +79,11 @@ class Device:
         fluid, chains = work.fluid(layer, self.power.clock)
         entered_ns = int(self._env.now)
         fluid.load(chains)
-        timeout = self._env.timeout
-        # One event per change of what runs; nothing outside can disturb a layer under way.
+        # One event, whatever runs beside what: nothing outside can disturb a layer under way.
         while (dt_ns := fluid.next_ns()) is not None:
-            yield timeout(dt_ns)
             fluid.advance(dt_ns)
+        if fluid.now_ns:
+            yield self._env.timeout(fluid.now_ns)
         times.start_ns_LS.append([entered_ns + (first or 0) for first in fluid.first_ns])
         times.busy_ns_LS.append(fluid.busy_ns)
 
