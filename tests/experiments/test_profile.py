@@ -133,7 +133,11 @@ def test_bandwidth_and_neighbours_are_rows_with_what_they_moved(here, monkeypatc
 def test_costs_name_what_cost_models_need(here, monkeypatch):
     monkeypatch.setattr(profile_parts, "REPEATS", 2)
     zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, pin_memory=None, **rest: zeros(*shape, **rest))
+
+    def on_host(*shape, device=None, pin_memory=None, dtype=None):
+        return zeros(*shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", on_host)
 
     class Event:
         def __init__(self, **_):
