@@ -4,6 +4,7 @@ from ..kernels.spec import LaunchSpec, LayerLaunch, SliceLaunch
 from ..policies.contract import EXCLUSIVE, Plan, Setup
 
 HOPPER = 90
+TILE = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
 LEAST_DESCRIPTOR_ROWS = 64
 """Tiles of fewer rows load by pointers."""
 
@@ -14,16 +15,8 @@ def launch_of(plan: Plan, setup: Setup) -> LayerLaunch:
     def spec(name: str, num_ctas: int) -> LaunchSpec:
         tile = setup.variant(name)
         by_desc = setup.device.compute_capability >= HOPPER and tile.block_m >= LEAST_DESCRIPTOR_ROWS
-        return LaunchSpec(
-            block_m=tile.block_m,
-            block_n=tile.block_n,
-            block_k=tile.block_k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            num_ctas=num_ctas,
-            descriptors=by_desc,
-            flatten=by_desc,
-        )
+        shape = {name: getattr(tile, name) for name in TILE}
+        return LaunchSpec(**shape, num_ctas=num_ctas, descriptors=by_desc, flatten=by_desc)
 
     slices = tuple(
         SliceLaunch(
