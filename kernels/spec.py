@@ -90,7 +90,6 @@ class LaunchSpec:
 
     @property
     def options(self) -> dict[str, int]:
-        """What the compiler is told."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_regs}
 
 

@@ -43,7 +43,6 @@ class ProductWeights:
 
     @property
     def uneven(self) -> bool:
-        """Whether experts differ in size."""
         return self.offset_E is not None
 
 
@@ -58,12 +57,10 @@ class ExpertWeights:
 
     @property
     def epilogues(self) -> tuple[str, ...]:
-        """Return the epilogue of each product."""
         return ("swiglu_clamped", "none") if self.clamped else EPILOGUES[self.spec.kind]
 
     @property
     def device(self) -> torch.device:
-        """Return where the weights lie."""
         return self.products[0].weight.device
 
     @classmethod

@@ -50,7 +50,6 @@ class Windows:
         self._steps: tuple[int, int] | None = None
 
     def tick(self, tick: Tick) -> None:
-        """Add a tick."""
         self._ticks.append(tick)
 
     def ended(self, step: int, end_ns: int) -> None:
@@ -68,7 +67,6 @@ class Windows:
 
     @property
     def power_w(self) -> float | None:
-        """Return the mean power of the newest window."""
         return _uj(self._spans[-1]) / self._spans[-1].duration_ns * 1000 if self._spans else None
 
     def all(self, idle_w: float) -> list[EnergyWindow]:
@@ -131,7 +129,6 @@ class EnergyLog:
             self._thread.start()
 
     def ended(self, step: int, end_ns: int) -> None:
-        """Add a step's end."""
         self._steps = (self._steps[0] if self._steps else step), step
         self._ends_ns = (self._ends_ns[0] or end_ns), end_ns
         self.windows.ended(step, end_ns)

@@ -53,13 +53,8 @@ class HostExecutor(Executor):
         self._free_ns = at_ns
         self._counts[len(self._ends_ns)] = _counted(step, self._setup.model.num_experts)
         self._ends_ns.append(at_ns)
-        found = Finished(
-            start_ns=start_ns,
-            end_ns=at_ns,
-            start_ns_LS=np.array(starts, dtype=np.int64),
-            busy_ns_LS=np.array(busy, dtype=np.int64),
-        )
-        self._running.append(found)
+        times = {"start_ns_LS": np.array(starts, dtype=np.int64), "busy_ns_LS": np.array(busy, dtype=np.int64)}
+        self._running.append(Finished(start_ns=start_ns, end_ns=at_ns, **times))
         return Launched(submit_ns=self._now_ns, reconfigure_ns=reconfigure_ns, capture_ns=capture_ns)
 
     def counts_LE(self, index: int) -> I32:

@@ -75,7 +75,6 @@ class _Rows:
             torch.cuda.cudart().cudaHostRegister(pointer, size, 0)
 
     def close(self) -> None:
-        """Let go of the memory."""
         del self.rows_ND, self.expert_N
         self.memory.close()
 

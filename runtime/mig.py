@@ -70,9 +70,8 @@ class Mig:
         try:
             return getattr(self._nvml, name)(*args)
         except self._nvml.NVMLError as error:
-            raise MigError(
-                f"{name} failed on GPU {self._index}: {error}; see whether nvidia-smi still reads it"
-            ) from error
+            why = f"{name} failed on GPU {self._index}: {error}"
+            raise MigError(f"{why}; see whether nvidia-smi still reads it") from error
 
     def _maybe(self, name: str, *args: Any) -> Any:
         """Return None where the device lacks what is asked for."""

@@ -32,7 +32,6 @@ class MigChange(Mig):
     """One device, changed inside a `with` statement; `nvml` and `is_root` stand for pynvml and the user."""
 
     def __init__(self, index: int = 0, *, nvml: Any = None, is_root: bool | None = None) -> None:
-        """Take the device of that index in NVML's own count."""
         super().__init__(index, nvml=nvml)
         self._is_root = os.geteuid() == 0 if is_root is None else is_root
 

@@ -28,13 +28,9 @@ if TYPE_CHECKING:
 class PassLanes(Protocol):
     """Where the slices of a layer run, and that takes note of when."""
 
-    def enter(self, layer: int) -> None:
-        """Go on with a layer's slices."""
-        ...
+    def enter(self, layer: int) -> None: ...
 
-    def beside(self, parts: Sequence[Callable[[], None]]) -> None:
-        """Run part i on lane i."""
-        ...
+    def beside(self, parts: Sequence[Callable[[], None]]) -> None: ...
 
 
 class Passes(Executor):
@@ -52,8 +48,7 @@ class Passes(Executor):
         """Keep the tokens per expert of a layer of the pass under way; nothing waits."""
 
     @abstractmethod
-    def end(self) -> None:
-        """End the pass under way."""
+    def end(self) -> None: ...
 
 
 def tell(step: RoutedStep, counts_LE: I32) -> None:
@@ -176,14 +171,8 @@ class HostPasses(Passes):
         self._counts.append(step.counts_LE)
         self._num_ended += 1
         start_ns_LS, end_ns_LS = np.moveaxis(lanes.spans_LS2, 2, 0)
-        self._running.append(
-            Finished(
-                start_ns=start_ns,
-                end_ns=self.now_ns(),
-                start_ns_LS=start_ns_LS,
-                busy_ns_LS=end_ns_LS - start_ns_LS,
-            )
-        )
+        times = {"start_ns_LS": start_ns_LS, "busy_ns_LS": end_ns_LS - start_ns_LS}
+        self._running.append(Finished(start_ns=start_ns, end_ns=self.now_ns(), **times))
 
     def counts_LE(self, index: int) -> I32:
         return self._counts[index - self._num_ended]

@@ -189,7 +189,6 @@ class Recorder:
         warnings.warn(f"recording stopped after {self.num_steps} steps: {why}", stacklevel=4)
 
     def _take(self) -> None:
-        """Keep what a pass chose."""
         missing = [layer for layer, chosen in enumerate(self._chosen_L) if chosen is None]
         if missing:
             raise TraceError(f"layers {missing} did not run in a pass; record a model that runs all its MoE layers")
@@ -261,7 +260,6 @@ class Recorder:
             self._write_config()
 
     def _write_config(self) -> None:
-        """Write the model's config beside the trace."""
         if config := config_of(self._model, self._layers):
             text = json.dumps(config, indent=1, default=str)
             self._appender.path.with_suffix(CONFIG_SUFFIX).write_text(text + "\n", encoding="utf-8")
