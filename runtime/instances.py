@@ -180,7 +180,10 @@ class InstanceLayers:
             _, pipe, rows = self._workers[worker - 1]
             rows.rows_ND[: len(place)].copy_(x_TD[place // top_k])
             rows.expert_N[: len(place)].copy_(expert_N[place])
-            self._send(worker, pipe, (layer, len(place)))
+            try:
+                pipe.send((layer, len(place)))
+            except OSError as error:
+                raise self._lost(worker) from error
         mine = places[0]
         out_ND[mine] = compute_rows(x_TD[mine // top_k], expert_N[mine], self._weights[layer], self._runner)
         for worker, place in enumerate(places[1:], 1):
@@ -188,12 +191,6 @@ class InstanceLayers:
             out_ND[place] = self._workers[worker - 1][2].rows_ND[: len(place)].to(out_ND.device)
             self.bytes_moved += 2 * len(place) * x_TD.shape[1] * x_TD.element_size()
         return reference.combine(out_ND.unflatten(0, (-1, top_k)), weights_TK)
-
-    def _send(self, worker: int, pipe: Connection, what: tuple[int, int]) -> None:
-        try:
-            pipe.send(what)
-        except OSError as error:
-            raise self._lost(worker) from error
 
     def _answer(self, worker: int) -> None:
         _, pipe, _ = self._workers[worker - 1]
