@@ -30,13 +30,8 @@ NAME = "expertslice"
 DTYPES: dict[torch.dtype, Dtype] = {dtype: name for name, dtype in TORCH_DTYPE.items()}  # pyright: ignore
 CLAMPED = {"has_bias": True, "is_transposed": True, "is_concatenated": False, "alpha": 1.702, "limit": 7.0}
 """What gpt-oss's experts are."""
-PLAIN = {
-    "has_bias": False,
-    "is_transposed": False,
-    "has_post_expert_norm": False,
-    "has_gate": True,
-    "is_concatenated": True,
-}
+PLAIN = dict.fromkeys(("has_bias", "is_transposed", "has_post_expert_norm"), False)
+PLAIN |= dict.fromkeys(("has_gate", "is_concatenated"), True)
 """What experts must be, by the marks that transformers gives them."""
 
 

@@ -4,7 +4,6 @@ A change is a list of steps that can be looked at first. It needs an explicit wo
 step fails the former layout comes back.
 """
 
-import ctypes
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -119,9 +118,9 @@ class MigChange(Mig):
         """Return the compute instances of a GPU instance: profile and handle."""
         found: list[tuple[int, Any]] = []
         for info in self._compute_profiles(instance):
-            count, held = ctypes.c_uint(0), (self._nvml.c_nvmlComputeInstance_t * max(1, info.instanceCount))()
-            self._ask("nvmlGpuInstanceGetComputeInstances", instance, info.id, held, ctypes.byref(count))
-            found += [(info.id, held[i]) for i in range(count.value)]
+            asked = "nvmlGpuInstanceGetComputeInstances", instance, info.id
+            held = self._listed(self._nvml.c_nvmlComputeInstance_t, info.instanceCount, *asked)
+            found += [(info.id, one) for one in held]
         return found
 
     def _compute_profiles(self, instance: Any) -> list[Any]:
