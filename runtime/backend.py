@@ -11,7 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import numpy as np
@@ -203,13 +203,8 @@ class RuntimeBackend:
                 step=run.step.step,
                 plan_id=run.plan_id,
                 bucket=run.bucket,
-                submit_ns=run.launched.submit_ns,
-                start_ns=done.start_ns,
-                end_ns=done.end_ns,
-                start_ns_LS=done.start_ns_LS,
-                busy_ns_LS=done.busy_ns_LS,
-                reconfigure_ns=run.launched.reconfigure_ns,
-                capture_ns=run.launched.capture_ns,
+                **{one.name: getattr(run.launched, one.name) for one in fields(Launched)},
+                **{one.name: getattr(done, one.name) for one in fields(Finished)},
                 control_stall_ns=run.control_stall_ns,
                 hbm_bytes=needs.hbm_bytes,
                 flops=needs.flops,

@@ -35,7 +35,7 @@ from .layers import launch_of
 from .meter import EnergyMeter
 from .other import PLACES, OtherKernels, asked_LPA, places_of, slice_ids_of
 from .partition import Partition, PartitionError
-from .timer import sets_to_stay_cold, warmed_up
+from .timer import sets_to_stay_cold
 from .workload import expert_ids_LTK, plan_words_LW, write_logits
 
 IN_FLIGHT = MOST_AHEAD + 2
@@ -290,8 +290,12 @@ class CudaExecutor(Executor):
     def _captured(self, key: GraphKey) -> tuple[Replay, int]:
         """Capture a step; without room for its graph, let all others go and try again, else go without one."""
         run = self._eager(key)
-        # Tile sizes are copied before the capture, too.
-        main = warmed_up(run)
+        main = torch.cuda.Stream()
+        main.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(main):
+            # Kernels compile and tile sizes are copied before the capture.
+            run()
+        torch.cuda.current_stream().wait_stream(main)
         for last in (False, True):
             try:
                 return _graph_of(run, main)

@@ -57,22 +57,17 @@ class Captured:
 
 def capture(step: Callable[[int], Any], num_sets: int) -> Captured:
     """Capture a graph of `step` over all weight sets in rotation, repeated until it is long enough to time."""
-    warmed_up(lambda: [step(p) for p in range(num_sets)])
-    once = _captured(step, num_sets, 1)
-    repeats = math.ceil(LEAST_GRAPH_NS / (min(once.time_ns() for _ in range(3)) * num_sets))
-    return _captured(step, num_sets, repeats) if repeats > 1 else once
-
-
-def warmed_up(run: Callable[[], object]) -> Any:
-    """Run what is to be captured, so that its kernels compile; return the stream that it ran on, beside others."""
     import torch
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run()
+        for p in range(num_sets):
+            step(p)
     torch.cuda.current_stream().wait_stream(stream)
-    return stream
+    once = _captured(step, num_sets, 1)
+    repeats = math.ceil(LEAST_GRAPH_NS / (min(once.time_ns() for _ in range(3)) * num_sets))
+    return _captured(step, num_sets, repeats) if repeats > 1 else once
 
 
 def _captured(step: Callable[[int], Any], num_sets: int, repeats: int) -> Captured:
