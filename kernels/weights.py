@@ -89,10 +89,7 @@ class ExpertWeights:
 
     @classmethod
     def packed(
-        cls,
-        spec: MoeSpec,
-        experts: Sequence[Sequence[Tensor]],
-        biases: Sequence[Sequence[Tensor]] | None = None,
+        cls, spec: MoeSpec, experts: Sequence[Sequence[Tensor]], biases: Sequence[Sequence[Tensor]] | None = None
     ) -> "ExpertWeights":
         """Copy each expert's [n_dim, k_dim] tensors into one flat tensor per product: for experts that differ."""
         for e in range(spec.num_experts):

@@ -180,6 +180,11 @@ class CudaExecutor(Executor):
                     self._replay_of(key, bucket)
 
     def _streams_of(self, layout: SliceLayout) -> tuple["torch.cuda.Stream", ...]:
+        if layout not in self._streams:
+            self._streams[layout] = self._new_streams(layout)
+        return self._streams[layout]
+
+    def _new_streams(self, layout: SliceLayout) -> tuple["torch.cuda.Stream", ...]:
         priorities = tuple(one.stream_priority for one in layout.slices)
         mechanism = layout.slices[0].mechanism
         if mechanism == "mig":
@@ -276,15 +281,15 @@ class CudaExecutor(Executor):
     def _eager(self, key: GraphKey) -> Replay:
         """Return the launches of a step, on the streams of its layout."""
         launch = launch_of(replace(one_slice_plan(key.layout), steal=key.steal), self._setup)
-        if key.layout not in self._streams:
-            self._streams[key.layout] = self._streams_of(key.layout)
         if key.places and not self._other:
             held, dtype = torch.cuda.get_device_properties(0), self._setup.model.dtype
             self._other = OtherKernels(
                 self._asked_LPA, dtype, l2_bytes=held.L2_cache_size, sm_count=held.multi_processor_count
             )
         sms = [one.sm_count for one in key.layout.slices]
-        lanes = StreamLanes(self._streams[key.layout], self._stamps_LS2, sms=sms, other=self._other, places=key.places)
+        lanes = StreamLanes(
+            self._streams_of(key.layout), self._stamps_LS2, sms=sms, other=self._other, places=key.places
+        )
         return lambda: self._run_layers(launch, lanes, key.bucket)
 
     def _captured(self, key: GraphKey) -> tuple[Replay, int]:

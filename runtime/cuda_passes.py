@@ -34,8 +34,7 @@ class CudaPasses(CudaExecutor, Passes):
         del bucket
         self.end()
         try:
-            if plan.layout not in self._streams:
-                self._streams[plan.layout] = self._streams_of(plan.layout)
+            self._streams_of(plan.layout)
         except PartitionError as error:
             raise ExecutorError(f"no streams for the plan's layout: {error}") from error
         self.plan, submit_ns = plan, self.now_ns()
@@ -45,7 +44,7 @@ class CudaPasses(CudaExecutor, Passes):
     def lanes(self, plan: Plan) -> StreamLanes:
         if plan.layout not in self._lanes:
             sms = [one.sm_count for one in plan.layout.slices]
-            self._lanes[plan.layout] = StreamLanes(self._streams[plan.layout], self._stamps_LS2, sms=sms)
+            self._lanes[plan.layout] = StreamLanes(self._streams_of(plan.layout), self._stamps_LS2, sms=sms)
         return self._lanes[plan.layout]
 
     def count(self, layer: int, counts_E: torch.Tensor) -> None:

@@ -62,12 +62,7 @@ class Steering:
     """One policy that decides for a model's passes."""
 
     def __init__(
-        self,
-        policy: Policy[Any],
-        passes: Passes,
-        setup: Setup,
-        *,
-        on_record: Callable[[StepRecord], None],
+        self, policy: Policy[Any], passes: Passes, setup: Setup, *, on_record: Callable[[StepRecord], object]
     ) -> None:
         """Start the policy; one that fails later is replaced by the unsliced plan, with one warning.
 
