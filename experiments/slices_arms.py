@@ -19,11 +19,11 @@ Row = dict[str, Any]
 
 def tiles() -> "list[tuple[LaunchSpec, int]]":
     """Return the tiles that both sides choose from, with the CTAs of each that an SM holds."""
-    from ..kernels.launches import LONG_RUNS, PINGPONG, TILES
+    from ..kernels.launches import PINGPONG, TILES
 
     found = [
         (replace(tile, descriptors=tile.block_m >= 64, flatten=tile.block_m >= 64), ctas)
-        for by_height in (*TILES.values(), *LONG_RUNS.values())
+        for by_height in TILES.values()
         for tile, ctas in by_height
     ]
     return [*found, *((tile, 1) for tile in PINGPONG)]

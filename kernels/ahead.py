@@ -25,49 +25,17 @@ from .grouped import grouped_kernel
 from .pingpong import BLOCK_M, CHUNK_K, GROUP_WARPS, REGS, pingpong_kernel
 from .spec import LaunchSpec
 
-GROUPED: dict[str, Any] = {
-    "STEAL": False,
-    "DEPENDENT": False,
-    "GATHER": False,
-    "SCATTER": False,
-    "EPILOGUE": "none",
-    "HAS_BIAS": False,
-    "HAS_SCALE": False,
-    "UNEVEN": False,
-    "ALIGNED": True,
-    "EVEN_K": True,
-    "PRECISION": "ieee",
-}
-FUSED: dict[str, Any] = {
-    "THREE": True,
-    "DEPENDENT": False,
-    "EPILOGUE": "relu",
-    "HAS_BIAS": False,
-    "EVEN_D": True,
-    "EVEN_F": True,
-    "PRECISION": "ieee",
-}
+PLAIN: dict[str, Any] = {"EPILOGUE": "none", "HAS_BIAS": False, "PRECISION": "ieee"}
+GROUPED = PLAIN | dict.fromkeys(("STEAL", "DEPENDENT", "GATHER", "SCATTER", "HAS_SCALE", "UNEVEN"), False)
+GROUPED |= {"ALIGNED": True, "EVEN_K": True}
+FUSED = PLAIN | {"THREE": True, "DEPENDENT": False, "EPILOGUE": "relu", "EVEN_D": True, "EVEN_F": True}
 UP = {"GATHER": True, "EPILOGUE": "swiglu"}
 DOWN = {"SCATTER": True}
-WIDE_TYPES = {
-    "scale_ptr": "*fp32",
-    "weights_ptr": "*fp32",
-    "logits_ptr": "*fp32",
-    "bias_ptr": "*fp32",
-    "offset_ptr": "*i64",
-    "bias_offset_ptr": "*i64",
-}
+WIDE_TYPES = dict.fromkeys(("scale_ptr", "weights_ptr", "logits_ptr", "bias_ptr"), "*fp32")
+WIDE_TYPES |= dict.fromkeys(("offset_ptr", "bias_offset_ptr"), "*i64")
 ROW_SIZES = (
-    "k_dim",
-    "n_dim",
-    "d_model",
-    "d_ff",
-    "a_pitch",
-    "out_pitch",
-    "x_pitch",
-    "hidden_pitch",
-    "rows_pitch",
-    "prefetch_bytes",
+    *("k_dim", "n_dim", "d_model", "d_ff", "prefetch_bytes"),
+    *("a_pitch", "out_pitch", "x_pitch", "hidden_pitch", "rows_pitch"),
 )
 
 

@@ -15,18 +15,9 @@ from .spec import INTERPRET
 
 @triton.jit(do_not_specialize=["num_rows"])
 def combine_kernel(
-    rows_ptr,
-    weights_ptr,
-    out_ptr,
-    num_tokens_ptr,
-    num_rows,
-    d_model,
-    rows_pitch,
-    TOP_K: tl.constexpr,
-    PADDED: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    rows_ptr, weights_ptr, out_ptr, num_tokens_ptr, num_rows, d_model, rows_pitch,
+    TOP_K: tl.constexpr, PADDED: tl.constexpr, DEPENDENT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Sum one token's slots over a block of columns; padding rows get zeros."""
     if DEPENDENT:
         gdc_launch_dependents()

@@ -142,8 +142,7 @@ def fused_experts(
 def _arguments(
     x_TD: Tensor, weights: "ExpertWeights", ws: "Workspace", launch: LayerLaunch, slice_id: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    first, last = weights.products[0], weights.products[-1]
-    middle = weights.products[1]
+    first, middle, last = weights.products[0], weights.products[1], weights.products[-1]
     spec, down_n = launch.slices[slice_id].up, launch.slices[slice_id].down.block_n
     block_k = spec.k_step(x_TD.element_size())
     by_desc = spec.descriptors and all(h.k_dim * x_TD.element_size() % 16 == 0 for h in weights.products)
@@ -162,22 +161,12 @@ def _arguments(
         slice_id, ws.capacity, first.k_dim, first.n_dim, last.k_dim,
         x_TD.stride(0), ws.hidden[0].stride(0), ws.rows_ND.stride(0), ws.spec.top_k,
     )  # fmt: skip
-    options = {
-        "THREE": len(weights.products) == 3,
-        "DEPENDENT": dependent,
-        "EPILOGUE": weights.epilogues[0],
-        "HAS_BIAS": first.bias is not None,
-        "EVEN_D": first.k_dim % block_k == 0,
-        "EVEN_F": last.k_dim % block_k == 0,
-        "B_DESC": by_desc,
-        "PRECISION": "tf32" if launch.tf32 else "ieee",
-        "BLOCK_M": spec.block_m,
-        "UP_N": spec.block_n,
-        "DOWN_N": down_n,
-        "BLOCK_K": block_k,
-        **spec.options,
-        "launch_pdl": dependent,
-    }
+    options = dict(
+        THREE=len(weights.products) == 3, DEPENDENT=dependent, EPILOGUE=weights.epilogues[0],
+        HAS_BIAS=first.bias is not None, EVEN_D=first.k_dim % block_k == 0, EVEN_F=last.k_dim % block_k == 0,
+        B_DESC=by_desc, PRECISION="tf32" if launch.tf32 else "ieee",
+        BLOCK_M=spec.block_m, UP_N=spec.block_n, DOWN_N=down_n, BLOCK_K=block_k, **spec.options, launch_pdl=dependent,
+    )  # fmt: skip
     return args, options
 
 

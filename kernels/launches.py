@@ -8,24 +8,18 @@ from dataclasses import replace
 from ..traces.schema import MoeSpec
 from .spec import HOPPER, LaunchSpec, LayerLaunch, SliceLaunch
 
-# Tiles by rows of an expert, with the CTAs that one SM holds.
+# Tiles by rows of an expert, with the CTAs that one SM holds: columns, K step, warps, stages, CTAs.
 TILES: dict[int, tuple[tuple[LaunchSpec, int], ...]] = {
-    16: tuple(
-        (LaunchSpec(block_m=16, block_n=n, block_k=k, num_warps=4, num_stages=4, num_ctas=1), ctas)
-        for n, k, ctas in ((128, 64, 3), (64, 128, 2), (32, 128, 3))
-    ),
-    32: tuple(
-        (LaunchSpec(block_m=32, block_n=n, block_k=k, num_warps=4, num_stages=4, num_ctas=1), ctas)
-        for n, k, ctas in ((128, 64, 2), (64, 128, 2))
-    ),
-    64: tuple(
-        (LaunchSpec(block_m=64, block_n=n, block_k=k, num_warps=4, num_stages=s, num_ctas=1), ctas)
-        for n, k, s, ctas in ((128, 128, 2, 2), (128, 64, 4, 2), (64, 64, 4, 3))
-    ),
-    128: tuple(
-        (LaunchSpec(block_m=128, block_n=n, block_k=64, num_warps=w, num_stages=s, num_ctas=1), ctas)
-        for n, w, s, ctas in ((256, 8, 4, 1), (128, 8, 4, 1), (128, 4, 3, 2))
-    ),
+    m: tuple(
+        (LaunchSpec(block_m=m, block_n=n, block_k=k, num_warps=w, num_stages=s, num_ctas=1), ctas)
+        for n, k, w, s, ctas in tiles
+    )
+    for m, tiles in {
+        16: ((128, 64, 4, 4, 3), (64, 128, 4, 4, 2), (32, 128, 4, 4, 3)),
+        32: ((128, 64, 4, 4, 2), (64, 128, 4, 4, 2)),
+        64: ((128, 128, 4, 2, 2), (128, 64, 4, 4, 2), (64, 64, 4, 4, 3)),
+        128: ((256, 64, 8, 4, 1), (128, 64, 8, 4, 1), (128, 64, 4, 3, 2)),
+    }.items()
 }
 
 PINGPONG = tuple(

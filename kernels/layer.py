@@ -6,6 +6,9 @@ routing, so slices may run side by side; with stealing every slice must end a pr
 Shape letters: T tokens, E experts, K top-k, D model.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,8 @@ from .weights import ExpertWeights
 from .workspace import Workspace
 
 LEAST_CAPABILITY = (8, 0)
+Beside = Callable[[Sequence[Callable[[], None]]], None]
+"""Launches part i of a layer where slice i runs."""
 
 
 def run_product(
@@ -48,16 +53,23 @@ def run_slice(x_TD: Tensor, weights: ExpertWeights, ws: Workspace, launch: Layer
         run_product(x_TD, weights, ws, launch, slice_id=slice_id, product=product)
 
 
-def run_experts(x_TD: Tensor, weights: ExpertWeights, ws: Workspace, launch: LayerLaunch) -> None:
-    """Launch all slices of a routed batch one after another on the current stream."""
+def in_turn(parts: Sequence[Callable[[], None]]) -> None:
+    """Launch the slices' parts one after another on the current stream."""
+    for part in parts:
+        part()
+
+
+def run_experts(
+    x_TD: Tensor, weights: ExpertWeights, ws: Workspace, launch: LayerLaunch, beside: Beside = in_turn
+) -> None:
+    """Launch all slices of a routed batch."""
     slices = range(len(launch.slices))
-    if launch.steal:
-        for product in range(len(weights.products)):
-            for slice_id in slices:
-                run_product(x_TD, weights, ws, launch, slice_id=slice_id, product=product)
+    if not launch.steal:
+        beside([partial(run_slice, x_TD, weights, ws, launch, slice_id=s) for s in slices])
         return
-    for slice_id in slices:
-        run_slice(x_TD, weights, ws, launch, slice_id=slice_id)
+    # Whoever steals a tile of a product needs every tile of the one before.
+    for product in range(len(weights.products)):
+        beside([partial(run_product, x_TD, weights, ws, launch, slice_id=s, product=product) for s in slices])
 
 
 def moe_layer(
@@ -70,7 +82,9 @@ def moe_layer(
     *,
     bias_E: Tensor | None = None,
     num_tokens: Tensor | None = None,
+    weights_TK: Tensor | None = None,
     out_TD: Tensor | None = None,
+    beside: Beside = in_turn,
 ) -> Tensor:
     """Return the layer's output [T, D], in `out_TD` or else in the workspace, where the next call overwrites it.
 
@@ -86,14 +100,18 @@ def moe_layer(
         launch: tiles and grids of each slice.
         bias_E: float32, added to sigmoid scores for choosing only.
         num_tokens: one int32 on the device: rows from there on are padding. None: all rows are tokens.
+        weights_TK: take the place of the weights that the router gives.
         out_TD: where to put the output.
+        beside: launches parts beside each other, after what was enqueued before and before what comes after.
     """
     out_TD = ws.out_TD[: x_TD.shape[0]] if out_TD is None else out_TD
     check_inputs(x_TD, logits_TE, weights, router, ws, bias_E=bias_E, num_tokens=num_tokens, out_TD=out_TD)
     route(logits_TE, router, launch, ws, bias_E=bias_E, num_tokens=num_tokens)
+    if weights_TK is not None:
+        ws.weights_TK[: x_TD.shape[0]].copy_(weights_TK)
     if x_TD.shape[0]:
         rows = gather(x_TD, ws, dependent=launch.dependent) if launch.gathered else x_TD
-        run_experts(rows, weights, ws, launch)
+        run_experts(rows, weights, ws, launch, beside)
     combine(ws.rows_ND, ws.weights_TK, out_TD, num_tokens=num_tokens, dependent=launch.dependent)
     return out_TD
 

@@ -20,7 +20,7 @@ weights 0, output 0.
 Shape letters: T tokens, E routed experts, K top-k, N routed rows (T times K), D model, F ffn, G expert groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -154,15 +154,19 @@ def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     return wide.to(rows_TKD.dtype)
 
 
-def experts(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, weights: "ExpertWeights") -> Tensor:
-    """Return the layer's output [T, D] for given routing, expert after expert; experts without tokens are skipped."""
-    top_k = ids_TK.shape[1]
-    rows_ND = torch.zeros(ids_TK.numel(), x_TD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
-    for e in range(weights.spec.num_experts):
+def fill_rows(rows_ND: Tensor, x_TD: Tensor, ids_TK: Tensor, weights: "ExpertWeights", experts: Iterable[int]) -> None:
+    """Compute the rows of some experts at their places t * K + slot; those without tokens are skipped."""
+    for e in experts:
         place = (ids_TK.flatten() == e).nonzero()[:, 0]
         if len(place):
-            rows_ND[place] = expert(x_TD[place // top_k], weights, e)
-    return combine(rows_ND.unflatten(0, (-1, top_k)), weights_TK)
+            rows_ND[place] = expert(x_TD[place // ids_TK.shape[1]], weights, e)
+
+
+def experts(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, weights: "ExpertWeights") -> Tensor:
+    """Return the layer's output [T, D] for given routing, expert after expert."""
+    rows_ND = torch.zeros(ids_TK.numel(), x_TD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
+    fill_rows(rows_ND, x_TD, ids_TK, weights, range(weights.spec.num_experts))
+    return combine(rows_ND.unflatten(0, (-1, ids_TK.shape[1])), weights_TK)
 
 
 def layer(

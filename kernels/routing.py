@@ -266,20 +266,13 @@ def route(
     dependent = launch.dependent and not INTERPRET.value
     tokens_placed = triton.next_power_of_2(max(1, num_rows)) if cut.one_launch else cut.block_t
     shared = {
-        "DEPENDENT": dependent,
-        "CHAINED": ws.chains and not cut.one_launch,
-        "NUM_LISTS": launch.num_lists,
-        "NUM_EXPERTS": router.num_experts,
-        "TOP_K": router.top_k,
-        "SOFTMAX": router.score == "softmax",
-        "RENORMALISE": router.renormalise,
-        "SCALE": router.scale,
-        "BT": cut.block_t,
-        "BE": block_e,
+        "DEPENDENT": dependent, "CHAINED": ws.chains and not cut.one_launch, "NUM_LISTS": launch.num_lists,
+        "NUM_EXPERTS": router.num_experts, "TOP_K": router.top_k, "SOFTMAX": router.score == "softmax",
+        "RENORMALISE": router.renormalise, "SCALE": router.scale, "BT": cut.block_t, "BE": block_e,
         "BN": tokens_placed * triton.next_power_of_2(router.top_k),
         "BJ": max(1, tokens_placed // SMALLEST_BLOCK_M if cut.one_launch else ENTRIES // block_e),
         "enable_fp_fusion": False,
-    }
+    }  # fmt: skip
     plan, block_pitch = (ws.plan, ws.tile_sizes(launch)), ws.block_counts_EB.stride(0)
     rows = (ws.ids_TK, ws.weights_TK, ws.tops_T, ws.totals_T, ws.counts_E, ws.offsets_E1, ws.row_slot_N)
     queues = (ws.tiles_QC, ws.begins_QS, ws.tickets, ws.ready_2C)

@@ -6,16 +6,19 @@ The plan reaches the device as data: the same captured graph runs any placement 
 Shape letters: E routed experts, S slices, Q lists of row tiles (up, down).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..traces.schema import MoeSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter, which computes bf16 wrongly and knows no inline assembly."""
@@ -87,7 +90,6 @@ class LaunchSpec:
 
     @property
     def options(self) -> dict[str, int]:
-        """What the compiler is told."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_regs}
 
 
@@ -207,37 +209,37 @@ class TokenRule:
 
 
 def encode_plan(
-    num_slices: int,
-    num_experts: int,
-    placement: TokenRule | Sequence[int] | None = None,
-    *,
-    tile_order: str = "expert",
+    num_slices: int, num_experts: int, placement: "TokenRule | ArrayLike | None" = None, *, tile_order: str = "expert"
 ) -> Tensor:
-    """Return a plan as int32 words on the host, ready to be copied over a workspace's.
+    """Return a plan as int32 words [W] on the host, ready to be copied over a workspace's.
+
+    By numpy, in a few microseconds: a policy may decide at every step.
 
     Args:
         num_slices: of the layout that the plan is for.
         num_experts: E.
-        placement: a token rule, the slice of each expert [E], or None for slice 0 alone.
+        placement: a token rule, the slice of each expert [E], or None for slice 0 alone; [L, E] gives words [L, W].
         tile_order: expert, heavy (most tokens first) or light, within each slice.
     """
-    words = torch.zeros(plan_words(num_experts), dtype=torch.int32)
     if tile_order not in TILE_ORDERS:
         raise ValueError(f"plan: tile order {tile_order!r}; allowed are {', '.join(TILE_ORDERS)}")
-    words[ORDER_AT.value] = TILE_ORDERS.index(tile_order)
-    slice_ids = placement.slice_ids if isinstance(placement, TokenRule) else tuple(placement or [0] * num_experts)
-    if not 0 <= min(slice_ids) <= max(slice_ids) < num_slices:
-        raise ValueError(f"plan: slice ids {sorted(set(slice_ids))}; the layout has slices 0..{num_slices - 1}")
-    if isinstance(placement, TokenRule):
-        words[NUM_BOUNDS_AT.value] = len(placement.bounds)
-        _put(words, BOUNDS_AT.value, placement.bounds)
-        _put(words, SLICE_IDS_AT.value, slice_ids)
-        return words
-    if len(slice_ids) != num_experts:
-        raise ValueError(f"plan: slices for {len(slice_ids)} experts; the model has {num_experts}")
-    words[NUM_BOUNDS_AT.value] = -1
-    _put(words, PINNED_AT.value, slice_ids)
-    return words
+    rule = placement if isinstance(placement, TokenRule) else None
+    slice_ids = (
+        np.zeros(num_experts, np.int32) if placement is None else np.asarray(rule.slice_ids if rule else placement)
+    )
+    count = slice_ids.shape[-1]
+    if rule is None and count != num_experts:
+        raise ValueError(f"plan: slices for {count} experts; the model has {num_experts}")
+    if not 0 <= slice_ids.min() <= slice_ids.max() < num_slices:
+        raise ValueError(f"plan: slice ids {np.unique(slice_ids).tolist()}; the layout has slices 0..{num_slices - 1}")
+    words = np.zeros((*slice_ids.shape[:-1], plan_words(num_experts)), np.int32)
+    words[..., ORDER_AT.value] = TILE_ORDERS.index(tile_order)
+    words[..., NUM_BOUNDS_AT.value] = len(rule.bounds) if rule else -1
+    start = SLICE_IDS_AT.value if rule else PINNED_AT.value
+    words[..., start : start + count] = slice_ids
+    if rule:
+        words[BOUNDS_AT.value : BOUNDS_AT.value + len(rule.bounds)] = rule.bounds
+    return torch.from_numpy(words)
 
 
 def plan_words(num_experts: int) -> int:
@@ -247,12 +249,7 @@ def plan_words(num_experts: int) -> int:
 
 def encode_tiles(launch: LayerLaunch) -> Tensor:
     """Return the rows and columns of every slice's tiles, for up and for down, as int32 words on the host."""
-    words = torch.zeros(4 * MAX_SLICES, dtype=torch.int32)
-    for row, specs in enumerate(zip(*((s.up, s.down) for s in launch.slices), strict=True)):
-        _put(words, BLOCK_M_AT.value + row * MAX_SLICES, [s.block_m for s in specs])
-        _put(words, BLOCK_N_AT.value + row * MAX_SLICES, [s.block_n for s in specs])
-    return words
-
-
-def _put(words: Tensor, start: int, values: Sequence[int]) -> None:
-    words[start : start + len(values)] = torch.tensor(values, dtype=torch.int32)
+    words = np.zeros((4, MAX_SLICES), np.int32)
+    for i, s in enumerate(launch.slices):
+        words[:, i] = s.up.block_m, s.down.block_m, s.up.block_n, s.down.block_n
+    return torch.from_numpy(words.ravel())

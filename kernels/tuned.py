@@ -100,8 +100,7 @@ def _plain(one: TunedRange) -> dict[str, Any]:
 
 def _range(value: Mapping[str, Any]) -> TunedRange:
     chosen = SliceLaunch(up=LaunchSpec(**value["up"]), down=LaunchSpec(**value["down"]))
-    flags = {name: value[name] for name in FLAGS}
-    launch = LayerLaunch(slices=(chosen,), **flags)
+    launch = LayerLaunch(slices=(chosen,), **{name: value[name] for name in FLAGS})
     least, most = value["tokens"]
     return TunedRange(least_tokens=least, most_tokens=most, launch=launch, us=value["us"])
 
@@ -128,14 +127,8 @@ def launch_for(
 ) -> LayerLaunch:
     """Return the unsliced launch of a layer for batches of about so many tokens on a device.
 
-    Args:
-        spec: the model.
-        num_tokens: of the batch.
-        device: as the driver names it, such as NVIDIA H100 80GB HBM3.
-        preset: tuned, or the paper's block sizes (A.1).
-        sm_count: of the device, for a modelled launch and the paper's.
-        capability: of the device, for a modelled launch.
-        folder: of tuned files.
+    The device is as the driver names it, such as NVIDIA H100 80GB HBM3; its SMs and capability are for a launch that is
+    modelled, or the paper's (A.1).
     """
     if preset == "paper":
         return paper_launch(spec, num_tokens, sm_count=sm_count)

@@ -43,7 +43,6 @@ class ProductWeights:
 
     @property
     def uneven(self) -> bool:
-        """Whether experts differ in size."""
         return self.offset_E is not None
 
 
@@ -58,12 +57,10 @@ class ExpertWeights:
 
     @property
     def epilogues(self) -> tuple[str, ...]:
-        """Return the epilogue of each product."""
         return ("swiglu_clamped", "none") if self.clamped else EPILOGUES[self.spec.kind]
 
     @property
     def device(self) -> torch.device:
-        """Return where the weights lie."""
         return self.products[0].weight.device
 
     @classmethod
@@ -92,10 +89,7 @@ class ExpertWeights:
 
     @classmethod
     def packed(
-        cls,
-        spec: MoeSpec,
-        experts: Sequence[Sequence[Tensor]],
-        biases: Sequence[Sequence[Tensor]] | None = None,
+        cls, spec: MoeSpec, experts: Sequence[Sequence[Tensor]], biases: Sequence[Sequence[Tensor]] | None = None
     ) -> "ExpertWeights":
         """Copy each expert's [n_dim, k_dim] tensors into one flat tensor per product: for experts that differ."""
         for e in range(spec.num_experts):

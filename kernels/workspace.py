@@ -124,10 +124,3 @@ class Workspace:
         if launch not in self.sizes:
             self.sizes[launch] = encode_tiles(launch).to(self.plan.device)
         return self.sizes[launch]
-
-    @property
-    def bytes(self) -> int:
-        """Return how much memory the buffers take."""
-        named = (getattr(self, name) for name in self.__slots__)
-        tensors = [t for value in named for t in (value if isinstance(value, tuple) else (value,))]
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))

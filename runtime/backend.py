@@ -6,11 +6,13 @@ decision sees, and what runs when a layout cannot.
 Shape letters: L MoE layers, E routed experts, S slices.
 """
 
+import time
 import warnings
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import numpy as np
 
@@ -49,51 +51,53 @@ class Finished:
     busy_ns_LS: I64
 
 
-class Executor(Protocol):
-    """Carries steps out in the order of launching."""
+class Executor(ABC):
+    """Carries steps out in the order of launching, by the host's clock unless it has one of its own."""
 
+    _zero_ns = 0
+    """Of the host's clock, where the run begins."""
+
+    @abstractmethod
     def open(self, setup: Setup, layouts: Sequence[SliceLayout]) -> None:
         """Prepare the layouts; the clock starts at 0."""
-        ...
 
     def now_ns(self) -> int:
         """Return the host's time."""
-        ...
+        return time.perf_counter_ns() - self._zero_ns
 
     def wait_until(self, ns: int) -> None:
         """Let host time pass."""
-        ...
+        time.sleep(max(0, ns - self.now_ns()) / 1e9)
 
-    def decided(self) -> None:
+    def decided(self) -> None:  # noqa: B027
         """Take note of a decision: where time is reckoned, its declared time passes."""
-        ...
 
+    @abstractmethod
     def launch(self, step: RoutedStep, plan: Plan, bucket: int) -> Launched:
         """Enqueue a step; never waits for the device.
 
         Raises:
             ExecutorError: the plan cannot be carried out here; nothing has changed.
         """
-        ...
 
+    @abstractmethod
     def counts_LE(self, index: int) -> I32:
         """Return the tokens per expert that the device counted in the launch of that number, waiting for them."""
-        ...
 
+    @abstractmethod
     def finished(self, *, wait_for: int) -> list[Finished]:
         """Return the steps that have finished and were not returned; waits for all up to launch `wait_for`."""
-        ...
 
     def power_w(self) -> float | None:
-        """Return the device's power."""
-        ...
+        """Return the device's power; None: nothing tells it."""
+        return None
 
     def close(self) -> list[EnergyWindow]:
-        """Leave the device as found."""
-        ...
+        """Leave the device as found, and return the windows of what drew power."""
+        return []
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Running:
     step: RoutedStep
     plan_id: str
@@ -180,16 +184,7 @@ class RuntimeBackend:
             if self.num_fallbacks == 1:
                 warnings.warn(f"step {step.step}: {error}; running unsliced", stacklevel=2)
             launched = self.executor.launch(step, plan, bucket)
-        self._running.append(
-            _Running(
-                step=step,
-                plan_id=plan.plan_id,
-                bucket=bucket,
-                launched=launched,
-                control_stall_ns=self._stall_ns,
-                fallback=fallback,
-            )
-        )
+        self._running.append(_Running(step, plan.plan_id, bucket, launched, self._stall_ns, fallback))
         self._stall_ns = 0
 
     def drain(self, *, wait: bool = False) -> list[StepRecord]:
@@ -208,13 +203,8 @@ class RuntimeBackend:
                 step=run.step.step,
                 plan_id=run.plan_id,
                 bucket=run.bucket,
-                submit_ns=run.launched.submit_ns,
-                start_ns=done.start_ns,
-                end_ns=done.end_ns,
-                start_ns_LS=done.start_ns_LS,
-                busy_ns_LS=done.busy_ns_LS,
-                reconfigure_ns=run.launched.reconfigure_ns,
-                capture_ns=run.launched.capture_ns,
+                **{one.name: getattr(run.launched, one.name) for one in fields(Launched)},
+                **{one.name: getattr(done, one.name) for one in fields(Finished)},
                 control_stall_ns=run.control_stall_ns,
                 hbm_bytes=needs.hbm_bytes,
                 flops=needs.flops,

@@ -20,17 +20,18 @@ import numpy as np
 import torch
 import triton
 
+from ..kernels.layer import moe_layer
 from ..kernels.spec import MAX_SLICES, LayerLaunch, RouterSpec
 from ..kernels.weights import random_weights
 from ..kernels.workspace import Workspace
 from ..policies.contract import EnergyWindow, Plan, Setup, SliceLayout
 from ..policies.layouts import one_slice_plan
 from ..traces.schema import I32, RoutedStep
-from .backend import MOST_AHEAD, ExecutorError, Finished, Launched
+from .backend import MOST_AHEAD, Executor, ExecutorError, Finished, Launched
 from .energy import EnergyLog
 from .graphs import CAPTURE_RULES, Calls, CaptureRule, GraphCache
 from .lanes import StreamLanes, stamp_kernel
-from .layers import launch_of, run_layer
+from .layers import launch_of
 from .meter import EnergyMeter
 from .other import PLACES, OtherKernels, asked_LPA, places_of, slice_ids_of
 from .partition import Partition, PartitionError
@@ -57,7 +58,7 @@ class GraphKey:
     """Where other work runs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Running:
     step: int
     start: Any
@@ -66,7 +67,7 @@ class _Running:
     num_slices: int
 
 
-class CudaExecutor:
+class CudaExecutor(Executor):
     """Runs steps on the current CUDA device, with random weights that stay out of L2."""
 
     def __init__(
@@ -137,25 +138,28 @@ class CudaExecutor:
         self._x_TD = x_TD.to(self._weights[0].products[0].weight.dtype)
         base = Workspace.allocate(model, tokens, "cuda")
         self._plans_LW = base.plan.repeat(num_layers, 1)
-        self._counts_LE = base.counts_E.repeat(num_layers, 1)
-        self._workspaces = [
-            replace(base, plan=self._plans_LW[layer], counts_E=self._counts_LE[layer]) for layer in range(num_layers)
-        ]
         self._logits_LTE = torch.zeros(num_layers, tokens, num_experts, dtype=torch.bfloat16, device="cuda")
         self._num_tokens = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self._stamps_LS2 = torch.zeros(num_layers, MAX_SLICES, 2, dtype=torch.int64, device="cuda")
         self._asked_LPA = torch.zeros(num_layers, PLACES, 3, dtype=torch.int64, device="cuda")
         # Flat, so that the ids of any number of tokens are one run of memory on both sides: other copies wait.
         self._ids = torch.zeros(num_layers * tokens * top_k, dtype=torch.int16, device="cuda")
         self._ids_R = torch.zeros(IN_FLIGHT, self._ids.numel(), dtype=torch.int16, pin_memory=True)
-        shape = (IN_FLIGHT, num_layers)
-        self._counts_RLE = torch.zeros(*shape, num_experts, dtype=torch.int32, pin_memory=True)
-        self._stamps_RLS2 = torch.zeros(*shape, MAX_SLICES, 2, dtype=torch.int64, pin_memory=True)
-        self._plans_RLW = torch.zeros(*shape, base.plan.numel(), dtype=torch.int32, pin_memory=True)
-        self._asked_RLPA = torch.zeros(*shape, PLACES, 3, dtype=torch.int64, pin_memory=True)
+        self._plans_RLW = torch.zeros(IN_FLIGHT, *self._plans_LW.shape, dtype=torch.int32, pin_memory=True)
+        self._asked_RLPA = torch.zeros(IN_FLIGHT, *self._asked_LPA.shape, dtype=torch.int64, pin_memory=True)
         self._other: OtherKernels | None = None
         self._next_chunk = 0
         self._plan: Plan | None = None
+        self._allocate_back(base.counts_E.repeat(num_layers, 1))
+        self._workspaces = [
+            replace(base, plan=self._plans_LW[layer], counts_E=self._counts_LE[layer]) for layer in range(num_layers)
+        ]
+
+    def _allocate_back(self, counts_LE: torch.Tensor) -> None:
+        """Allocate what comes back of each step: counts, and stamps of the slices."""
+        num_layers, self._counts_LE = len(counts_LE), counts_LE
+        self._stamps_LS2 = torch.zeros(num_layers, MAX_SLICES, 2, dtype=torch.int64, device="cuda")
+        self._counts_RLE = torch.zeros(IN_FLIGHT, *counts_LE.shape, dtype=torch.int32, pin_memory=True)
+        self._stamps_RLS2 = torch.zeros(IN_FLIGHT, num_layers, MAX_SLICES, 2, dtype=torch.int64, pin_memory=True)
         self._running: deque[_Running] = deque()
         self._rest: list[Finished] = []
         self._ended: dict[int, Any] = {}
@@ -176,6 +180,11 @@ class CudaExecutor:
                     self._replay_of(key, bucket)
 
     def _streams_of(self, layout: SliceLayout) -> tuple["torch.cuda.Stream", ...]:
+        if layout not in self._streams:
+            self._streams[layout] = self._new_streams(layout)
+        return self._streams[layout]
+
+    def _new_streams(self, layout: SliceLayout) -> tuple["torch.cuda.Stream", ...]:
         priorities = tuple(one.stream_priority for one in layout.slices)
         mechanism = layout.slices[0].mechanism
         if mechanism == "mig":
@@ -200,21 +209,10 @@ class CudaExecutor:
         zero.record()
         self._anchor = zero, 0
         torch.cuda.synchronize()
-        self._host_zero_ns = time.perf_counter_ns()
+        self._zero_ns = time.perf_counter_ns()
         self._timer_zero_ns = int(stamp)
         if log:
-            log.start(self._host_zero_ns)
-
-    def now_ns(self) -> int:
-        """Return the host's time since step 0."""
-        return time.perf_counter_ns() - self._host_zero_ns
-
-    def wait_until(self, ns: int) -> None:
-        """Sleep until then."""
-        time.sleep(max(0, ns - self.now_ns()) / 1e9)
-
-    def decided(self) -> None:
-        """A decision took the time that it took."""
+            log.start(self._zero_ns)
 
     def launch(self, step: RoutedStep, plan: Plan, bucket: int) -> Launched:
         """Enqueue what a step needs, its graph, and the way back of its counts and stamps.
@@ -231,21 +229,21 @@ class CudaExecutor:
         capture_ns = self.now_ns() - before_ns if captures and key in self._graphs else 0
         slot = self._num_launched % IN_FLIGHT
         self._upload(step, plan, slot)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        submit_ns = self.now_ns()
-        start.record()
+        submit_ns, start = self.now_ns(), _event()
         replay()
-        end.record()
+        self._bring_back(step, start, plan)
+        return Launched(submit_ns=submit_ns, reconfigure_ns=0, capture_ns=capture_ns)
+
+    def _bring_back(self, step: RoutedStep, start: "torch.cuda.Event", plan: Plan) -> None:
+        """End a step, and enqueue the way back of its counts and stamps."""
+        slot, end = self._num_launched % IN_FLIGHT, _event()
         self._counts_RLE[slot].copy_(self._counts_LE, non_blocking=True)
         self._stamps_RLS2[slot].copy_(self._stamps_LS2, non_blocking=True)
-        back = torch.cuda.Event()
+        self._ended[self._num_launched] = back = torch.cuda.Event()
         back.record()
-        self._ended[self._num_launched] = back
         self._ended.pop(self._num_launched - IN_FLIGHT, None)
-        running = _Running(step=step.step, start=start, end=end, slot=slot, num_slices=plan.layout.num_slices)
-        self._running.append(running)
+        self._running.append(_Running(step.step, start, end, slot, plan.layout.num_slices))
         self._num_launched += 1
-        return Launched(submit_ns=submit_ns, reconfigure_ns=0, capture_ns=capture_ns)
 
     def _upload(self, step: RoutedStep, plan: Plan, slot: int) -> None:
         model, tokens = self._setup.model, step.num_tokens
@@ -283,15 +281,15 @@ class CudaExecutor:
     def _eager(self, key: GraphKey) -> Replay:
         """Return the launches of a step, on the streams of its layout."""
         launch = launch_of(replace(one_slice_plan(key.layout), steal=key.steal), self._setup)
-        if key.layout not in self._streams:
-            self._streams[key.layout] = self._streams_of(key.layout)
         if key.places and not self._other:
             held, dtype = torch.cuda.get_device_properties(0), self._setup.model.dtype
             self._other = OtherKernels(
                 self._asked_LPA, dtype, l2_bytes=held.L2_cache_size, sm_count=held.multi_processor_count
             )
         sms = [one.sm_count for one in key.layout.slices]
-        lanes = StreamLanes(self._streams[key.layout], self._stamps_LS2, sms=sms, other=self._other, places=key.places)
+        lanes = StreamLanes(
+            self._streams_of(key.layout), self._stamps_LS2, sms=sms, other=self._other, places=key.places
+        )
         return lambda: self._run_layers(launch, lanes, key.bucket)
 
     def _captured(self, key: GraphKey) -> tuple[Replay, int]:
@@ -325,18 +323,16 @@ class CudaExecutor:
         for layer, ws in enumerate(self._workspaces):
             lanes.enter(layer)
             weights = self._weights[layer % len(self._weights)]
-            run_layer(
-                self._x_TD[:bucket], self._logits_LTE[layer, :bucket], weights, self._router, ws, launch, lanes,
-                num_tokens=self._num_tokens,
+            moe_layer(
+                self._x_TD[:bucket], self._logits_LTE[layer, :bucket], weights, self._router, ws, launch,
+                num_tokens=self._num_tokens, beside=lanes.beside,
             )  # fmt: skip
 
     def counts_LE(self, index: int) -> I32:
-        """Return the tokens per expert that routing counted, waiting for their way back."""
         self._ended[index].synchronize()
         return self._counts_RLE[index % IN_FLIGHT].numpy().copy()
 
     def finished(self, *, wait_for: int) -> list[Finished]:
-        """Return the steps that have finished; waits for all up to launch `wait_for`."""
         done, self._rest = self._rest, []
         while self._running:
             back = self._ended[self._num_finished]
@@ -391,3 +387,10 @@ def _graph_of(run: Replay, stream: "torch.cuda.Stream") -> tuple[Replay, int]:
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
         run()
     return graph.replay, max(0, free_bytes - torch.cuda.mem_get_info()[0])
+
+
+def _event() -> "torch.cuda.Event":
+    """Return an event that tells the time of what has been enqueued."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

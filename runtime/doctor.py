@@ -37,7 +37,7 @@ def examine(
         libraries: their versions, None for one that is missing; default: those installed.
         parameters: the driver's file of module parameters.
     """
-    held = {name: _installed(name) for name in LIBRARIES} if libraries is None else libraries
+    held = {name: installed(name) for name in LIBRARIES} if libraries is None else libraries
     found = [
         Finding(subject=name, found=held.get(name) or "missing", advice=None if held.get(name) else advice)
         for name, advice in LIBRARIES.items()
@@ -58,7 +58,8 @@ def examine(
         nvml.nvmlShutdown()
 
 
-def _installed(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """Return the version of a distribution; None: it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -73,13 +74,17 @@ def _ask(nvml: Any, name: str, *args: Any) -> Any:
         return None
 
 
+def _whether(subject: str, told: bool, advice: str, *, yes: str = "readable", no: str = "not there") -> Finding:
+    return Finding(subject=subject, found=yes if told else no, advice=None if told else advice)
+
+
 def _of_driver(nvml: Any) -> Iterator[Finding]:
     cuda = _ask(nvml, "nvmlSystemGetCudaDriverVersion") or 0
     name = f"{_ask(nvml, 'nvmlSystemGetDriverVersion')}, CUDA {cuda // 1000}.{cuda % 1000 // 10}"
     yield Finding(subject="driver", found=name)
-    old = cuda < GREEN_CONTEXTS_CUDA
-    advice = "green_context slices need a driver of CUDA 12.4 or newer; shared and sm_budget work" if old else None
-    yield Finding(subject="green contexts", found="not in this driver" if old else "in this driver", advice=advice)
+    advice = "green_context slices need a driver of CUDA 12.4 or newer; shared and sm_budget work"
+    new = cuda >= GREEN_CONTEXTS_CUDA
+    yield _whether("green contexts", new, advice, yes="in this driver", no="not in this driver")
 
 
 def _of_counters(parameters: Path) -> Iterator[Finding]:
@@ -88,9 +93,9 @@ def _of_counters(parameters: Path) -> Iterator[Finding]:
         text = parameters.read_text(encoding="utf-8")
     except OSError:
         return
-    barred = "RmProfilingAdminOnly: 1" in text
-    advice = "for ncu: run as root, or load the driver with NVreg_RestrictProfilingToAdminUsers=0" if barred else None
-    yield Finding(subject="profiler counters", found="for root alone" if barred else "for everybody", advice=advice)
+    advice = "for ncu: run as root, or load the driver with NVreg_RestrictProfilingToAdminUsers=0"
+    free = "RmProfilingAdminOnly: 1" not in text
+    yield _whether("profiler counters", free, advice, yes="for everybody", no="for root alone")
 
 
 def _of_devices(nvml: Any) -> Iterator[Finding]:
@@ -119,25 +124,17 @@ def _of_device(nvml: Any, handle: Any, where: str) -> Iterator[Finding]:
     limit_mw, drawn_mw = (_ask(nvml, f"nvmlDeviceGet{what}", handle) for what in ("EnforcedPowerLimit", "PowerUsage"))
     if limit_mw and drawn_mw is not None:
         yield Finding(subject=f"{where} power", found=f"{drawn_mw / 1000:.0f} of {limit_mw / 1000:.0f} W")
-    yield _of_energy(nvml, handle, where)
+    told = _ask(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle) is not None
+    advice = "energy needs a whole GPU, Volta or newer; times are measured without it"
+    yield _whether(f"{where} energy counter", told, advice)
     yield _of_mig(nvml, handle, where)
     gpm = _ask(nvml, "nvmlGpmQueryDeviceSupport", handle)
-    told = bool(gpm and gpm.isSupportedDevice)
-    yield Finding(
-        subject=f"{where} utilisation counters",
-        found="readable" if told else "not there",
-        advice=None if told else "utilisation of SMs, tensor units and DRAM needs Hopper or newer",
-    )
+    advice = "utilisation of SMs, tensor units and DRAM needs Hopper or newer"
+    yield _whether(f"{where} utilisation counters", bool(gpm and gpm.isSupportedDevice), advice)
     others = _ask(nvml, "nvmlDeviceGetComputeRunningProcesses", handle)
     if others:
         advice = "measurements need the GPU to themselves; wait, or choose another by CUDA_VISIBLE_DEVICES"
         yield Finding(subject=f"{where} load", found=f"{len(others)} processes compute on it", advice=advice)
-
-
-def _of_energy(nvml: Any, handle: Any, where: str) -> Finding:
-    told = _ask(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle) is not None
-    advice = None if told else "energy needs a whole GPU, Volta or newer; times are measured without it"
-    return Finding(subject=f"{where} energy counter", found="readable" if told else "not there", advice=advice)
 
 
 def _of_mig(nvml: Any, handle: Any, where: str) -> Finding:

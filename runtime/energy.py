@@ -50,7 +50,6 @@ class Windows:
         self._steps: tuple[int, int] | None = None
 
     def tick(self, tick: Tick) -> None:
-        """Add a tick."""
         self._ticks.append(tick)
 
     def ended(self, step: int, end_ns: int) -> None:
@@ -68,7 +67,6 @@ class Windows:
 
     @property
     def power_w(self) -> float | None:
-        """Return the mean power of the newest window."""
         return _uj(self._spans[-1]) / self._spans[-1].duration_ns * 1000 if self._spans else None
 
     def all(self, idle_w: float) -> list[EnergyWindow]:
@@ -79,21 +77,28 @@ class Windows:
         if len(spans) > 1 and spans[-1].duration_ns < LEAST_WINDOW_S * 1e9 and spans[-2].end == spans[-1].begin:
             spans = [*spans[:-2], replace(spans[-2], last_step=spans[-1].last_step, end=spans[-1].end)]
         return [
-            EnergyWindow(
-                first_step=one.first_step,
-                last_step=one.last_step,
-                duration_ns=one.duration_ns,
-                energy_uj=_uj(one),
-                idle_w=idle_w,
-                sm_clock_mhz=UNKNOWN if one.end.sm_clock_mhz is None else one.end.sm_clock_mhz,
-                temperature_c=one.end.temperature_c,
-            )
+            _window((one.first_step, one.last_step), one.duration_ns, idle_w, energy_uj=_uj(one), end=one.end)
             for one in spans
         ]
 
 
 def _uj(span: _Span) -> int:
     return span.end.energy_uj - span.begin.energy_uj
+
+
+def _window(
+    steps: tuple[int, int], duration_ns: int, idle_w: float, *, energy_uj: int | None = None, end: Tick | None = None
+) -> EnergyWindow:
+    clock_mhz = end and end.sm_clock_mhz
+    return EnergyWindow(
+        first_step=steps[0],
+        last_step=steps[1],
+        duration_ns=duration_ns,
+        energy_uj=energy_uj,
+        idle_w=idle_w,
+        sm_clock_mhz=UNKNOWN if clock_mhz is None else clock_mhz,
+        temperature_c=end and end.temperature_c,
+    )
 
 
 class EnergyLog:
@@ -124,7 +129,6 @@ class EnergyLog:
             self._thread.start()
 
     def ended(self, step: int, end_ns: int) -> None:
-        """Add a step's end."""
         self._steps = (self._steps[0] if self._steps else step), step
         self._ends_ns = (self._ends_ns[0] or end_ns), end_ns
         self.windows.ended(step, end_ns)
@@ -157,21 +161,7 @@ class EnergyLog:
         self._owned.close()
         if self._reason:
             warnings.warn(f"energy is not measured: {self._reason}", stacklevel=2)
-        found = self.windows.all(self._idle_w)
-        return found or self._unmeasured()
-
-    def _unmeasured(self) -> list[EnergyWindow]:
-        """Return a window of all steps without energy: the counter is not readable, or did not move meanwhile."""
-        if self._steps is None:
-            return []
-        return [
-            EnergyWindow(
-                first_step=self._steps[0],
-                last_step=self._steps[1],
-                duration_ns=self._ends_ns[1] - self._ends_ns[0],
-                energy_uj=None,
-                idle_w=self._idle_w,
-                sm_clock_mhz=UNKNOWN,
-                temperature_c=None,
-            )
-        ]
+        if (found := self.windows.all(self._idle_w)) or self._steps is None:
+            return found
+        # The counter is not readable, or did not move meanwhile.
+        return [_window(self._steps, self._ends_ns[1] - self._ends_ns[0], self._idle_w)]

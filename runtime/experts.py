@@ -6,22 +6,23 @@ where it is asked for by name.
 Shape letters: T tokens, E experts, K top-k, N routed rows (T times K), D model, W words of a plan.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels import reference
-from ..kernels.layer import check_inputs
+from ..kernels.layer import Beside, in_turn, moe_layer
 from ..kernels.spec import INTERPRET, LayerLaunch, RouterSpec
 from ..kernels.tuned import launch_for
 from ..kernels.weights import ExpertWeights
 from ..kernels.workspace import Workspace
 from ..policies.contract import Plan
 from ..traces.schema import MoeSpec
-from .layers import InTurn, Lanes, launch_of, run_layer
+from .layers import launch_of
 from .workload import plan_words_LW
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ INTERPRETED_SMS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerCall:
-    """One call of a layer: what `kernels.layer.moe_layer` takes."""
+    """One call of a layer, as `kernels.layer.moe_layer` takes it."""
 
     x_TD: Tensor
     logits_TE: Tensor
@@ -61,34 +62,25 @@ class LayerRunner:
 
     def run(self, layer: int, call: LayerCall) -> tuple[Tensor, Tensor]:
         """Return a layer's output [T, D] and the ids [T, K] that routing chose; the latter only until the next call."""
-        plan, lanes = (None, InTurn()) if self.steering is None else self.steering.enter(layer, len(call.x_TD))
+        plan, beside = (None, in_turn) if self.steering is None else self.steering.enter(layer, len(call.x_TD))
         run = self._kernels if self.how == "kernels" else self._reference
-        out_TD, ids_TK, counts_E = run(layer, call, plan, lanes)
+        out_TD, ids_TK, counts_E = run(layer, call, plan, beside)
         if self.steering is not None:
             self.steering.leave(layer, counts_E)
         return out_TD, ids_TK
 
-    def _kernels(self, layer: int, call: LayerCall, plan: Plan | None, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
-        x_TD, logits_TE, weights, router, bias_E = call.x_TD, call.logits_TE, call.weights, call.router, call.bias_E
-        ws, out_TD = self._workspace(weights.spec, len(x_TD), x_TD.device), torch.empty_like(x_TD)
-        check_inputs(x_TD, logits_TE, weights, router, ws, bias_E=bias_E, num_tokens=None, out_TD=out_TD)
-        if plan is not None and self.steering is not None:
+    def _kernels(self, layer: int, call: LayerCall, plan: Plan | None, beside: Beside) -> tuple[Tensor, Tensor, Tensor]:
+        x_TD, spec = call.x_TD, call.weights.spec
+        ws = self._workspace(spec, len(x_TD), x_TD.device)
+        if plan is None or self.steering is None:
+            launch = default_launch_on(x_TD.device, spec, len(x_TD))
+        else:
             launch = launch_of(plan, self.steering.setup)
             ws.plan.copy_(self._words(plan, x_TD.device)[layer])
-        else:
-            launch = default_launch_on(x_TD.device, weights.spec, len(x_TD))
-        run_layer(
-            x_TD,
-            logits_TE,
-            weights,
-            router,
-            ws,
-            launch,
-            lanes,
-            bias_E=bias_E,
-            weights_TK=call.weights_TK,
-            out_TD=out_TD,
-        )
+        out_TD = moe_layer(
+            x_TD, call.logits_TE, call.weights, call.router, ws, launch,
+            bias_E=call.bias_E, weights_TK=call.weights_TK, out_TD=torch.empty_like(x_TD), beside=beside,
+        )  # fmt: skip
         return out_TD, ws.ids_TK[: len(x_TD)], ws.counts_E
 
     def _workspace(self, spec: MoeSpec, num_tokens: int, device: torch.device) -> Workspace:
@@ -112,21 +104,18 @@ class LayerRunner:
             self._words_LW = plan_words_LW(plan, model.num_layers, model.num_experts).to(device)
         return self._words_LW
 
-    def _reference(self, layer: int, call: LayerCall, plan: Plan | None, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
-        x_TD, weights, router = call.x_TD, call.weights, call.router
+    def _reference(
+        self, layer: int, call: LayerCall, plan: Plan | None, beside: Beside
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x_TD, router = call.x_TD, call.router
         ids_TK, weights_TK = reference.route(call.logits_TE, router, bias_E=call.bias_E)
         counts_E = torch.bincount(ids_TK.flatten(), minlength=router.num_experts).int()
         rows_ND = torch.zeros(ids_TK.numel(), x_TD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
-        owner_E = [0] * router.num_experts
+        owner_E = np.zeros(router.num_experts)
         if plan is not None:
-            owner_E = plan.placement.owner_LE(counts_E.cpu().numpy()[None], layer)[0].tolist()
-        slices = range(1 if plan is None else plan.layout.num_slices)
-
-        def part(slice_id: int) -> Callable[[], None]:
-            mine = [e for e, owner in enumerate(owner_E) if owner == slice_id]
-            return lambda: _fill_rows(rows_ND, x_TD, ids_TK, weights, mine)
-
-        lanes.beside([part(s) for s in slices])
+            owner_E = plan.placement.owner_LE(counts_E.cpu().numpy()[None], layer)[0]
+        mine = [np.flatnonzero(owner_E == s).tolist() for s in range(1 if plan is None else plan.layout.num_slices)]
+        beside([partial(reference.fill_rows, rows_ND, x_TD, ids_TK, call.weights, experts) for experts in mine])
         if call.weights_TK is not None:
             weights_TK = call.weights_TK.float()
         return reference.combine(rows_ND.unflatten(0, (-1, router.top_k)), weights_TK), ids_TK, counts_E
@@ -136,14 +125,6 @@ def refuse_gradients(*tensors: Tensor) -> None:
     """Raise ValueError where autograd would expect gradients of these: the kernels give none."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError("expertslice's experts have no gradients; run the model under torch.no_grad()")
-
-
-def _fill_rows(rows_ND: Tensor, x_TD: Tensor, ids_TK: Tensor, weights: ExpertWeights, experts: list[int]) -> None:
-    """Compute the rows of some experts by their definition."""
-    for e in experts:
-        place = (ids_TK.flatten() == e).nonzero()[:, 0]
-        if len(place):
-            rows_ND[place] = reference.expert(x_TD[place // ids_TK.shape[1]], weights, e)
 
 
 def default_launch_on(device: torch.device, spec: MoeSpec, num_tokens: int) -> LayerLaunch:

@@ -61,16 +61,13 @@ class GraphCache(Generic[Key, Graph]):
         self._held: OrderedDict[Key, tuple[Graph, int]] = OrderedDict()
 
     def __contains__(self, key: Key) -> bool:
-        """Return whether a graph is there."""
         return key in self._held
 
     def __len__(self) -> int:
-        """Return how many graphs are there."""
         return len(self._held)
 
     @property
     def held_bytes(self) -> int:
-        """Return what the graphs hold together."""
         return sum(size for _, size in self._held.values())
 
     def get(self, key: Key) -> Graph:
@@ -83,5 +80,4 @@ class GraphCache(Generic[Key, Graph]):
         return self._held[key][0]
 
     def clear(self) -> None:
-        """Let all graphs go."""
         self._held.clear()

@@ -23,20 +23,15 @@ from ..policies.data import load_device, load_variants
 from ..traces.models import model_from_config
 from ..traces.schema import Dtype, MoeSpec
 from .experts import How, LayerCall, LayerRunner, one_layer, refuse_gradients
-from .passes import HostPasses, Steering
+from .passes import HostPasses, Passes, Steering
 from .workload import write_logits
 
 NAME = "expertslice"
 DTYPES: dict[torch.dtype, Dtype] = {dtype: name for name, dtype in TORCH_DTYPE.items()}  # pyright: ignore
 CLAMPED = {"has_bias": True, "is_transposed": True, "is_concatenated": False, "alpha": 1.702, "limit": 7.0}
 """What gpt-oss's experts are."""
-PLAIN = {
-    "has_bias": False,
-    "is_transposed": False,
-    "has_post_expert_norm": False,
-    "has_gate": True,
-    "is_concatenated": True,
-}
+PLAIN = dict.fromkeys(("has_bias", "is_transposed", "has_post_expert_norm"), False)
+PLAIN |= dict.fromkeys(("has_gate", "is_concatenated"), True)
 """What experts must be, by the marks that transformers gives them."""
 
 
@@ -172,10 +167,6 @@ def _check_kind(module: Any) -> None:
         )
 
 
-def _no_record(record: StepRecord) -> None:
-    """Let a record go."""
-
-
 @contextmanager
 def sliced(
     model: Any,
@@ -184,7 +175,7 @@ def sliced(
     how: How = "kernels",
     device: str = "h100-sxm5-80gb",
     control: Control | None = None,
-    on_record: Callable[[StepRecord], None] = _no_record,
+    on_record: Callable[[StepRecord], object] = lambda _: None,
 ) -> Generator[LayerRunner]:
     """Run a Hugging Face model's experts by ours while the context lasts; a policy decides for its forward passes.
 
@@ -201,7 +192,10 @@ def sliced(
     """
     register()
     spec, experts = spec_of(model), experts_of(model)
-    steering = None if policy is None else _steering(policy, spec, experts[0], device, control or Control(), on_record)
+    steering = None
+    if policy is not None:
+        passes = _passes_on(next(experts[0].parameters()).device)
+        steering = Steering(policy, passes, _setup(spec, device, control or Control()), on_record=on_record)
     runner, before = LayerRunner(how, steering), model.config._experts_implementation
     try:
         for layer, module in enumerate(experts):
@@ -218,25 +212,17 @@ def sliced(
             steering.close()
 
 
-def _steering(
-    policy: Policy[Any],
-    spec: MoeSpec,
-    experts: nn.Module,
-    device: str,
-    control: Control,
-    on_record: Callable[[StepRecord], None],
-) -> Steering:
+def _setup(spec: MoeSpec, device: str, control: Control) -> Setup:
     found = load_device(device)
-    setup = Setup(
-        device=found,
-        model=spec,
-        variants=load_variants(found.compute_capability),
-        # A process sees one instance of MIG.
-        mechanisms=frozenset(MECHANISMS) - {"mig"},
-        control=control,
-    )
-    if next(experts.parameters()).device.type == "cuda":
-        from .cuda_passes import CudaPasses
+    # A process sees one instance of MIG.
+    mechanisms = frozenset(MECHANISMS) - {"mig"}
+    variants = load_variants(found.compute_capability)
+    return Setup(device=found, model=spec, variants=variants, mechanisms=mechanisms, control=control)
 
-        return Steering(policy, CudaPasses(), setup, on_record=on_record)
-    return Steering(policy, HostPasses(), setup, on_record=on_record)
+
+def _passes_on(device: torch.device) -> Passes:
+    if device.type != "cuda":
+        return HostPasses()
+    from .cuda_passes import CudaPasses
+
+    return CudaPasses()

@@ -10,18 +10,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..policies.contract import EnergyWindow, Plan, Setup, SliceLayout
+from ..policies.contract import Plan, Setup, SliceLayout
 from ..policies.control import Graphs
 from ..policies.cost import CostModel
 from ..traces.schema import I32, RoutedStep
-from .backend import Finished, Launched
+from .backend import Executor, Finished, Launched
 
 
-class HostExecutor:
+class HostExecutor(Executor):
     """Runs steps one after another in reckoned time."""
 
     def open(self, setup: Setup, layouts: Sequence[SliceLayout]) -> None:
-        """Start at time 0 with the layouts captured."""
         self._setup = setup
         self._cost = CostModel(device=setup.device, model=setup.model, variants=setup.variants)
         self._graphs = Graphs(setup, layouts)
@@ -31,15 +30,12 @@ class HostExecutor:
         self._running: deque[Finished] = deque()
 
     def now_ns(self) -> int:
-        """Return the host's time since step 0."""
         return self._now_ns
 
     def wait_until(self, ns: int) -> None:
-        """Let host time pass."""
         self._now_ns = max(self._now_ns, ns)
 
     def decided(self) -> None:
-        """Charge a decision with its declared time."""
         self._now_ns += self._setup.control.plan_ns
 
     def launch(self, step: RoutedStep, plan: Plan, bucket: int) -> Launched:
@@ -57,38 +53,23 @@ class HostExecutor:
         self._free_ns = at_ns
         self._counts[len(self._ends_ns)] = _counted(step, self._setup.model.num_experts)
         self._ends_ns.append(at_ns)
-        found = Finished(
-            start_ns=start_ns,
-            end_ns=at_ns,
-            start_ns_LS=np.array(starts, dtype=np.int64),
-            busy_ns_LS=np.array(busy, dtype=np.int64),
-        )
-        self._running.append(found)
+        times = {"start_ns_LS": np.array(starts, dtype=np.int64), "busy_ns_LS": np.array(busy, dtype=np.int64)}
+        self._running.append(Finished(start_ns=start_ns, end_ns=at_ns, **times))
         return Launched(submit_ns=self._now_ns, reconfigure_ns=reconfigure_ns, capture_ns=capture_ns)
 
     def counts_LE(self, index: int) -> I32:
-        """Return the tokens per expert of a launch, once it has ended."""
         self.wait_until(self._ends_ns[index])
         for older in [known for known in self._counts if known < index]:
             del self._counts[older]
         return self._counts[index]
 
     def finished(self, *, wait_for: int) -> list[Finished]:
-        """Return what has ended by now; waits for all up to launch `wait_for`."""
         if wait_for >= 0:
             self.wait_until(self._ends_ns[wait_for])
         done = []
         while self._running and self._running[0].end_ns <= self._now_ns:
             done.append(self._running.popleft())
         return done
-
-    def power_w(self) -> float | None:
-        """Return None: no device draws power."""
-        return None
-
-    def close(self) -> list[EnergyWindow]:
-        """Return no windows: no counter was read."""
-        return []
 
 
 def _counted(step: RoutedStep, num_experts: int) -> I32:

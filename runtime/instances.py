@@ -57,25 +57,17 @@ class _Job:
 class _Rows:
     """Rows [N, D] that go to a worker and come back in the same place, and the experts [N] that they are for."""
 
-    def __init__(self, job: _Job, memory: SharedMemory) -> None:
+    def __init__(self, job: _Job, name: str | None = None) -> None:
+        """Make the memory, or open that of a name; a device copies from and to it directly."""
         num_rows, d_model, dtype = job.max_rows, job.spec.d_model, TORCH_DTYPE[job.spec.dtype]
-        self.memory, self._num_bytes = memory, num_rows * d_model * DTYPE_BYTES[job.spec.dtype]
-        self.rows_ND = torch.frombuffer(memory.buf, dtype=dtype, count=num_rows * d_model).view(num_rows, d_model)
-        self.expert_N = torch.frombuffer(memory.buf, dtype=torch.int64, count=num_rows, offset=self._num_bytes)
-
-    @staticmethod
-    def num_bytes(job: _Job) -> int:
-        """Return what the memory must hold; experts start at a multiple of 8."""
-        return job.max_rows * (job.spec.d_model * DTYPE_BYTES[job.spec.dtype] + 8)
-
-    def register(self) -> None:
-        """Let the device copy from and to this memory directly."""
+        num_bytes = num_rows * d_model * DTYPE_BYTES[job.spec.dtype]
+        self.memory = SharedMemory(name, create=name is None, size=num_bytes + 8 * num_rows)
+        self.rows_ND = torch.frombuffer(self.memory.buf, dtype=dtype, count=num_rows * d_model).view(num_rows, d_model)
+        self.expert_N = torch.frombuffer(self.memory.buf, dtype=torch.int64, count=num_rows, offset=num_bytes)
         if torch.cuda.is_available():
-            pointer, size = self.rows_ND.data_ptr(), self._num_bytes
-            torch.cuda.cudart().cudaHostRegister(pointer, size, 0)
+            torch.cuda.cudart().cudaHostRegister(self.rows_ND.data_ptr(), num_bytes, 0)
 
     def close(self) -> None:
-        """Let go of the memory."""
         del self.rows_ND, self.expert_N
         self.memory.close()
 
@@ -106,8 +98,7 @@ def _work(job: _Job, pipe: Connection, name: str) -> None:
     """Compute rows until the coordinator closes the pipe: a worker's whole life."""
     if job.instance.uuid is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = job.instance.uuid
-    rows, device = _Rows(job, SharedMemory(name)), job.instance.device
-    rows.register()
+    rows, device = _Rows(job, name), job.instance.device
     weights = layer_weights(job.spec, job.spec.num_layers, device, job.seed)
     runner = LayerRunner(job.how)
     try:
@@ -155,8 +146,7 @@ class InstanceLayers:
             raise
 
     def _start(self, context: Any, job: _Job) -> None:
-        rows = _Rows(job, SharedMemory(create=True, size=_Rows.num_bytes(job)))
-        rows.register()
+        rows = _Rows(job)
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(job, theirs, rows.memory.name), daemon=True)
         process.start()
@@ -181,7 +171,10 @@ class InstanceLayers:
             _, pipe, rows = self._workers[worker - 1]
             rows.rows_ND[: len(place)].copy_(x_TD[place // top_k])
             rows.expert_N[: len(place)].copy_(expert_N[place])
-            self._send(worker, pipe, (layer, len(place)))
+            try:
+                pipe.send((layer, len(place)))
+            except OSError as error:
+                raise self._lost(worker) from error
         mine = places[0]
         out_ND[mine] = compute_rows(x_TD[mine // top_k], expert_N[mine], self._weights[layer], self._runner)
         for worker, place in enumerate(places[1:], 1):
@@ -189,12 +182,6 @@ class InstanceLayers:
             out_ND[place] = self._workers[worker - 1][2].rows_ND[: len(place)].to(out_ND.device)
             self.bytes_moved += 2 * len(place) * x_TD.shape[1] * x_TD.element_size()
         return reference.combine(out_ND.unflatten(0, (-1, top_k)), weights_TK)
-
-    def _send(self, worker: int, pipe: Connection, what: tuple[int, int]) -> None:
-        try:
-            pipe.send(what)
-        except OSError as error:
-            raise self._lost(worker) from error
 
     def _answer(self, worker: int) -> None:
         _, pipe, _ = self._workers[worker - 1]

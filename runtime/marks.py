@@ -29,7 +29,6 @@ class Marks:
         return event
 
     def mark(self, place: int) -> None:
-        """Set a mark."""
         self._marks[place] = self._now()
 
     def spans_ns(self) -> I64:

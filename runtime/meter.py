@@ -74,7 +74,6 @@ class Window:
 
     @property
     def power_w(self) -> float:
-        """Return the mean power."""
         return self.energy_uj / self.duration_ns * 1000
 
 
@@ -182,7 +181,6 @@ class EnergyMeter:
 
     @property
     def handle(self) -> Any:
-        """Return NVML's handle of the device."""
         return self._handle
 
     def snapshot(self) -> Snapshot:

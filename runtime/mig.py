@@ -70,9 +70,8 @@ class Mig:
         try:
             return getattr(self._nvml, name)(*args)
         except self._nvml.NVMLError as error:
-            raise MigError(
-                f"{name} failed on GPU {self._index}: {error}; see whether nvidia-smi still reads it"
-            ) from error
+            why = f"{name} failed on GPU {self._index}: {error}"
+            raise MigError(f"{why}; see whether nvidia-smi still reads it") from error
 
     def _maybe(self, name: str, *args: Any) -> Any:
         """Return None where the device lacks what is asked for."""
@@ -83,6 +82,12 @@ class Mig:
             if isinstance(error.__cause__, lacking):
                 return None
             raise
+
+    def _listed(self, kind: Any, most: int, name: str, *args: Any) -> list[Any]:
+        """Return what NVML writes into an array."""
+        count, held = ctypes.c_uint(most), (kind * max(1, most))()
+        self._ask(name, *args, held, ctypes.byref(count))
+        return [held[i] for i in range(count.value)]
 
     def state(self) -> MigState:
         """Return mode, profiles with their legal places, and the instances that stand.
@@ -104,11 +109,10 @@ class Mig:
         if info is None or "+" in name:
             # Variants that differ in media engines alone.
             return None
-        count = ctypes.c_uint(0)
-        self._ask("nvmlDeviceGetGpuInstancePossiblePlacements", self._device, info.id, None, ctypes.byref(count))
-        places = (self._nvml.c_nvmlGpuInstancePlacement_t * count.value)()
-        self._ask("nvmlDeviceGetGpuInstancePossiblePlacements", self._device, info.id, places, ctypes.byref(count))
-        starts = tuple(sorted(places[i].start for i in range(count.value)))
+        asked, count = ("nvmlDeviceGetGpuInstancePossiblePlacements", self._device, info.id), ctypes.c_uint(0)
+        self._ask(*asked, None, ctypes.byref(count))
+        places = self._listed(self._nvml.c_nvmlGpuInstancePlacement_t, count.value, *asked)
+        starts = tuple(sorted(place.start for place in places))
         return Offer(
             name=name,
             profile_id=info.id,
@@ -122,13 +126,11 @@ class Mig:
 
     def _standing(self, offer: Offer) -> list[tuple[MigPlacement, Any]]:
         """Return the instances of a profile, with their handles."""
-        count, held = ctypes.c_uint(0), (self._nvml.c_nvmlGpuInstance_t * max(1, offer.max_instances))()
-        self._ask("nvmlDeviceGetGpuInstances", self._device, offer.profile_id, held, ctypes.byref(count))
-        found: list[tuple[MigPlacement, Any]] = []
-        for i in range(count.value):
-            info = self._ask("nvmlGpuInstanceGetInfo", held[i])
-            found.append((MigPlacement(profile=offer.name, start=info.placement.start), held[i]))
-        return found
+        kind, most = self._nvml.c_nvmlGpuInstance_t, offer.max_instances
+        return [
+            (MigPlacement(profile=offer.name, start=self._ask("nvmlGpuInstanceGetInfo", one).placement.start), one)
+            for one in self._listed(kind, most, "nvmlDeviceGetGpuInstances", self._device, offer.profile_id)
+        ]
 
 
 def _text(name: Any) -> str:

@@ -4,11 +4,11 @@ A change is a list of steps that can be looked at first. It needs an explicit wo
 step fails the former layout comes back.
 """
 
-import ctypes
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..policies.contract import DeviceSpec, MigPlacement
@@ -18,21 +18,22 @@ from .mig import Mig, MigError, Offer
 NUM_COMPUTE_PROFILES, WHOLE_ENGINE = 16, 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Step:
-    """One change, and what takes it back; both may be called whatever has been done of it."""
+    """One change; it may be taken, and taken back, whatever has been done of it."""
 
     words: str
     """As a command of nvidia-smi would say it."""
-    act: Callable[[], object]
-    undo: Callable[[], object]
+    bring: Callable[[Any], object]
+    """Brings a state about, from whatever there is."""
+    after: Any
+    before: Any
 
 
 class MigChange(Mig):
     """One device, changed inside a `with` statement; `nvml` and `is_root` stand for pynvml and the user."""
 
     def __init__(self, index: int = 0, *, nvml: Any = None, is_root: bool | None = None) -> None:
-        """Take the device of that index in NVML's own count."""
         super().__init__(index, nvml=nvml)
         self._is_root = os.geteuid() == 0 if is_root is None else is_root
 
@@ -62,37 +63,22 @@ class MigChange(Mig):
         return steps + [step for one in new for step in self._creation(*one)]
 
     def _mode(self, on: int) -> Step:
-        words = f"nvidia-smi -i {self._index} -mig {on}"
-        return Step(words=words, act=lambda: self._set_mode(on), undo=lambda: self._set_mode(1 - on))
+        return Step(f"nvidia-smi -i {self._index} -mig {on}", self._set_mode, on, 1 - on)
 
     def _removal(self, offer: Offer, place: MigPlacement) -> list[Step]:
-        handle = self._handle(offer, place)
+        handle, mig = self._handle(offer, place), f"nvidia-smi mig -i {self._index}"
         number, computes = self._ask("nvmlGpuInstanceGetInfo", handle).id, [one for one, _ in self._computes(handle)]
+        where = f"{place.profile} at {place.start}"
         return [
-            Step(
-                words=f"nvidia-smi mig -i {self._index} -dci -gi {number}",
-                act=lambda: self._set_computes(offer, place, []),
-                undo=lambda: self._set_computes(offer, place, computes),
-            ),
-            Step(
-                words=f"nvidia-smi mig -i {self._index} -dgi -gi {number}  # {place.profile} at {place.start}",
-                act=lambda: self._set_instance(offer, place, stands=False),
-                undo=lambda: self._set_instance(offer, place, stands=True),
-            ),
+            Step(f"{mig} -dci -gi {number}", partial(self._set_computes, offer, place), [], computes),
+            Step(f"{mig} -dgi -gi {number}  # {where}", partial(self._set_instance, offer, place), False, True),
         ]
 
     def _creation(self, offer: Offer, place: MigPlacement) -> list[Step]:
+        mig, at = f"nvidia-smi mig -i {self._index}", f"{offer.profile_id}:{place.start}"
         return [
-            Step(
-                words=f"nvidia-smi mig -i {self._index} -cgi {offer.profile_id}:{place.start}  # {place.profile}",
-                act=lambda: self._set_instance(offer, place, stands=True),
-                undo=lambda: self._set_instance(offer, place, stands=False),
-            ),
-            Step(
-                words=f"nvidia-smi mig -i {self._index} -cci  # over all of it",
-                act=lambda: self._set_computes(offer, place, None),
-                undo=lambda: self._set_computes(offer, place, []),
-            ),
+            Step(f"{mig} -cgi {at}  # {place.profile}", partial(self._set_instance, offer, place), True, False),
+            Step(f"{mig} -cci  # over all of it", partial(self._set_computes, offer, place), None, []),
         ]
 
     # What follows brings a state about from whatever there is, so that a step that failed half-way can be taken back.
@@ -107,7 +93,7 @@ class MigChange(Mig):
     def _handle(self, offer: Offer, place: MigPlacement) -> Any:
         return next((held for found, held in self._standing(offer) if found == place), None)
 
-    def _set_instance(self, offer: Offer, place: MigPlacement, *, stands: bool) -> None:
+    def _set_instance(self, offer: Offer, place: MigPlacement, stands: bool) -> None:
         handle = self._handle(offer, place)
         if handle is not None and not stands:
             self._ask("nvmlGpuInstanceDestroy", handle)
@@ -120,9 +106,9 @@ class MigChange(Mig):
         """Return the compute instances of a GPU instance: profile and handle."""
         found: list[tuple[int, Any]] = []
         for info in self._compute_profiles(instance):
-            count, held = ctypes.c_uint(0), (self._nvml.c_nvmlComputeInstance_t * max(1, info.instanceCount))()
-            self._ask("nvmlGpuInstanceGetComputeInstances", instance, info.id, held, ctypes.byref(count))
-            found += [(info.id, held[i]) for i in range(count.value)]
+            asked = "nvmlGpuInstanceGetComputeInstances", instance, info.id
+            held = self._listed(self._nvml.c_nvmlComputeInstance_t, info.instanceCount, *asked)
+            found += [(info.id, one) for one in held]
         return found
 
     def _compute_profiles(self, instance: Any) -> list[Any]:
@@ -166,7 +152,7 @@ class MigChange(Mig):
         try:
             for step in steps:
                 done.append(step)
-                step.act()
+                step.bring(step.after)
         except MigError as error:
             self._take_back(done, error)
             raise MigError(f"{error}; the former layout stands again") from error
@@ -174,7 +160,7 @@ class MigChange(Mig):
     def _take_back(self, done: list[Step], error: MigError) -> None:
         while done:
             try:
-                done[-1].undo()
+                done[-1].bring(done[-1].before)
             except MigError as second:
                 left = "; ".join(f"take back `{step.words}`" for step in reversed(done))
                 raise MigError(f"{error}; and then {second}. The layout is not the former one: {left}") from error

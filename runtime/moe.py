@@ -37,14 +37,8 @@ class MoeLayer(nn.Module):
     ) -> None:
         """Make a layer with normal weights scaled by one over the square root of what they sum.
 
-        Args:
-            spec: the model's shape; experts must be of one width.
-            router: how logits become experts; default: the model's.
-            layer: which of the model's MoE layers it is.
-            runner: shared by the layers of a model; default: one of its own, run by `how`.
-            how: by kernels, or by their plain definition.
-            choosing_bias: whether the router adds a bias to its sigmoid scores for choosing only.
-            device: where the weights go.
+        The router is the model's unless given, and the runner one of its own, which runs by `how`. With
+        `choosing_bias` the router adds a bias to its sigmoid scores for choosing only.
 
         Raises:
             ValueError: the experts differ in width.
@@ -58,14 +52,15 @@ class MoeLayer(nn.Module):
         self.runner = runner or LayerRunner(how)
         self.on_ids: Callable[[Tensor], None] | None = None
         """Is told the ids [T, K] that were chosen, valid until the next layer runs."""
-        self.gate = nn.Parameter(torch.empty(spec.num_experts, spec.d_model, device=device), requires_grad=False)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.gate = empty(spec.num_experts, spec.d_model)
         self.register_buffer("bias_E", torch.zeros(spec.num_experts, device=device) if choosing_bias else None)
         dtype = TORCH_DTYPE[spec.dtype]
         self.products = nn.ParameterList(
-            nn.Parameter(
-                torch.empty(spec.num_experts, p.n_dim, p.k_dim, dtype=dtype, device=device), requires_grad=False
-            )
-            for p in spec.products(spec.d_ff_of(0))
+            empty(spec.num_experts, p.n_dim, p.k_dim, dtype=dtype) for p in spec.products(spec.d_ff_of(0))
         )
         assert len(self.products) == len(EPILOGUES[spec.kind])
         for parameter in self.parameters():
@@ -76,7 +71,6 @@ class MoeLayer(nn.Module):
         return nn.functional.linear(x_TD.float(), self.gate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the routed experts' output."""
         refuse_gradients(x)
         x_TD = x.reshape(-1, self.spec.d_model).contiguous()
         weights = ExpertWeights.stacked(self.spec, [p.detach() for p in self.products])

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..kernels.spec import MAX_SLICES
+from ..kernels.spec import MAX_SLICES, TORCH_DTYPE
 from ..traces.schema import I64, OtherWork
 
 PLACES = 1 + MAX_SLICES
@@ -97,10 +97,9 @@ class OtherKernels:
         self.num_chunks = words // CHUNK_WORDS
         # Not zeros, which would draw less power; the sum of a chunk fits 32 bits.
         self._source = torch.randint(1 << 18, (words,), dtype=torch.int32, device=device)
-        held = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
         # Small exact numbers, and not all alike.
         quarters = torch.arange(self.block_n * self.block_k, device=device) * 2654435761 % 7 - 3
-        self._tile = (quarters / 4).to(held)
+        self._tile = (quarters / 4).to(TORCH_DTYPE[dtype])
         self._sink = torch.zeros(PLACES, 2 * sm_count, dtype=torch.float32, device=device)
 
     def launch(self, layer: int, place: int, sm_count: int | None = None) -> None:

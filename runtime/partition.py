@@ -7,6 +7,7 @@ them, captured or not. What each slice was granted is read back from its context
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -23,12 +24,7 @@ class PartitionError(ValueError):
 
 
 def allot(wanted: Sequence[int], group_sms: int, num_groups: int) -> list[range]:
-    """Return the groups of each slice, one run after another.
-
-    Args:
-        wanted: SMs of each slice.
-        group_sms: SMs of a group.
-        num_groups: of the device.
+    """Return the groups of slices that want so many SMs each, one run after another.
 
     Raises:
         PartitionError: a slice is no whole number of groups, or all slices need more groups than there are.
@@ -38,13 +34,13 @@ def allot(wanted: Sequence[int], group_sms: int, num_groups: int) -> list[range]
         raise PartitionError(
             f"green context of {uneven[0]} SMs; the driver gives multiples of {group_sms}, round to one"
         )
-    ends = [sum(wanted[: i + 1]) // group_sms for i in range(len(wanted))]
-    if ends and ends[-1] > num_groups:
+    ends = [sms // group_sms for sms in accumulate(wanted, initial=0)]
+    if ends[-1] > num_groups:
         raise PartitionError(
             f"green contexts of {sum(wanted)} SMs; the device has {num_groups * group_sms} in groups of {group_sms}, "
             "ask for fewer"
         )
-    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return [range(*run) for run in pairwise(ends)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,56 +7,62 @@ Shape letters: L MoE layers, E routed experts, S slices.
 """
 
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..policies.contract import EnergyWindow, Plan, Policy, Setup, SliceLayout, StepRecord
+from ..policies.contract import Plan, Policy, Setup, SliceLayout, StepRecord
 from ..policies.loop import Loop
 from ..traces.schema import I32, RoutedStep
 from .backend import Executor, Finished, Launched, RuntimeBackend
-from .layers import Lanes
 
 if TYPE_CHECKING:
     import torch
 
-
-class PassLanes(Lanes, Protocol):
-    """Lanes that note when the slices of a layer ran."""
-
-    def enter(self, layer: int) -> None:
-        """Go on with a layer's slices."""
-        ...
+    from ..kernels.layer import Beside
 
 
-class Passes(Executor, Protocol):
+class PassLanes(Protocol):
+    """Where the slices of a layer run, and that takes note of when."""
+
+    def enter(self, layer: int) -> None: ...
+
+    def beside(self, parts: Sequence[Callable[[], None]]) -> None: ...
+
+
+class Passes(Executor):
     """An executor of passes that a model runs."""
 
+    plan: Plan
+    """Of the pass under way."""
+
+    @abstractmethod
     def lanes(self, plan: Plan) -> PassLanes:
         """Return where a plan's slices run."""
-        ...
 
+    @abstractmethod
     def count(self, layer: int, counts_E: "torch.Tensor") -> None:
         """Keep the tokens per expert of a layer of the pass under way; nothing waits."""
-        ...
 
-    def end(self) -> None:
-        """End the pass under way."""
-        ...
+    @abstractmethod
+    def end(self) -> None: ...
+
+
+def tell(step: RoutedStep, counts_LE: I32) -> None:
+    """Fill in the counts of a step of `Steering`, which were not known when it was submitted."""
+    base_LE = step.counts_LE.base
+    assert base_LE is not None
+    base_LE[...] = counts_LE
 
 
 class Steering:
     """One policy that decides for a model's passes."""
 
     def __init__(
-        self,
-        policy: Policy[Any],
-        passes: Passes,
-        setup: Setup,
-        *,
-        on_record: Callable[[StepRecord], None],
+        self, policy: Policy[Any], passes: Passes, setup: Setup, *, on_record: Callable[[StepRecord], object]
     ) -> None:
         """Start the policy; one that fails later is replaced by the unsliced plan, with one warning.
 
@@ -75,8 +81,8 @@ class Steering:
         """Decisions replaced by the unsliced plan."""
         return self._loop.policy_errors
 
-    def enter(self, layer: int, num_tokens: int) -> tuple[Plan, PassLanes]:
-        """Return the plan of a layer's launch and where it runs; layer 0 begins a pass."""
+    def enter(self, layer: int, num_tokens: int) -> tuple[Plan, "Beside"]:
+        """Return the plan of a layer's launch and what places its slices; layer 0 begins a pass."""
         if layer == 0:
             shape = (self.setup.model.num_layers, self.setup.model.num_experts)
             step = RoutedStep(
@@ -89,7 +95,7 @@ class Steering:
         plan = self.passes.plan
         lanes = self.passes.lanes(plan)
         lanes.enter(layer)
-        return plan, lanes
+        return plan, lanes.beside
 
     def leave(self, layer: int, counts_E: "torch.Tensor") -> None:
         """Keep what a layer routed; the last layer ends the pass."""
@@ -109,107 +115,64 @@ class Steering:
 class TimedInTurn:
     """Lanes without a GPU: slices one after another, timed by the host's clock."""
 
-    def __init__(self, now_ns: Callable[[], int]) -> None:
+    def __init__(self, now_ns: Callable[[], int], num_layers: int, num_slices: int) -> None:
         self._now_ns = now_ns
-        self.spans: dict[tuple[int, int], list[int]] = {}
-        """When each (layer, slice) began and ended."""
+        self.spans_LS2 = np.zeros((num_layers, num_slices, 2), dtype=np.int64)
+        """When each slice of a layer began and ended."""
 
     def enter(self, layer: int) -> None:
-        """Go on with a layer's slices."""
-        self._layer = layer
+        self._span_S2 = self.spans_LS2[layer]
 
-    def beside(self, parts: list[Callable[[], None]]) -> None:
-        """Run the parts one after another."""
-        for slice_id, part in enumerate(parts):
-            begin_ns = self._now_ns()
+    def beside(self, parts: Sequence[Callable[[], None]]) -> None:
+        for span_2, part in zip(self._span_S2, parts, strict=True):
+            span_2[0] = span_2[0] or self._now_ns()
             part()
-            span = self.spans.setdefault((self._layer, slice_id), [begin_ns, 0])
-            span[1] = self._now_ns()
+            span_2[1] = self._now_ns()
 
 
-class HostPasses:
+class HostPasses(Passes):
     """Passes on a host without a GPU, in the host's time."""
 
-    plan: Plan
-    """Of the pass under way."""
-
     def open(self, setup: Setup, layouts: Sequence[SliceLayout]) -> None:
-        """Start the clock; layouts need nothing here."""
         del layouts
         self._model, self._zero_ns = setup.model, time.perf_counter_ns()
         self._pass: tuple[RoutedStep, int, TimedInTurn] | None = None
         # As far back as a decision may ask.
         self._counts: deque[I32] = deque(maxlen=setup.control.count_lag_steps + 2)
         self._num_ended = 0
-        self._running: deque[Finished] = deque()
-
-    def now_ns(self) -> int:
-        """Return the host's time since the start."""
-        return time.perf_counter_ns() - self._zero_ns
-
-    def wait_until(self, ns: int) -> None:
-        """Sleep until then."""
-        time.sleep(max(0, ns - self.now_ns()) / 1e9)
-
-    def decided(self) -> None:
-        """A decision took the time that it took."""
+        self._running: list[Finished] = []
 
     def launch(self, step: RoutedStep, plan: Plan, bucket: int) -> Launched:
-        """Let the pass that follows run under a plan."""
         del bucket
         self.end()
-        self.plan = plan
-        now_ns = self.now_ns()
-        self._pass = step, now_ns, TimedInTurn(self.now_ns)
+        self.plan, now_ns = plan, self.now_ns()
+        self._pass = step, now_ns, TimedInTurn(self.now_ns, self._model.num_layers, plan.layout.num_slices)
+        self._counts_LE = np.zeros_like(step.counts_LE)
         return Launched(submit_ns=now_ns, reconfigure_ns=0, capture_ns=0)
 
     def lanes(self, plan: Plan) -> PassLanes:
-        """Return the lanes of the pass under way."""
         del plan
         assert self._pass is not None
         return self._pass[2]
 
     def count(self, layer: int, counts_E: "torch.Tensor") -> None:
-        """Keep a layer's counts."""
-        assert self._pass is not None
-        base_LE = self._pass[0].counts_LE.base
-        assert base_LE is not None
-        base_LE[layer] = counts_E.numpy()
+        self._counts_LE[layer] = counts_E.numpy()
 
     def end(self) -> None:
-        """End the pass under way."""
         if self._pass is None:
             return
         (step, start_ns, lanes), self._pass = self._pass, None
-        spans_LS2 = np.zeros((self._model.num_layers, self.plan.layout.num_slices, 2), dtype=np.int64)
-        for (layer, slice_id), span in lanes.spans.items():
-            spans_LS2[layer, slice_id] = span
+        tell(step, self._counts_LE)
         self._counts.append(step.counts_LE)
         self._num_ended += 1
-        self._running.append(
-            Finished(
-                start_ns=start_ns,
-                end_ns=self.now_ns(),
-                start_ns_LS=spans_LS2[..., 0],
-                busy_ns_LS=spans_LS2[..., 1] - spans_LS2[..., 0],
-            )
-        )
+        start_ns_LS, end_ns_LS = np.moveaxis(lanes.spans_LS2, 2, 0)
+        times = {"start_ns_LS": start_ns_LS, "busy_ns_LS": end_ns_LS - start_ns_LS}
+        self._running.append(Finished(start_ns=start_ns, end_ns=self.now_ns(), **times))
 
     def counts_LE(self, index: int) -> I32:
-        """Return what a pass routed."""
         return self._counts[index - self._num_ended]
 
     def finished(self, *, wait_for: int) -> list[Finished]:
-        """Return the passes that have ended."""
         del wait_for
-        done = list(self._running)
-        self._running.clear()
+        done, self._running = self._running, []
         return done
-
-    def power_w(self) -> float | None:
-        """Return None: no device draws power."""
-        return None
-
-    def close(self) -> list[EnergyWindow]:
-        """Return no windows: no counter was read."""
-        return []

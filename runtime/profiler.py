@@ -39,16 +39,13 @@ class Profiler:
         self._span_ns: tuple[int, int] | None = None
 
     def submitted(self, step: RoutedStep) -> None:
-        """Add a step's counts."""
         self._tokens_LE += step.counts_LE
         self._hits_LE += step.counts_LE > 0
 
     def decided(self, plan: Plan) -> None:
-        """Take note of a plan that records will name."""
         self._layouts[plan.plan_id] = plan.layout
 
     def finished(self, record: StepRecord) -> None:
-        """Add a step's times."""
         self._span_ns = (self._span_ns[0] if self._span_ns else record.start_ns), record.end_ns
         used = self._used.setdefault(self._layouts[record.plan_id], _Used())
         used.steps += 1

@@ -4,9 +4,8 @@ Shape letters: T tokens, S passes, L MoE layers, K top-k.
 """
 
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from ..kernels.spec import TORCH_DTYPE
 from ..traces.requests import phases_of
 from ..traces.schema import I64, Ints, Provenance
 from ..traces.trace import UNKNOWN, RoutingTrace, StepTable, id_dtype
+from .doctor import installed
 from .marks import Marks
 from .ring import IdRing
 from .rows import PassRows
@@ -24,28 +24,6 @@ from .rows import PassRows
 LIBRARIES = ("expertslice", "torch", "transformers")
 Chosen = tuple[Tensor, Tensor | None]
 """Expert ids [T, K] of a layer, and their weights where the ids may not stand by falling weight."""
-
-
-@dataclass(slots=True)
-class Names:
-    """Names of domains and segments, numbered as they come."""
-
-    domains: list[str] = field(default_factory=list[str])
-    segments: list[str] = field(default_factory=list[str])
-
-    def domain(self, name: str) -> int:
-        """Return a domain's number."""
-        return _number(self.domains, name)
-
-    def segment(self, name: str) -> int:
-        """Return a segment's number."""
-        return _number(self.segments, name)
-
-
-def _number(known: list[str], name: str) -> int:
-    if name not in known:
-        known.append(name)
-    return known.index(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +74,8 @@ def trace_of(
     ids_TLK: Ints,
     *,
     num_experts: int,
-    names: Names,
+    domains: Iterable[str],
+    segments: Iterable[str],
     provenance: Provenance,
     times: bool,
 ) -> RoutingTrace:
@@ -117,12 +96,12 @@ def trace_of(
         phase_T=phase_T,
         step_T=step_T,
         domain_T=np.repeat([one.domain for one in passes], tokens_S).astype(np.int16),
-        domains=tuple(names.domains),
+        domains=tuple(domains),
         expert_ids_TLK=ids_TLK[keep_T].astype(id_dtype(num_experts)),
         step_table=StepTable(
             phase_S=phases_of(phase_T, step_T, len(passes)),
             segment_S=np.array([one.segment for one in passes], dtype=np.uint8),
-            segments=tuple(names.segments),
+            segments=tuple(segments),
             start_ns_S=np.array([one.start_ns for one in passes]),
             **(_measured(passes, ids_TLK.shape[1]) if times else {}),
         ),
@@ -152,16 +131,9 @@ def provenance_of(model: str, device: torch.device, notes: Sequence[str]) -> Pro
         source="recorded by expertslice",
         model=model,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        versions={name: found for name in LIBRARIES if (found := _installed(name))},
+        versions={name: found for name in LIBRARIES if (found := installed(name))},
         notes="; ".join(notes),
     )
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def config_of(model: nn.Module | None, layers: Sequence[Any]) -> dict[str, Any] | None:

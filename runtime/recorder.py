@@ -26,7 +26,7 @@ from ..traces.store import PARTS
 from ..traces.trace import UNKNOWN
 from .hf import experts_of
 from .marks import Marks
-from .recorded import Names, RecordedPass, chosen_of, config_of, ids_of, is_ours, name_of, provenance_of, trace_of
+from .recorded import Chosen, RecordedPass, chosen_of, config_of, ids_of, is_ours, name_of, provenance_of, trace_of
 from .ring import IdRing
 from .rows import PassRows, SequenceRows
 
@@ -66,10 +66,11 @@ class Recorder:
         """Why the recording stopped, or None."""
         self._appender = TraceAppender(path)
         self._name, self._times, self._flush_s, self._ring_rows = name, times, flush_s, ring_rows
-        self._names = Names()
+        self._domains: dict[str, int] = {}
+        self._segments: dict[str, int] = {}
         self._handles: list[Any] = []
         self._passes: list[RecordedPass] = []
-        self._chosen_L: list[tuple[Tensor, Tensor | None] | None] = []
+        self._chosen_L: list[Chosen | None] = []
         self._notes: dict[str, None] = {}
         self._rows: PassRows | None = None
         self._sequences = SequenceRows()
@@ -188,7 +189,6 @@ class Recorder:
         warnings.warn(f"recording stopped after {self.num_steps} steps: {why}", stacklevel=4)
 
     def _take(self) -> None:
-        """Keep what a pass chose."""
         missing = [layer for layer, chosen in enumerate(self._chosen_L) if chosen is None]
         if missing:
             raise TraceError(f"layers {missing} did not run in a pass; record a model that runs all its MoE layers")
@@ -206,7 +206,7 @@ class Recorder:
             self._next_request += 1
         self._counted(rows, self._start_ns, chosen_L)
 
-    def _put(self, chosen_L: list[tuple[Tensor, Tensor | None]], num_tokens: int) -> None:
+    def _put(self, chosen_L: list[Chosen], num_tokens: int) -> None:
         """Let each replay put what it chooses into the ring."""
         if self._ring is None:
             raise TraceError("the first pass of a recording is captured in a graph; run one before capturing")
@@ -217,7 +217,7 @@ class Recorder:
             )
         self._ring.put(chosen_of([chosen_L]))
 
-    def _counted(self, rows: PassRows, start_ns: int, chosen_L: list[tuple[Tensor, Tensor | None]] | None) -> None:
+    def _counted(self, rows: PassRows, start_ns: int, chosen_L: list[Chosen] | None) -> None:
         """Take note of a pass; of a replay, whose ids are in the ring, without them."""
         self._passes.append(
             RecordedPass(
@@ -225,8 +225,8 @@ class Recorder:
                 start_ns=start_ns - self._zero_ns,
                 chosen_L=chosen_L,
                 marks=self._marks,
-                domain=UNKNOWN if self.domain is None else self._names.domain(self.domain),
-                segment=self._names.segment(self.segment),
+                domain=UNKNOWN if self.domain is None else _number(self._domains, self.domain),
+                segment=_number(self._segments, self.segment),
             )
         )
         self._marks = None
@@ -249,7 +249,8 @@ class Recorder:
             passes,
             ids_of(passes, self._ring),
             num_experts=num_experts,
-            names=self._names,
+            domains=self._domains,
+            segments=self._segments,
             provenance=provenance_of(self.model, self._device, notes),
             times=self._times,
         )
@@ -259,7 +260,6 @@ class Recorder:
             self._write_config()
 
     def _write_config(self) -> None:
-        """Write the model's config beside the trace."""
         if config := config_of(self._model, self._layers):
             text = json.dumps(config, indent=1, default=str)
             self._appender.path.with_suffix(CONFIG_SUFFIX).write_text(text + "\n", encoding="utf-8")
@@ -295,3 +295,8 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(notes=f"partial: the run broke off ({kind.__name__})" if kind else None)
+
+
+def _number(names: dict[str, int], name: str) -> int:
+    """Return a name's number; a new name gets the next one."""
+    return names.setdefault(name, len(names))

@@ -55,23 +55,11 @@ def write_logits(logits_LTE: "torch.Tensor", ids_LTK: "torch.Tensor") -> None:
 
 
 def plan_words_LW(plan: Plan, num_layers: int, num_experts: int) -> "torch.Tensor":
-    """Return a plan as int32 words for every layer, on the host: what `kernels.spec.encode_plan` gives for each.
+    """Return a plan as int32 words for every layer, on the host."""
+    from ..kernels.spec import TokenRule, encode_plan
 
-    By numpy, in a few microseconds: a policy may decide at every step.
-    """
-    import torch
-
-    from ..kernels.spec import BOUNDS_AT, NUM_BOUNDS_AT, ORDER_AT, PINNED_AT, SLICE_IDS_AT, TILE_ORDERS, plan_words
-
-    words_LW, placement = np.zeros((num_layers, plan_words(num_experts)), dtype=np.int32), plan.placement
-    words_LW[:, ORDER_AT.value] = TILE_ORDERS.index(plan.tile_order)
+    placement, num_slices = plan.placement, plan.layout.num_slices
     if isinstance(placement, ByTokens):
-        runs = {BOUNDS_AT.value: placement.bounds, SLICE_IDS_AT.value: placement.slice_ids}
-        words_LW[:, NUM_BOUNDS_AT.value] = len(placement.bounds)
-    else:
-        runs = {PINNED_AT.value: placement.slice_of_expert_LE}
-        words_LW[:, NUM_BOUNDS_AT.value] = -1
-    for start, values in runs.items():
-        run = np.asarray(values, dtype=np.int32)
-        words_LW[:, start : start + run.shape[-1]] = run
-    return torch.from_numpy(words_LW)
+        rule = TokenRule(bounds=placement.bounds, slice_ids=placement.slice_ids)
+        return encode_plan(num_slices, num_experts, rule, tile_order=plan.tile_order).expand(num_layers, -1)
+    return encode_plan(num_slices, num_experts, placement.slice_of_expert_LE, tile_order=plan.tile_order)

@@ -15,7 +15,7 @@ from .matching import Moments, match, moments
 from .requests import Grouping, group_requests, prompt_lengths
 from .schema import F64, I64, StepSource
 from .spec import SynthSpec, Tilt, logits_of_load, plain_layer
-from .trace import RoutingTrace
+from .trace import RoutingTrace, total_counts
 
 MAX_REQUESTS = 512
 MAX_POSITIONS = 512
@@ -161,9 +161,7 @@ def split_tilt(tilt_RLE: F64, domain_R: I64, num_domains: int) -> Tilt:
 
 
 def _fit_counts(source: StepSource) -> SynthSpec:
-    counts_LE = np.zeros((source.num_layers, source.num_experts), np.int64)
-    for step in source.steps():
-        counts_LE += step.counts_LE
+    counts_LE, _ = total_counts(source)
     if not counts_LE.sum(axis=1).all():
         raise ValueError("a layer of the source has no tokens; give counts for every layer")
     return SynthSpec(

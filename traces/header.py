@@ -39,7 +39,6 @@ class Header:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> bytes:
-        """Return the footer's value."""
         return json.dumps(asdict(self), sort_keys=True).encode()
 
 
@@ -75,7 +74,6 @@ class Checksum:
     num_tokens: int = 0
 
     def add(self, block: RoutingTrace | ExpertLoad) -> None:
-        """Feed the next steps."""
         self.num_steps += block.num_steps
         if isinstance(block, ExpertLoad):
             labels = np.frombuffer("\0".join((*block.labels, "")).encode(), dtype=np.uint8)

@@ -30,7 +30,6 @@ class Grouping:
 
     @property
     def request_of(self) -> I64:
-        """Return the request index of each ordered row."""
         return np.repeat(np.arange(self.num_requests), self.lengths)
 
     def rows(self) -> Iterator[I64]:

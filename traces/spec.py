@@ -67,7 +67,6 @@ class SynthSpec(Tilt):
 
     @staticmethod
     def from_json(text: str) -> "SynthSpec":
-        """Read what `to_json` wrote."""
         try:
             content: dict[str, Any] = json.loads(text, object_hook=_array)
             content.pop(FORMAT)
@@ -115,17 +114,9 @@ def zipf_spec(
 ) -> SynthSpec:
     """Return a specification from a few numbers: nominal values, which the interplay of mechanisms shifts somewhat.
 
-    Args:
-        num_layers: MoE layers.
-        num_experts: Experts per layer.
-        top_k: Experts per token.
-        zipf_s: Slope of the load over ranks, before tilt and memory; popularity is permuted anew in each layer.
-        tilt: Standard deviation of a request's log popularity.
-        memory: Gain on having been chosen by the token before, the last 4 and the last 16.
-        cross: Standard deviation of what the layer below's first choice adds.
-        prompt_tokens: Prefill tokens of every request.
-        decode_tokens: Decode tokens of every request.
-        seed: Of the permutations and the matrices between layers.
+    `zipf_s` is the slope of the load over ranks, before tilt and memory; popularity is permuted anew in each layer.
+    `tilt` and `cross` are standard deviations: of a request's log popularity, and of what the layer below's first
+    choice adds. `memory` is the gain on having been chosen by the token before, the last 4 and the last 16.
     """
     rng = np.random.default_rng([seed, num_layers, num_experts])
     share_E = np.arange(1, num_experts + 1) ** -float(zipf_s)
@@ -155,15 +146,10 @@ def zipf_spec(
 def plain_layer(logit_E: F32) -> LayerChoice:
     """Return a layer with popularity alone."""
     num_experts = len(logit_E)
-    return LayerChoice(
-        logit_E=logit_E,
-        first_E=np.zeros(num_experts, np.float32),
-        profile_BE=np.zeros((NUM_BINS, num_experts), np.float32),
-        memory_HE=np.zeros((len(MEMORY_H), num_experts), np.float32),
-        below_first_EE=np.zeros((num_experts, num_experts), np.float32),
-        below_rest_EE=np.zeros((num_experts, num_experts), np.float32),
-        lead_EE=np.zeros((num_experts, num_experts), np.float32),
-    )
+    rows = {"profile_BE": NUM_BINS, "memory_HE": len(MEMORY_H)}
+    rows |= dict.fromkeys(("below_first_EE", "below_rest_EE", "lead_EE"), num_experts)
+    zeros = {name: np.zeros((num, num_experts), np.float32) for name, num in rows.items()}
+    return LayerChoice(logit_E=logit_E, first_E=np.zeros(num_experts, np.float32), **zeros)
 
 
 def logits_of_load(share_E: F64, top_k: int) -> F32:

@@ -25,7 +25,7 @@ from .dependence import (
 )
 from .requests import Grouping, group_requests
 from .schema import F64, I64, Floats, Ints, StepSource
-from .trace import RoutingTrace, counts_by
+from .trace import RoutingTrace, counts_by, total_counts
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZES = (1, 8, 32, 128)
@@ -140,11 +140,7 @@ def _columns(layers: list[dict[str, Column]]) -> dict[str, Any]:
 
 
 def _summarise_counts(source: StepSource) -> TraceStatistics:
-    counts_LE = np.zeros((source.num_layers, source.num_experts), np.int64)
-    num_tokens = 0
-    for step in source.steps():
-        counts_LE += step.counts_LE
-        num_tokens += step.num_tokens
+    counts_LE, num_tokens = total_counts(source)
     if not num_tokens:
         raise ValueError("the source has no tokens; record or import at least one step with tokens first")
     layers = [_load(counts_E, num_tokens, source.top_k) for counts_E in counts_LE]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from .check import TraceError, check_block, reading
 from .columns import STEP_NAMES, read_block, read_steps
 from .header import Checksum, Header, parse_header
-from .schema import I64, PHASES, Bools, Phase, Provenance, RoutedStep
+from .schema import I64, PHASES, Bools, Phase, RoutedStep
 from .trace import UNKNOWN, ExpertLoad, RoutingTrace, StepTable, concat, take_steps
 
 CLOCKS = ("arrival_ns_S", "start_ns_S")
@@ -26,25 +27,11 @@ class Stored(Generic[B]):
     files: tuple[tuple[Path, Header], ...]
     header: Header
 
-    @property
-    def num_layers(self) -> int:
-        return self.header.num_layers
-
-    @property
-    def num_experts(self) -> int:
-        return self.header.num_experts
-
-    @property
-    def top_k(self) -> int:
-        return self.header.top_k
-
-    @property
-    def num_steps(self) -> int:
-        return self.header.num_steps
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.header.provenance
+    num_layers = property(attrgetter("header.num_layers"))
+    num_experts = property(attrgetter("header.num_experts"))
+    top_k = property(attrgetter("header.top_k"))
+    num_steps = property(attrgetter("header.num_steps"))
+    provenance = property(attrgetter("header.provenance"))
 
     def steps(self) -> Iterator[RoutedStep]:
         """Yield the steps in order, holding one row group at a time.
@@ -87,17 +74,9 @@ class StoredTrace(Stored[RoutingTrace]):
     base_ns: int = 0
     """Subtracted from times, so that a selection has its own clock."""
 
-    @property
-    def num_tokens(self) -> int:
-        return self.header.num_tokens
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        return self.header.domains
-
-    @property
-    def segments(self) -> tuple[str, ...]:
-        return self.header.segments
+    num_tokens = property(attrgetter("header.num_tokens"))
+    domains = property(attrgetter("header.domains"))
+    segments = property(attrgetter("header.segments"))
 
     def read(self) -> RoutingTrace:
         """Return the whole trace, or selection, in memory."""
@@ -150,7 +129,6 @@ class StoredLoad(Stored[ExpertLoad]):
     """Counts on disk."""
 
     def read(self) -> ExpertLoad:
-        """Return all counts in memory."""
         blocks = list(self.blocks())
         counts_SLE = np.concatenate([block.counts_SLE for block in blocks])
         return replace(blocks[0], counts_SLE=counts_SLE, labels=sum((block.labels for block in blocks), ()))

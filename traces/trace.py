@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .schema import F16, I16, I32, I64, PHASES, U8, Bools, Ints, Phase, Provenance, RoutedStep
+from .schema import F16, I16, I32, I64, PHASES, U8, Bools, Ints, Phase, Provenance, RoutedStep, StepSource
 
 UNKNOWN = -1
 """Stands in integer columns for a value nobody recorded; null on disk."""
@@ -30,6 +30,15 @@ def counts_of(expert_ids_TLK: Ints, num_experts: int) -> I32:
     """Count the tokens of each expert in each layer, int32 [L, E]; each row sums to T * K."""
     num_layers = expert_ids_TLK.shape[1]
     return counts_by(np.arange(num_layers)[:, None], expert_ids_TLK, num_layers, num_experts).astype(np.int32)
+
+
+def total_counts(source: StepSource) -> tuple[I64, int]:
+    """Return the tokens of each expert over all steps, int64 [L, E], and the number of tokens."""
+    counts_LE, num_tokens = np.zeros((source.num_layers, source.num_experts), np.int64), 0
+    for step in source.steps():
+        counts_LE += step.counts_LE
+        num_tokens += step.num_tokens
+    return counts_LE, num_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -170,3 +170,12 @@ def test_tiles_that_share_an_sm_are_those_that_fit():
 
     assert slices.shares_sm(tile(64, 4, 3), tile(128, 8, 4))
     assert not slices.shares_sm(tile(128, 8, 4), tile(128, 8, 4))
+
+
+def test_both_sides_choose_from_the_tiles_of_launches_and_some_share_an_sm():
+    from expertslice.experiments.slices_arms import tile_name, tiles
+
+    chosen = tiles()
+    assert len({tile_name(tile) for tile, _ in chosen}) == len(chosen) > 10
+    pairs = itertools.combinations([tile for tile, _ in chosen], 2)
+    assert any(slices.shares_sm(cold, hot) for cold, hot in pairs if cold.block_m < hot.block_m)

@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertslice.kernels import reference
+from expertslice.kernels.layer import moe_layer
 from expertslice.kernels.spec import RouterSpec
 from expertslice.kernels.weights import random_weights
 from expertslice.kernels.workspace import Workspace
 from expertslice.policies.contract import ByTokens, Pinned, Plan, Setup, Slice, SliceLayout, TileVariant
 from expertslice.policies.data import load_device
-from expertslice.runtime.layers import InTurn, launch_of, run_layer
+from expertslice.runtime.layers import launch_of
 from expertslice.runtime.workload import ids_of_counts_TK, plan_words_LW, write_logits
 from expertslice.traces.schema import MoeSpec
 
@@ -64,9 +65,7 @@ def test_a_layer_under_any_plan_has_the_bits_of_its_definition(plan, live):
     x_TD = torch.randn(9, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
     ws.plan.copy_(plan_words_LW(plan, 1, 5)[0])
     num_tokens = torch.tensor([live], dtype=torch.int32)
-    out_TD = run_layer(
-        x_TD, logits_LTE[0], weights, router, ws, launch_of(plan, SETUP), InTurn(), num_tokens=num_tokens
-    )
+    out_TD = moe_layer(x_TD, logits_LTE[0], weights, router, ws, launch_of(plan, SETUP), num_tokens=num_tokens)
     expected = reference.layer(x_TD, logits_LTE[0], weights, router)
     expected[live:] = 0
     assert torch.equal(out_TD, expected)
