@@ -121,9 +121,10 @@ def layer_step(batch: Batch, ws: "Workspace", plan: Plan, setup: Setup, streams:
     """Return the call that runs the layer on one weight set as the runtime runs a plan."""
     import torch
 
+    from ..kernels.layer import moe_layer
     from ..kernels.spec import MAX_SLICES, RouterSpec
     from ..runtime.lanes import StreamLanes
-    from ..runtime.layers import launch_of, run_layer
+    from ..runtime.layers import launch_of
     from ..runtime.workload import plan_words_LW
 
     device, launch, router = batch.x_TD.device, launch_of(plan, setup), RouterSpec.of(batch.spec)
@@ -133,7 +134,8 @@ def layer_step(batch: Batch, ws: "Workspace", plan: Plan, setup: Setup, streams:
 
     def step(p: int) -> Any:
         lanes.enter(0)
-        return run_layer(batch.x_TD, batch.logits_PTE[p], batch.sets[p], router, own, launch, lanes)
+        x_TD, logits_TE, weights = batch.x_TD, batch.logits_PTE[p], batch.sets[p]
+        return moe_layer(x_TD, logits_TE, weights, router, own, launch, beside=lanes.beside)
 
     return step
 
