@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from expertslice.experiments.cli import app
 from expertslice.experiments import report
+from expertslice.experiments.cli import app
 from expertslice.experiments.plotting import Drawn, inline_svg
 
 ORDER = ["which", "why", "cost", "trust", "next"]
