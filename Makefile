@@ -2,11 +2,12 @@
 SHELL := /bin/sh
 PYTHON ?= python3
 RUN := .venv
+DOCS := .venv-docs
 DEV := .venv-dev
 # The type checker and the import contracts see the repository root as the package `expertslice` through this link.
 LINK := .links/expertslice
 
-.PHONY: run test test-all check format no-torch clean
+.PHONY: run test test-all check format no-torch docs clean
 
 run: $(RUN)/.ready
 	$(RUN)/bin/expertslice whatif
@@ -32,6 +33,15 @@ format: $(DEV)/.ready
 no-torch: $(RUN)/.ready
 	PYTHONSAFEPATH=1 $(RUN)/bin/python tests/no_torch_check.py
 
+# The documentation's site, into build/site: building it needs no network.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+
+$(DOCS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.5,<10'
+	@touch $@
+
 $(RUN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(RUN)
 	$(RUN)/bin/pip install --quiet --disable-pip-version-check -e .
@@ -46,4 +56,4 @@ $(LINK):
 	@mkdir -p .links && ln -sfn .. $(LINK)
 
 clean:
-	rm -rf $(RUN) $(DEV) .links .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(RUN) $(DEV) $(DOCS) .links .pytest_cache .ruff_cache .hypothesis build *.egg-info

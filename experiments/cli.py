@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import cli_bench, cli_fidelity, cli_gpu, cli_lists, cli_mig, cli_record, cli_trace, explore_cli, sweep_cli
+from . import (
+    cli_bench,
+    cli_fidelity,
+    cli_gpu,
+    cli_lists,
+    cli_mig,
+    cli_pair,
+    cli_record,
+    cli_trace,
+    explore_cli,
+    sweep_cli,
+)
 from .cli_lists import AsJson, print_json
 from .errors import EXIT_INTERRUPT, EXIT_USER, StoppedError, sentence_of
 
@@ -20,6 +31,7 @@ INTRODUCTION = f"""expertslice {__version__}: would slicing a GPU between expert
   expertslice whatif my.parquet      the same on a trace of yours, for any --device and --model
   expertslice trace info my.parquet  what a routing trace looks like; `trace import` reads other formats
   expertslice record -- python my_script.py    routing of a Hugging Face model of yours, into routing.parquet
+  expertslice pair --policy hot_cold           the same policies on a backend beside the simulator: how far they agree
   expertslice policies | devices | models | doctor
 
 No GPU is needed. Add --help to any command; start with: expertslice whatif
@@ -83,6 +95,8 @@ def whatif(
 
 app.command(name="doctor")(cli_gpu.doctor)
 app.command(name="run")(cli_gpu.run_trace)
+app.command(name="pair")(cli_pair.pair)
+app.command(name="timeline")(cli_pair.timeline)
 app.command(name="record")(cli_record.record)
 app.command(name="mig")(cli_mig.mig)
 app.command(name="tune")(cli_gpu.tune)

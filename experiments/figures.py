@@ -167,7 +167,7 @@ def _timeline(names: Sequence[str], main: Outcomes, records: Mapping[str, Path])
     our_ns, their_ns = (record.end_ns - record.start_ns for record in (ours, theirs))
     scale, unit = unit_of(max(our_ns, their_ns))
     for ax, (policy, record) in zip(panels, pair, strict=True):
-        _draw_slices(ax, record, scale)
+        draw_slices(ax, record, scale)
         ax.set_title(f"{policy}: whole step {(record.end_ns - record.start_ns) / scale:,.1f} {unit}")
     few = theirs.busy_ns_LS.shape[0] > SHOWN_LAYERS
     panels[1].set_xlabel(f"time since the step started, {unit}" + (f", first {SHOWN_LAYERS} layers" if few else ""))
@@ -180,7 +180,7 @@ def _timeline(names: Sequence[str], main: Outcomes, records: Mapping[str, Path])
     return figure, "timeline", "One step, unsliced and sliced", caption
 
 
-def _draw_slices(ax: Any, record: StepRecord, scale: float) -> None:
+def draw_slices(ax: Any, record: StepRecord, scale: float) -> None:
     starts_LS, busy_LS = (record.start_ns_LS - record.start_ns) / scale, record.busy_ns_LS / scale
     num_layers, num_slices = min(len(busy_LS), SHOWN_LAYERS), busy_LS.shape[1]
     end = (starts_LS + busy_LS)[:num_layers].max()

@@ -20,9 +20,8 @@ PROVISIONAL = (
 
 
 def render(case: Case, summary: dict[str, Any], figures: Sequence[Drawn]) -> str:
-    source = (files(__package__) / "templates" / "report.html.j2").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    return template.render(
+    return html(
+        "report.html.j2",
         title=f"What would slicing buy? {summary['model']['name']} on {summary['device']['title']}",
         provisional=PROVISIONAL if summary["provisional"] else "",
         headline=headline(summary),
@@ -34,6 +33,13 @@ def render(case: Case, summary: dict[str, Any], figures: Sequence[Drawn]) -> str
         next_steps=next_steps(case.options, summary),
         footer=f"expertslice {__version__}, seed {summary['seed']}; manifest.json beside this page holds all else.",
     )
+
+
+def html(template: str, **shown: Any) -> str:
+    """Return a self-contained page: the template's words between the head and the script that all pages share."""
+    loader = jinja2.FileSystemLoader(str(files(__package__) / "templates"))
+    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return page.get_template(template).render(shown)
 
 
 def verdict(summary: dict[str, Any]) -> str:
@@ -89,7 +95,7 @@ def next_steps(options: Options, summary: dict[str, Any]) -> list[tuple[str, str
             ["whatif", *common, "--policy", best, "--seed", str(options.seed + 1)],
         "Look at the routing itself, with figures:": ["trace", "info", measured, "--figures", "figures"],
         "Ask the same for a model of your own, its routing fitted to this trace:": ["whatif", *fitted],
-        "When the runtime is there: the same policies on a GPU, beside the simulator.":
-            ["pair", measured, "--policy", "unsliced", "--policy", best],
+        "The same policies on a GPU, beside the simulator:":
+            ["pair", measured, "--on", "gpu", "--policy", "unsliced", "--policy", best],
     }  # fmt: skip
     return [(words, shlex.join(["expertslice", *command])) for words, command in steps.items()]

@@ -4,7 +4,6 @@ On a GPU they are times; on a host without one they are reckoned from counts and
 """
 
 import itertools
-import re
 import signal
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -27,7 +26,7 @@ from ..traces.schema import MoeSpec, RoutedStep, StepSource
 from .errors import StoppedError
 from .inputs import BUNDLED, choose_model, choose_policies, choose_segment, open_source
 from .records import writing
-from .runs import RunFolder, provenance
+from .runs import RunFolder, file_name, provenance
 from .simulate import other_work_of
 from .watch import Watch
 
@@ -72,7 +71,7 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
         raise ValueError(f"policy {foreseeing[0]} foresees steps, which only the simulator offers; use `whatif` for it")
     setup = _setup(options, model)
     steps = partial(_steps, opened.source, model, options.steps)
-    executor = _executor(options, steps())
+    executor = executors(options.where, steps(), seed=options.seed, capture=options.capture)
     about = {
         "trace": opened.plain(),
         "model": asdict(model),
@@ -91,7 +90,7 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
             folder.write_json("summary.json", {**about, "policies": summary})
             say(line(name, summary[name]))
             if watch:
-                folder.write_json(f"{_file(name)}.profile.json", watch.found)
+                folder.write_json(f"{file_name(name)}.profile.json", watch.found)
                 say("\n".join(f"  {text}" for text in watch.lines()))
             if summary[name]["stopped"]:
                 break
@@ -138,21 +137,24 @@ def _calibrated_belief(setup: Setup, path: Path, where: Where) -> CostModel:
     return CostModel(device=found.believed, model=setup.model, variants=setup.variants, detail="roofline")
 
 
-def _executor(options: RunOptions, steps: Iterator[RoutedStep]) -> Callable[[], Executor]:
-    if options.where == "host":
+def executors(
+    where: Where, steps: Iterator[RoutedStep], *, seed: int, capture: Capture = "all"
+) -> Callable[[], Executor]:
+    """Return what makes executors for steps like these; ValueError where a GPU is asked for and there is none."""
+    if where == "host":
         from ..runtime.host import HostExecutor
 
         return HostExecutor
     from .cli_gpu import require_gpu
 
-    require_gpu("run --on gpu")
+    require_gpu("--on gpu")
     from ..runtime.cuda import CudaExecutor
     from ..runtime.graphs import CAPTURE_RULES
     from ..runtime.other import slice_ids_of
 
     loads = {(next_power_of_two(step.num_tokens), slice_ids_of(step.other_L)) for step in steps}
-    most, rule = max((bucket for bucket, _ in loads), default=1), CAPTURE_RULES[options.capture]
-    return lambda: CudaExecutor(max_tokens=most, loads=loads, rule=rule, seed=options.seed)
+    most, rule = max((bucket for bucket, _ in loads), default=1), CAPTURE_RULES[capture]
+    return lambda: CudaExecutor(max_tokens=most, loads=loads, rule=rule, seed=seed)
 
 
 def _steps(source: StepSource, model: MoeSpec, limit: int | None) -> Iterator[RoutedStep]:
@@ -212,7 +214,7 @@ def _run(
     """Run one policy; a stop by the user keeps its records."""
     backend, took_ns = RuntimeBackend(executor, bucket_of=next_power_of_two), list[int]()
     errors, late, stopped = 0, 0, False
-    path = folder.path / f"{_file(name)}.parquet"
+    path = folder.path / f"{file_name(name)}.parquet"
     with writing(path) as append, warnings.catch_warnings(record=True) as caught, watch or nullcontext():
         warnings.simplefilter("always")
 
@@ -249,10 +251,6 @@ def _run(
         "warnings": list(dict.fromkeys(str(one.message) for one in caught)),
         "stopped": stopped,
     }
-
-
-def _file(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
 
 
 def _quantiles_us(took_ns: Sequence[int]) -> dict[str, float | None]:

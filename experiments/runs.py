@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -86,6 +87,11 @@ def _make(root: Path, name: str) -> tuple[Path, Path]:
                 temporary.mkdir()
                 return final, temporary
     raise FileExistsError(errno.EEXIST, "a thousand runs of this second exist", str(root))
+
+
+def file_name(name: str) -> str:
+    """Return a policy's name as a file may have it."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
 
 
 def _now() -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..policies.contract import (
     MECHANISMS,
+    Backend,
     Control,
     DeviceSpec,
     EnergyWindow,
@@ -181,7 +182,7 @@ def simulate(
     *,
     draw: int | None = None,
     records: Path | None = None,
-    on_decision: Callable[[Observation, Plan], None] | None = None,
+    on_decision: Callable[[Observation, Plan], None] = lambda *_: None,
 ) -> Outcome:
     """Drive one policy over steps and return its sums.
 
@@ -189,29 +190,43 @@ def simulate(
     """
     truth = world.truth(draw)
     setup = world.setup(foresees=policy.foresees, truth=truth)
+    work = with_other_work(steps, world.model)
+    return collect(policy, SimBackend(truth), work, setup, records=records, on_decision=on_decision)
+
+
+def collect(
+    policy: Policy[Any],
+    backend: Backend,
+    steps: Iterable[RoutedStep],
+    setup: Setup,
+    *,
+    records: Path | None = None,
+    on_record: Callable[[StepRecord], None] = lambda _: None,
+    on_decision: Callable[[Observation, Plan], None] = lambda *_: None,
+) -> Outcome:
+    """Drive one policy over steps on a backend and return its sums; `records`: a Parquet file for the StepRecords."""
     collector = Collector(setup)
     with writing(records) as write:
 
-        def on_record(record: StepRecord) -> None:
+        def recorded(record: StepRecord) -> None:
             collector.on_record(record)
             write(record)
-
-        work = collector.watch(_with_other_work(steps, world.model))
+            on_record(record)
 
         def decided(obs: Observation, plan: Plan) -> None:
             collector.on_decision(obs, plan)
-            if on_decision is not None:
-                on_decision(obs, plan)
+            on_decision(obs, plan)
 
-        result = drive(policy, SimBackend(truth), work, setup, on_record=on_record, on_decision=decided)
+        result = drive(policy, backend, collector.watch(steps), setup, on_record=recorded, on_decision=decided)
     collector.outcome.energy = result.energy
     return collector.outcome
 
 
-def _with_other_work(steps: Iterable[RoutedStep], model: MoeSpec) -> Iterator[RoutedStep]:
+def with_other_work(steps: Iterable[RoutedStep], model: MoeSpec, *, keep_ids: bool = False) -> Iterator[RoutedStep]:
     """Number steps from 0, add the work beside the experts that the model declares, and leave ids behind."""
     for index, step in enumerate(steps):
-        yield replace(step, step=index, other_L=other_work_of(step, model), expert_ids_TLK=None)
+        ids = step.expert_ids_TLK if keep_ids else None
+        yield replace(step, step=index, other_L=other_work_of(step, model), expert_ids_TLK=ids)
 
 
 def other_work_of(step: RoutedStep, model: MoeSpec) -> tuple[tuple[OtherWork, ...], ...]:

@@ -4,7 +4,6 @@ The same tasks, in the same order, with seeds of their own: one worker or severa
 """
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..policies.layouts import one_slice_plan
 from .case import Case, Options, prepare
 from .errors import StoppedError
 from .ranking import REFERENCE, Outcomes, rank
-from .runs import RunFolder, provenance
+from .runs import RunFolder, file_name, provenance
 from .simulate import Outcome
 from .tasks import Run, Task, run_tasks
 from .why import explain
@@ -127,7 +126,7 @@ def plan_tasks(case: Case, records: Mapping[str, Path]) -> list[Task]:
 
 def _simulate(case: Case, folder: Path) -> tuple[Runs, dict[str, Path]]:
     """Run every task; return what came out, and each policy's file of records."""
-    records = {name: folder / f"steps-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.parquet" for name in case.policies}
+    records = {name: folder / f"steps-{file_name(name)}.parquet" for name in case.policies}
     tasks = plan_tasks(case, records)
     ended = dict(run_tasks(tasks, case.world, jobs=case.options.jobs))
     runs: dict[str, list[dict[str, Outcome]]] = {kind: [] for kind in KINDS}
