@@ -196,7 +196,7 @@ class InstanceLayers:
 
     def _lost(self, worker: int) -> WorkerError:
         process = self._workers[worker - 1][0]
-        process.join(1)
+        process.join(10)
         return WorkerError(f"the worker of instance {worker} died with exit code {process.exitcode}; start again")
 
     def close(self) -> None:
