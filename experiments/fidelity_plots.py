@@ -39,6 +39,9 @@ def _against(rows: Sequence[Row]) -> tuple[Any, str, str, str]:
     ends = [measured.min(), measured.max()]
     ax.plot(ends, ends, color=INK, lw=1)
     ax.set(xscale="log", yscale="log", xlabel="measured, µs", ylabel="predicted, µs")
+    # Powers of ten in the way of mathematics would stay markup where text is text.
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
     ax.legend()
     caption = "Layer times of models that the predictor was not fitted to; the line is equality."
     return figure, "predicted", "Predicted against measured", caption
@@ -55,6 +58,7 @@ def _residuals(rows: Sequence[Row]) -> tuple[Any, str, str, str]:
         )  # fmt: skip
     ax.axhline(0, color=INK, lw=1)
     ax.set(xscale="log", xlabel="tokens", ylabel="predicted over measured, %")
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.legend(ncols=3)
     caption = "Relative error of the calibrated truth by model and tokens, each model held out whole."
     return figure, "residuals", "Where the simulator is wrong", caption
