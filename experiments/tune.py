@@ -143,7 +143,8 @@ def ways(spec: MoeSpec, num_tokens: int, launch: LayerLaunch, sm_count: int) -> 
     up, down = launch.slices[0].up, launch.slices[0].down
     launch = replace(launch, dependent=False, prefetch_bytes=0)
     found = [launch]
-    if up.block_m == down.block_m and fusable(spec, num_tokens, up) and not launch.gathered:
+    one_tile = replace(up, **WAYS[0]) == replace(down, **WAYS[0])
+    if one_tile and fusable(spec, num_tokens, up) and not launch.gathered:
         found = [replace(launch, fused=fused) for fused in (launch.fused, not launch.fused)]
     gathered = gathered_tiles(spec, num_tokens, sm_count)
     found += [unsliced(tile, tile, gathered=True) for tile in gathered]
