@@ -17,7 +17,7 @@ from .runs import to_json
 
 TOKENS = (1, 8, 32, 64, 256, 2048, 8192)
 MODELS = ("small", "medium", "large", "olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3")
-ROUNDS = 20
+ROUNDS = 8
 
 
 def measure_routing(model: str, tokens: int, rounds: int) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def _way(name: str, *slices: Slice, bound: int | None = None) -> Way:
 class Streams:
     """Streams of layouts, each partition created once and kept, since graphs hold streams."""
 
-    def __init__(self, group_sms: int) -> None:
-        self._group_sms, self._held, self._owned = group_sms, dict[Any, Any](), ExitStack()
+    def __init__(self) -> None:
+        self._held, self._owned = dict[Any, Any](), ExitStack()
 
     def __call__(self, layout: SliceLayout) -> "Sequence[torch.cuda.Stream]":
         import torch
@@ -108,7 +108,7 @@ class Streams:
             return [torch.cuda.Stream() for _ in layout.slices]
         wanted = tuple(one.sm_count for one in layout.slices)
         if wanted not in self._held:
-            split = self._owned.enter_context(Partition(wanted=wanted, group_sms=self._group_sms))
+            split = self._owned.enter_context(Partition(wanted=wanted))
             self._held[wanted] = [share.stream for share in split.shares]
         return self._held[wanted]
 
@@ -241,7 +241,7 @@ def run_profile(
                 device=device, model=next(loads()).spec, variants=variants, mechanisms=mechanisms, control=Control(),
                 seed=0,
             )  # fmt: skip
-            streams = Streams(device.sm_partition_step)
+            streams = Streams()
             measure_groups(folder, groups(setup, meter, streams, rounds), meter, seconds, only, say)
             streams.close()
     except MeterError as error:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from ..kernels.spec import LaunchSpec
 
-GROUP_SMS = 2
 LEAST_ROUNDS = 6
 Row = dict[str, Any]
 
@@ -46,7 +45,7 @@ class Splits:
         from ..runtime.partition import Partition
 
         if sms not in self._held:
-            partition = Partition(wanted=(sms, self._sm_count - sms), group_sms=GROUP_SMS).__enter__()
+            partition = Partition(wanted=(sms, self._sm_count - sms)).__enter__()
             self._partitions.append(partition)
             self._held[sms] = tuple(share.stream for share in partition.shares)
         return self._held[sms]

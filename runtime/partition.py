@@ -1,7 +1,8 @@
 """Exclusive SM sets by green contexts: one split by the driver, so that no two slices can share an SM.
 
-The driver cuts the device into equal groups of SMs; a slice gets as many groups as it needs, and a stream that keeps to
-them, captured or not. What each slice was granted is read back from its context.
+The driver cuts the device into equal groups of SMs, as small as it can: groups that could be co-scheduled as clusters
+would leave SMs out, and how many differs from die to die. A slice gets as many groups as it needs, and a stream that
+keeps to them, captured or not. What each slice was granted is read back from its context.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     import torch
 
-FINEST_GROUP, COSCHEDULED_GROUP = 2, 8
-"""SMs of the finest group, and of the finest that can run thread block clusters (Hopper)."""
+FINEST_GROUP = 2
+"""SMs; the driver cuts larger groups where the device has none so small."""
 IGNORE_SM_COSCHEDULING, GREEN_CTX_DEFAULT_STREAM, STREAM_NON_BLOCKING = 1, 1, 1
 """Flags of cuda.h, whose names in the bindings changed between versions."""
 
@@ -58,8 +59,6 @@ class Partition:
 
     wanted: tuple[int, ...]
     """SMs of each slice."""
-    group_sms: int = FINEST_GROUP
-    """The driver's own groups of 8 on Hopper can run clusters; 2 is the finest cut."""
     priorities: tuple[int, ...] = ()
     """Of streams, lower first; empty: all 0."""
     driver: Any = None
@@ -91,15 +90,15 @@ class Partition:
         kind = self.driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
         device = self._ask("cuDeviceGet", _current_device())
         whole = self._ask("cuDeviceGetDevResource", device, kind)
-        found, num_groups = self._split(whole)
+        found, group_sms = self._split(whole)
         priorities = self.priorities or (0,) * len(self.wanted)
-        for run, priority in zip(allot(self.wanted, self.group_sms, num_groups), priorities, strict=True):
+        for run, priority in zip(allot(self.wanted, group_sms, len(found)), priorities, strict=True):
             groups = [found[i] for i in run]
             descriptor = self._ask("cuDevResourceGenerateDesc", groups, len(groups))
             context = self._ask("cuGreenCtxCreate", descriptor, device, GREEN_CTX_DEFAULT_STREAM)
             self._owned.callback(self._ask, "cuGreenCtxDestroy", context)
             granted = self._ask("cuGreenCtxGetDevResource", context, kind).sm.smCount
-            asked = len(run) * self.group_sms
+            asked = len(run) * group_sms
             if granted != asked:
                 raise PartitionError(f"green context of {asked} SMs: the driver granted {granted}; use another split")
             stream = self._ask("cuGreenCtxStreamCreate", context, STREAM_NON_BLOCKING, priority)
@@ -107,14 +106,14 @@ class Partition:
             yield Share(sm_count=granted, stream=_wrapped(int(stream)))
 
     def _split(self, whole: Any) -> tuple[list[Any], int]:
-        """Return the device's groups and their number."""
-        flags = IGNORE_SM_COSCHEDULING if self.group_sms < COSCHEDULED_GROUP else 0
-        most = whole.sm.smCount // self.group_sms
-        groups, num_groups, _rest = self._ask("cuDevSmResourceSplitByCount", most, whole, flags, self.group_sms)
-        odd = next((group.sm.smCount for group in groups[:num_groups] if group.sm.smCount != self.group_sms), None)
-        if odd is not None:
-            raise PartitionError(f"groups of {self.group_sms} SMs: the driver cut one of {odd}; use another group size")
-        return groups, num_groups
+        """Return the device's groups and the SMs of each."""
+        most = whole.sm.smCount // FINEST_GROUP
+        split = self._ask("cuDevSmResourceSplitByCount", most, whole, IGNORE_SM_COSCHEDULING, FINEST_GROUP)
+        groups = split[0][: split[1]]
+        sizes = sorted({group.sm.smCount for group in groups})
+        if len(sizes) != 1:
+            raise PartitionError(f"the driver cut groups of {sizes} SMs; green contexts need equal ones")
+        return groups, sizes[0]
 
     def _ask(self, name: str, *args: Any) -> Any:
         call = getattr(self.driver, name, None)

@@ -224,7 +224,7 @@ def test_graphs_that_memory_has_no_room_for_are_launched_kernel_by_kernel(idle_w
 
 def test_times_stay_exact_in_long_runs(idle_world, monkeypatch):
     """Of events that tell ms in single precision: 12.3 us steps, a second apart, for a minute."""
-    gaps_ms = itertools.chain([0.0], itertools.cycle([1000.0, 0.0123, 0.5]))
+    gaps_ms = itertools.chain([0.0] * 2 * cuda.CLOCK_TRIES, itertools.cycle([1000.0, 0.0123, 0.5]))
     monkeypatch.setattr(Event, "clock", itertools.accumulate(gaps_ms))
     on = backend()
     on.open(SETUP, ())
@@ -236,6 +236,17 @@ def test_times_stay_exact_in_long_runs(idle_world, monkeypatch):
     (last,) = on.drain(wait=True)
     assert last.end_ns - last.start_ns == 12_300
     assert abs(last.start_ns - (61 * 1_000_512_300 - 512_300)) < 40_000
+
+
+def test_the_clock_starts_where_the_timer_was_read_at_once(idle_world, monkeypatch):
+    """A device busy with other work lies between an event and a stamp for 45 us, but for the third time."""
+    tries_ms = [gap for i in range(cuda.CLOCK_TRIES) for gap in (1.0, 0.002 if i == 2 else 0.045)]
+    monkeypatch.setattr(Event, "clock", itertools.accumulate(itertools.chain(tries_ms, itertools.cycle([1.0]))))
+    on = backend()
+    on.open(SETUP, ())
+    on.submit(next(draw_steps(1)))
+    (record,) = on.drain(wait=True)
+    assert record.start_ns == pytest.approx((cuda.CLOCK_TRIES - 3) * 1_045_000 + 1_000_000, abs=2)
 
 
 def test_a_rule_says_when_steps_are_captured(idle_world):

@@ -80,12 +80,12 @@ def where_kernel(out_ptr):
     tl.store(out_ptr + tl.program_id(0), sm)
 
 
-@pytest.mark.parametrize(("wanted", "group_sms"), [((32, 100), 2), ((16, 24, 40), 8)])
-def test_streams_of_a_partition_keep_to_sms_of_their_own_also_in_graphs(wanted, group_sms):
+@pytest.mark.parametrize("wanted", [(32, 100), (16, 24, 40)])
+def test_streams_of_a_partition_keep_to_sms_of_their_own_also_in_graphs(wanted):
     outs = [torch.full((4096,), -1, dtype=torch.int32, device="cuda") for _ in wanted]
     where_kernel[(4096,)](outs[0])
     torch.cuda.synchronize()
-    with Partition(wanted=wanted, group_sms=group_sms) as split:
+    with Partition(wanted=wanted) as split:
         assert tuple(share.sm_count for share in split.shares) == wanted
         graph, fork = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with torch.cuda.graph(graph, stream=fork):

@@ -16,8 +16,9 @@ class FakeDriver:
     CUresult = SimpleNamespace(CUDA_SUCCESS=0)
     CUdevResourceType = SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM=1)
 
-    def __init__(self, *, fails_at=None, nth=1, granted=None, group=None):
+    def __init__(self, *, fails_at=None, nth=1, granted=None, group=None, odd=False):
         self.fails_at, self.nth, self.granted, self.group = fails_at, nth, granted, group
+        self.odd = odd
         self.calls, self.alive, self.used = [], [], []
 
     def __getattr__(self, name):
@@ -42,10 +43,12 @@ class FakeDriver:
         return (self.resource(132),)
 
     def on_cuDevSmResourceSplitByCount(self, most, whole, flags, least):
-        assert flags == (1 if least < 8 else 0)
+        assert (flags, least) == (1, 2)
         size = self.group or least
-        groups = [self.resource(size, i * size) for i in range(most)]
-        return groups, len(groups), self.resource(132 - most * size)
+        groups = [self.resource(size, i * size) for i in range(132 // size)]
+        if self.odd:
+            groups[-1] = self.resource(2 * size, groups[-1].first)
+        return groups, len(groups), self.resource(132 % size)
 
     def on_cuDevResourceGenerateDesc(self, groups, count):
         assert len(groups) == count
@@ -86,10 +89,10 @@ def test_slices_get_runs_of_groups_that_do_not_meet(groups, group_sms):
     assert taken == list(range(len(taken)))
 
 
-@pytest.mark.parametrize(("wanted", "group_sms"), [((32, 100), 2), ((8, 16, 104), 8), ((132,), 2), ((2, 2), 2)])
+@pytest.mark.parametrize(("wanted", "group_sms"), [((32, 100), 2), ((8, 16, 104), 4), ((132,), 2), ((2, 2), 2)])
 def test_contexts_are_disjoint_and_as_large_as_asked(wanted, group_sms):
-    driver = FakeDriver()
-    with Partition(wanted=wanted, group_sms=group_sms, driver=driver) as split:
+    driver = FakeDriver(group=group_sms)
+    with Partition(wanted=wanted, driver=driver) as split:
         assert tuple(share.sm_count for share in split.shares) == wanted
         assert [share.stream for share in split.shares] == [f"stream {1001 + i}" for i in range(len(wanted))]
         sms = [sm for used in driver.used for sm in used]
@@ -108,8 +111,8 @@ def test_contexts_are_disjoint_and_as_large_as_asked(wanted, group_sms):
     ],
 )
 def test_what_cannot_be_split_is_refused(wanted, group_sms, message):
-    driver = FakeDriver()
-    with pytest.raises(PartitionError, match=message), Partition(wanted=wanted, group_sms=group_sms, driver=driver):
+    driver = FakeDriver(group=group_sms)
+    with pytest.raises(PartitionError, match=message), Partition(wanted=wanted, driver=driver):
         pass
     assert not driver.alive
 
@@ -122,8 +125,11 @@ def test_other_counts_than_asked_are_refused_and_nothing_is_left():
     ):
         pass
     assert not driver.alive
-    driver = FakeDriver(group=4)
-    with pytest.raises(PartitionError, match="the driver cut one of 4"), Partition(wanted=(32,), driver=driver):
+    driver = FakeDriver(odd=True)
+    with (
+        pytest.raises(PartitionError, match=r"the driver cut groups of \[2, 4\] SMs"),
+        Partition(wanted=(32,), driver=driver),
+    ):
         pass
 
 
