@@ -12,14 +12,16 @@ Bits come first: an arm whose output differs from one plain launch's is reported
 import argparse
 import itertools
 import json
+import operator
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..policies.cost import floor_ns
 from ..policies.data import load_device
@@ -49,22 +51,61 @@ SHAPES = (
 )
 """One projection each. With `--layers` the whole layers of the same experts come after them."""
 COLD_SMS = (16, 32, 48, 64, 80)
+SMS_STEPS, LEAST_SMS = (-8, -4, 4, 8), 4
 ORDERS = ("expert", "heavy", "light")
 KEPT = 5
-SPLIT_PAIRS, SHARED_PAIRS = 9, 9
-"""Pairs of tiles that each bound tries in turn or apart, and together on an SM."""
+PAIRS = 5
+"""Pairs of tiles that each bound starts from on either side."""
+OTHER_TILES = 4
+"""The fastest of a part, which a step of the search may take instead."""
 HOPPER_SMEM_BYTES, HOPPER_REGS = 233_472, 65_536
 """Of an SM: what its CTAs share."""
+Tile = tuple["LaunchSpec", int]
+Ranking = dict[int, tuple[list[Tile], list[Tile]]]
+"""By bound: the tiles of the experts below it and of the others, those first that are fastest alone on all SMs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
     """One way to run a load."""
 
-    name: str
-    side: str
-    """unsliced or sliced."""
-    make: Callable[[], Step]
+    how: Literal["one", "in turn", "dependent", "co-resident", "green"]
+    hot: Tile
+    """Of all experts, where there is one launch."""
+    cold: Tile | None = None
+    bound: int | None = None
+    """Experts of fewer tokens are the cold ones."""
+    sms: int = 0
+    """Where slices run beside each other: the cold one's CTAs, or SMs."""
+    order: str = "expert"
+
+    @property
+    def side(self) -> Literal["sliced", "unsliced"]:
+        """Return which side the arm is of."""
+        return "sliced" if self.sms else "unsliced"
+
+    @property
+    def name(self) -> str:
+        """Return the arm in a few words."""
+        words = [self.how, str(self.sms or ""), *(tile_name(tile[0]) for tile in (self.cold, self.hot) if tile)]
+        return " ".join(filter(None, (*words, f"<{self.bound}" if self.bound else "", self.order)))
+
+    def step(self, load: Load, sm_count: int, split: "Splits", shared: "Streams") -> Step:
+        """Return what enqueues the load."""
+        hot, num_hot = self.hot
+        if self.cold is None:
+            launch = one_tile(replace(hot, num_ctas=sm_count * num_hot))
+            return in_turn(load, load.route(launch, tile_order=self.order))
+        cold, num_cold = self.cold
+        if self.how == "green":
+            grids, streams = (self.sms * num_cold, (sm_count - self.sms) * num_hot), split(self.sms)
+        elif self.how == "co-resident":
+            grids, streams = (self.sms, sm_count), shared
+        else:
+            grids, streams = (sm_count * num_cold, sm_count * num_hot), None
+        tiles = [replace(tile, num_ctas=num_ctas) for tile, num_ctas in zip((cold, hot), grids, strict=True)]
+        queues = load.route(one_tile(*tiles, dependent=self.how == "dependent"), self.bound, self.order)
+        return beside(slices_of(load, queues), streams) if streams else in_turn(load, queues)
 
 
 def launches() -> "list[LayerLaunch]":
@@ -79,18 +120,11 @@ def shares_sm(*chosen: "LaunchSpec") -> bool:
     return smem_bytes <= HOPPER_SMEM_BYTES and regs <= HOPPER_REGS and not any(t.pingpong for t in chosen)
 
 
-Tile = tuple["LaunchSpec", int]
-Pair = tuple[Tile, Tile]
-
-
-def ranked_pairs(load: Load, sm_count: int) -> dict[int, list[Pair]]:
-    """Return pairs of tiles for cold and hot experts under each bound, those first that are fastest one by one.
-
-    Both sides choose from them: each part is timed by itself on all SMs.
-    """
-    found: dict[int, list[Pair]] = {}
+def ranked(load: Load, sm_count: int) -> Ranking:
+    """Return tiles for cold and hot experts under each bound; both sides choose from them."""
+    found: Ranking = {}
     for bound in load.bounds:
-        of_side: list[list[tuple[float, Tile]]] = []
+        of_side: list[list[Tile]] = []
         for side, (least, most) in enumerate(((0, 64), (64, 256))):
             timed: list[tuple[float, Tile]] = []
             for tile, ctas in tiles():
@@ -99,83 +133,93 @@ def ranked_pairs(load: Load, sm_count: int) -> dict[int, list[Pair]]:
                     make = partial(lambda launch, bound, s: slices_of(load, load.route(launch, bound))[s], launch)
                     if one := quick(partial(make, bound, side), load.num_sets):
                         timed.append((one[0], (tile, ctas)))
-            of_side.append(timed)
-        both = sorted(itertools.product(*of_side), key=lambda pair: pair[0][0] + pair[1][0])
-        found[bound] = [(cold, hot) for (_, cold), (_, hot) in both]
+            of_side.append([tile for _, tile in sorted(timed, key=operator.itemgetter(0))])
+        found[bound] = of_side[0], of_side[1]
     return found
 
 
-def controls(load: Load, sm_count: int, pairs: dict[int, list[Pair]]) -> list[Arm]:
-    """Return single launches of every tile and order, then two tiles one after the other, the second dependent or not.
+def starts(ranking: Ranking, sm_count: int) -> list[Arm]:
+    """Return the arms that both searches begin with.
 
-    Of pairs those that are fastest one by one.
+    Unsliced: single launches of every tile and order, then the best pairs one after the other. Sliced: the best pairs
+    that fit on an SM together, and all best pairs on SM sets of their own.
     """
-    found = []
-    for tile, ctas in tiles():
-        launch = one_tile(replace(tile, num_ctas=sm_count * ctas))
-        for order in ORDERS:
-            make = partial(lambda launch, order: in_turn(load, load.route(launch, tile_order=order)), launch, order)
-            found.append(Arm(name=f"one {tile_name(tile)} {order}", side="unsliced", make=make))
-    later = []
-    for bound, ((cold, c), (hot, h)) in _best(pairs, SPLIT_PAIRS):
-        wide = replace(cold, num_ctas=sm_count * c), replace(hot, num_ctas=sm_count * h)
-        for how, dependent in (("in turn", False), ("dependent", True)):
-            launch = one_tile(*wide, dependent=dependent)
-            make = partial(lambda launch, bound: in_turn(load, load.route(launch, bound)), launch, bound)
-            later.append(Arm(name=f"{how} {tile_name(cold)} {tile_name(hot)} <{bound}", side="unsliced", make=make))
-    return [*found, *random.Random(0).sample(later, len(later))]
-
-
-def sliced(load: Load, sm_count: int, pairs: dict[int, list[Pair]], split: "Splits") -> list[Arm]:
-    """Return cold beside hot experts, shuffled: grids of one CTA an SM that share all SMs, and SM sets of their own."""
-    import torch
-
-    shared, found = [torch.cuda.Stream() for _ in range(2)], []
-    fitting = {bound: [p for p in some if shares_sm(p[0][0], p[1][0])] for bound, some in pairs.items()}
-    for bound, ((cold, _), (hot, _)) in _best(fitting, SHARED_PAIRS):
-        launch = one_tile(replace(cold, num_ctas=sm_count), replace(hot, num_ctas=sm_count))
-        make = partial(_beside, load, launch, bound, lambda: shared)
-        found.append(Arm(name=f"co-resident {tile_name(cold)} {tile_name(hot)} <{bound}", side="sliced", make=make))
-    for bound, ((cold, c), (hot, h)) in _best(pairs, SPLIT_PAIRS):
-        for sms in COLD_SMS:
-            launch = one_tile(replace(cold, num_ctas=sms * c), replace(hot, num_ctas=(sm_count - sms) * h))
-            make = partial(_beside, load, launch, bound, partial(split, sms))
-            found.append(Arm(name=f"green {sms} {tile_name(cold)} {tile_name(hot)} <{bound}", side="sliced", make=make))
+    found = [Arm(how="one", hot=tile, order=order) for tile in tiles() for order in ORDERS]
+    for bound, (colds, hots) in ranking.items():
+        pairs = sorted(itertools.product(range(len(colds)), range(len(hots))), key=sum)
+        chosen = [(colds[c], hots[h]) for c, h in pairs]
+        fitting = [pair for pair in chosen if shares_sm(pair[0][0], pair[1][0])]
+        for cold, hot in chosen[:PAIRS]:
+            arm = Arm(how="dependent", cold=cold, hot=hot, bound=bound)
+            found += [arm, replace(arm, how="in turn")]
+            found += [replace(arm, how="green", sms=sms) for sms in COLD_SMS if sms < sm_count]
+        found += [
+            Arm(how="co-resident", cold=cold, hot=hot, bound=bound, sms=sm_count) for cold, hot in fitting[:PAIRS]
+        ]
     return random.Random(0).sample(found, len(found))
 
 
-def _best(pairs: dict[int, list[Pair]], most: int) -> list[tuple[int, Pair]]:
-    return [(bound, pair) for bound, some in pairs.items() for pair in some[:most]]
+def neighbours(arm: Arm, load: Load, ranking: Ranking, sm_count: int) -> Iterator[Arm]:
+    """Yield the arms that differ in one choice: the next bounds and splits, other tiles, another order."""
+    yield from (replace(arm, order=order) for order in ORDERS if order != arm.order)
+    if arm.bound is None:
+        return
+    yield from (replace(arm, bound=bound) for bound in load.bounds_beside(arm.bound))
+    if arm.sms:
+        most = sm_count - LEAST_SMS * (arm.how == "green")
+        others = (arm.sms + by for by in SMS_STEPS)
+        yield from (replace(arm, sms=sms) for sms in others if LEAST_SMS <= sms <= most)
+    else:
+        yield replace(arm, how="in turn" if arm.how == "dependent" else "dependent")
+    colds, hots = ranking[min(ranking, key=partial(_apart, arm.bound))]
+    found = [replace(arm, cold=tile) for tile in colds[:OTHER_TILES]]
+    found += [replace(arm, hot=tile) for tile in hots[:OTHER_TILES]]
+    yield from (
+        one for one in found if one.how != "co-resident" or shares_sm(*(t[0] for t in (one.cold, one.hot) if t))
+    )
 
 
-def _beside(load: Load, launch: "LayerLaunch", bound: int, streams: "Callable[[], Streams]") -> Step:
-    return beside(slices_of(load, load.route(launch, bound)), streams())
+def _apart(bound: int, other: int) -> int:
+    return abs(bound - other)
 
 
 def search(
-    load: Load, arms: Sequence[Arm], seconds: float, expected: "torch.Tensor"
+    arms: Sequence[Arm], near: Callable[[Arm], Iterable[Arm]], attempt: Callable[[Arm], Row | None], seconds: float
 ) -> tuple[list[Row], dict[str, float]]:
-    """Return the fastest arms of right bits with their steps, best first, and the us of all tried in the time."""
+    """Return the fastest arms of right bits with their steps, best first, and the us of all tried in the time.
+
+    All arms given are tried, then the neighbours of the best that has untried ones.
+    """
+    end, found, tried_us = time.monotonic() + seconds, list[Row](), dict[str, float]()
+    queue, seen, opened = deque(arms), set(arms), set[str]()
+    while queue and not (tried_us and time.monotonic() > end):
+        arm = queue.popleft()
+        if row := attempt(arm):
+            tried_us[arm.name] = round(row["quick_us"], 2)
+            found.append(row)
+            found.sort(key=lambda row: (row["status"] != "ok", row["quick_us"]))
+            for slow in found[KEPT:]:
+                slow.pop("step", None)
+        if not queue:
+            best = next((row for row in found[:KEPT] if row["status"] == "ok" and row["arm"] not in opened), None)
+            if best:
+                opened.add(best["arm"])
+                queue.extend(one for one in near(best["spec"]) if one not in seen)
+                seen.update(queue)
+    return found, tried_us
+
+
+def attempted(arm: Arm, load: Load, make: Callable[[Arm], Step], expected: "torch.Tensor") -> Row | None:
+    """Return an arm's row with its step, once its bits are right; None: the device cannot hold it."""
     import torch
 
-    end, found, tried_us = time.monotonic() + seconds, list[Row](), dict[str, float]()
-    for arm in arms:
-        if tried_us and time.monotonic() > end:
-            break
-        if (one := quick(arm.make, load.num_sets)) is None:
-            continue
-        ns, step = one
-        tried_us[arm.name] = round(ns / 1000, 2)
-        load.out.fill_(float("nan"))
-        step(0)
-        if not torch.equal(load.out, expected):
-            found.append({"arm": arm.name, "side": arm.side, "status": "wrong bits"})
-            continue
-        found.append({"arm": arm.name, "side": arm.side, "status": "ok", "quick_us": ns / 1000, "step": step})
-        found.sort(key=lambda row: row.get("quick_us", float("inf")))
-        for row in found[KEPT:]:
-            row.pop("step", None)
-    return found, tried_us
+    if (one := quick(partial(make, arm), load.num_sets)) is None:
+        return None
+    ns, step = one
+    load.out.fill_(float("nan"))
+    step(0)
+    row = {"arm": arm.name, "side": arm.side, "quick_us": ns / 1000, "spec": arm}
+    return row | ({"status": "ok", "step": step} if torch.equal(load.out, expected) else {"status": "wrong bits"})
 
 
 def measure(shape: Shape, seconds: float, rounds: int, split: Splits) -> list[Row]:
@@ -187,9 +231,15 @@ def measure(shape: Shape, seconds: float, rounds: int, split: Splits) -> list[Ro
     floor_us = floor_ns(hbm_bytes=load.hbm_bytes, flops=load.flops, device=device, dtype="bf16") / 1000
     plain = next(tile for tile, _ in tiles() if not tile.pingpong)
     in_turn(load, load.route(one_tile(replace(plain, num_ctas=sm_count))))(0)
-    expected, pairs = load.out.clone(), ranked_pairs(load, sm_count)
-    sides = controls(load, sm_count, pairs), sliced(load, sm_count, pairs, split)
-    found, tried = zip(*(search(load, arms, seconds, expected) for arms in sides), strict=True)
+    expected, ranking = load.out.clone(), ranked(load, sm_count)
+    shared = [torch.cuda.Stream() for _ in range(2)]
+    attempt = partial(attempted, load=load, make=lambda arm: arm.step(load, sm_count, split, shared), expected=expected)
+    near = partial(neighbours, load=load, ranking=ranking, sm_count=sm_count)
+    arms = starts(ranking, sm_count)
+    sides = [[arm for arm in arms if arm.side == side] for side in ("unsliced", "sliced")]
+    found, tried = zip(*(search(one, near, attempt, seconds) for one in sides), strict=True)
+    for row in itertools.chain(*found):
+        del row["spec"]
     common = {"experiment": "grouped", **asdict(shape), "floor_us": floor_us, "weight_sets": load.num_sets}
     wrong = [common | row for side in found for row in side if row["status"] != "ok"]
     final = [row for side in found for row in side[:KEPT] if "step" in row]
@@ -260,7 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=420.0, help="after which no shape begins")
-    parser.add_argument("--search", type=float, default=10.0, help="seconds that each side searches")
+    parser.add_argument("--search", type=float, default=14.0, help="seconds that each side searches")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--what", nargs="+", choices=("grouped", "beside"), default=("grouped", "beside"))
     parser.add_argument("--layers", action="store_true", help="whole layers after the products")

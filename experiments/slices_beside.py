@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LaunchOf = Callable[[int], "LaunchSpec"]
 """A tile's launch on so many SMs."""
-DECODE_SMS = (16, 24, 32, 40, 48, 64)
+DECODE_SMS = tuple(range(16, 112, 8))
 BOUNDED_SMS = (32, 64, 96)
 DECODE_ROWS = 16
 """Of the decode part's tiles: its experts have fewer."""

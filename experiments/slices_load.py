@@ -3,6 +3,7 @@
 Torch is imported inside functions alone. Shape letters: T tokens, E experts, N routed rows, D model, F columns.
 """
 
+import bisect
 import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
@@ -153,6 +154,13 @@ class Load:
         """Return the bounds that leave experts with tokens on either side."""
         hit = [n for n in self.counts_E if n]
         return [b for b in BOUNDS if min(hit) < b <= max(hit)]
+
+    def bounds_beside(self, bound: int) -> list[int]:
+        """Return the bounds that move the least experts from one side to the other, at most one each way."""
+        counts = sorted({n for n in self.counts_E if n})
+        at = bisect.bisect_left(counts, bound)
+        # A bound divides between the counts before `at` and those from it on; both sides keep one.
+        return [counts[i] for i in (at - 1, at + 1) if 0 < i < len(counts)]
 
 
 def _logits_TE(shape: Shape, generator: "torch.Generator") -> "torch.Tensor":

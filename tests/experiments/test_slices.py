@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +121,35 @@ def test_a_shape_gives_finalists_of_both_sides_and_what_slicing_gained(here):
     assert all(row["status"] == "ok" for row in rows)
     assert all("step" not in row for row in rows)
     assert all(slices.line(row) for row in rows)
+
+
+def test_a_search_climbs_from_where_it_starts_to_the_best_split_and_bound():
+    load = Load(replace(SHAPE, zipf_s=1.5, num_experts=8), cold=False, device="cpu")
+    cuts = sorted({n for n in load.counts_E if n})[1:]
+    tile = TILES[0]
+    start = slices.Arm(how="green", cold=tile, hot=tile, bound=cuts[0], sms=16)
+
+    def attempt(arm):
+        return {"arm": arm.name, "spec": arm, "status": "ok", "quick_us": abs(arm.sms - 52) + abs(arm.bound - cuts[-1])}
+
+    near = partial(slices.neighbours, load=load, ranking={20: ([tile], [tile])}, sm_count=132)
+    found, tried = slices.search([start], near, attempt, 60.0)
+    best = found[0]["spec"]
+    assert (best.sms, best.bound) == (52, cuts[-1])
+    assert len(tried) == len(found) == len({row["arm"] for row in found})
+    assert all(4 <= row["spec"].sms <= 128 for row in found)
+    assert slices.search([start], near, lambda _: None, 60.0) == ([], {})
+
+
+def test_bounds_beside_move_one_count_and_leave_both_sides_experts():
+    load = Load(replace(SHAPE, zipf_s=1.5, num_experts=8), cold=False, device="cpu")
+    counts = sorted({n for n in load.counts_E if n})
+    for bound in range(counts[0] + 1, counts[-1] + 1):
+        cold = [n for n in counts if n < bound]
+        for other in load.bounds_beside(bound):
+            moved = [n for n in counts if n < other]
+            assert abs(len(moved) - len(cold)) == 1
+            assert 0 < len(moved) < len(counts)
 
 
 def test_wrong_bits_are_reported_and_arms_that_cannot_be_are_left(here, monkeypatch):

@@ -146,22 +146,24 @@ def test_steady_state_never_waits_for_the_device(work):
     steps = iter(even_steps(60, work))
 
     def run(num_steps):
+        records = []
         for i in range(num_steps):
             on.submit(next(steps))
             on.observe()
             on.apply(plans[i % len(plans)])
-            on.drain()
+            records += on.drain()
+        return records
 
     run(12)
     on.drain(wait=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(40)
+        records = run(40)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    records = on.drain(wait=True)
+    records += on.drain(wait=True)
     on.close()
-    assert records
+    assert len(records) == 40
     assert all(record.capture_ns == 0 and record.fallback is None for record in records)
 
 

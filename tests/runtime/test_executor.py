@@ -114,7 +114,7 @@ def fake_cuda(found):
     return SimpleNamespace(
         Stream=Stream, Event=Event, CUDAGraph=Graph, graph=graph, stream=lambda _: contextlib.nullcontext(),
         current_stream=lambda: main, synchronize=lambda: None, empty_cache=lambda: None,
-        mem_get_info=lambda: (100, 200), get_device_properties=lambda _: held,
+        _sleep=lambda _: None, mem_get_info=lambda: (100, 200), get_device_properties=lambda _: held,
     )  # fmt: skip
 
 
