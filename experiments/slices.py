@@ -32,7 +32,7 @@ from .bench_contenders import device_name
 from .bench_rows import device_manifest, read_rows, write_parquet
 from .cli_gpu import require_gpu
 from .runs import to_json
-from .slices_arms import Row, Splits, duel, tile_name, tiles, time_in_turn
+from .slices_arms import Row, Splits, duel, smem_bytes, tile_name, tiles, time_in_turn
 from .slices_beside import DECODE_ROWS, DENSE_ROWS, MIXES, launches_of, measure_mix
 from .slices_load import Load, Shape, Step, Streams, beside, in_turn, one_tile, precompile, quick, slices_of
 
@@ -114,10 +114,10 @@ def launches() -> "list[LayerLaunch]":
 
 
 def shares_sm(*chosen: "LaunchSpec") -> bool:
-    """Return whether a CTA of each tile fits one SM of a Hopper GPU, by operands in shared memory and by registers."""
-    smem_bytes = sum(2 * t.num_stages * (t.block_m + t.block_n) * t.block_k + SMEM_RESERVED_BYTES for t in chosen)
+    """Return whether a CTA of each tile fits one SM of a Hopper GPU, by shared memory and by registers."""
+    held_bytes = sum(smem_bytes(tile) + SMEM_RESERVED_BYTES for tile in chosen)
     regs = sum(32 * t.num_warps * t.max_regs for t in chosen)
-    return smem_bytes <= HOPPER_SMEM_BYTES and regs <= HOPPER_REGS and not any(t.pingpong for t in chosen)
+    return held_bytes <= HOPPER_SMEM_BYTES and regs <= HOPPER_REGS and not any(t.pingpong for t in chosen)
 
 
 def ranked(load: Load, sm_count: int) -> Ranking:
@@ -268,7 +268,7 @@ def line(row: Row) -> str:
         return f"{head} {row['status']}: {row['arm']}"
     times = f"{row['us_q50']:9.1f} us, {row['of_floor']:.2f} of the floor"
     if "decode_us_q50" in row:
-        times += f", decode {row['decode_us_q50']:.0f} us beside {row['dense_tflops']:.0f} TFLOP/s"
+        times += f", decode {row['decode_us_q50']:.0f} us beside {row['dense_tflops']:.0f} TFLOP/s, join {row['join']}"
     return f"{head} {times}  {row['side']:8} {row['arm']}"
 
 

@@ -13,19 +13,37 @@ if TYPE_CHECKING:
     from ..kernels.spec import LaunchSpec
 
 LEAST_ROUNDS = 6
+NEIGHBOURS = (
+    (128, 256, 64, 8, 3, 1), (16, 64, 128, 4, 3, 4), (16, 128, 64, 4, 3, 4),
+    (32, 64, 128, 4, 3, 3), (64, 64, 64, 4, 2, 4),
+)  # fmt: skip
+"""Tiles beyond those of launches that are small enough to share an SM: the widest one, and what fits beside it."""
 Row = dict[str, Any]
 
 
 def tiles() -> "list[tuple[LaunchSpec, int]]":
     """Return the tiles that both sides choose from, with the CTAs of each that an SM holds."""
     from ..kernels.launches import PINGPONG, TILES
+    from ..kernels.spec import LaunchSpec
 
-    found = [
-        (replace(tile, descriptors=tile.block_m >= 64, flatten=tile.block_m >= 64), ctas)
-        for by_height in TILES.values()
-        for tile, ctas in by_height
-    ]
+    found = [pair for by_height in TILES.values() for pair in by_height]
+    for m, n, k, warps, stages, ctas in NEIGHBOURS:
+        tile = LaunchSpec(block_m=m, block_n=n, block_k=k, num_warps=warps, num_stages=stages, num_ctas=1)
+        found.append((tile, ctas))
+    found = [(replace(tile, descriptors=tile.block_m >= 64, flatten=tile.block_m >= 64), n) for tile, n in found]
     return [*found, *((tile, 1) for tile in PINGPONG)]
+
+
+def smem_bytes(tile: "LaunchSpec") -> int:
+    """Return about what shared memory the compiler gives a CTA of two-byte numbers: operands, and the way of a result.
+
+    Loads by pointers hold one stage less than they are ahead. A pair that this lets through and an SM does not is
+    merely slow.
+    """
+    stage_bytes = 2 * (tile.block_m + tile.block_n) * tile.block_k
+    if not tile.descriptors:
+        return (tile.num_stages - 1) * stage_bytes
+    return tile.num_stages * stage_bytes + max(8192, tile.block_m * tile.block_n)
 
 
 def tile_name(tile: "LaunchSpec") -> str:

@@ -1,8 +1,9 @@
 """Decode experts beside a dense product of another layer: work that no single launch can express, on a GPU.
 
 Every arm tries the same launches of the decode part, then with its best one the matrix library's dense product and our
-own on exactly the SMs that it has, and keeps the best. All arms are then timed in turn, and the stamps of both parts
-give the frontier: how long decode takes against the rate that the dense product keeps.
+own on exactly the SMs that it has, and keeps the best. SM sets of their own may then take a share of the other part,
+once theirs has ended. All arms are timed in turn at last, and the stamps of both parts give the frontier: how long
+decode takes against the rate that the dense product keeps.
 """
 
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..runtime.timer import BURST_IDLE_NS, Captured, capture, quantiles
 from .slices_arms import Row, Splits, duel, tile_name, tiles, time_in_turn
-from .slices_load import Load, Shape, Step, Streams, beside, in_turn, one_tile, quick
+from .slices_load import Load, Shape, Step, Streams, beside, in_turn, one_tile, quick, slices_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,7 @@ BOUNDED_SMS = (32, 64, 96)
 DECODE_ROWS = 16
 """Of the decode part's tiles: its experts have fewer."""
 DENSE_ROWS, LIBRARY = 128, "torch.mm"
+JOINS = (0.06, 0.12, 0.18, 0.25, 0.32, 0.4, 0.5, -0.06, -0.12, -0.2, -0.3)
 STAMPED, STAMPED_AT_ONCE = 20, 5
 MOST_REL_DIFFERENCE = 5e-3
 """Of the dense product: on fewer SMs the library may pick another kernel."""
@@ -75,9 +77,8 @@ class Parts:
 
         self.load, self.own = load, dense
         self.flops, self.product = dense.flops, dense.out
-        rows, weight = dense.rows_ND[: len(self.product)], dense.weight
-        self._library = partial(torch.mm, rows, weight.mT, out=self.product)
-        self._stamps = torch.zeros(4, dtype=torch.int64, device=rows.device)
+        self._rows, self._weight = dense.rows_ND[: len(self.product)], dense.weight.mT
+        self._stamps = torch.zeros(6, dtype=torch.int64, device=self._rows.device)
 
     def decode(self, launch_of: LaunchOf, sms: int) -> Step:
         """Return the decode part on a grid of so many SMs."""
@@ -86,9 +87,28 @@ class Parts:
     def dense(self, launch_of: LaunchOf | None, sms: int) -> Step:
         """Return the dense part: the library's, or ours on a grid of so many SMs."""
         if launch_of is None:
-            return self._stamped(2, lambda _: self._library())
+            return self._stamped(2, self._library(0, len(self._rows)))
         own = in_turn(self.own, self.own.route(one_tile(launch_of(sms))))
         return self._stamped(2, lambda _: own(0))
+
+    def decode_shared(self, launch_of: LaunchOf, sms: int, later_sms: int, later: float) -> tuple[Step, Step]:
+        """Return the decode part without the last share of its experts, and those alone on other SMs."""
+        experts = self.load.spec.num_experts
+        first = min(experts - 1, max(1, round(experts * (1 - later))))
+        queues = self.load.route(one_tile(launch_of(sms), launch_of(later_sms)), first=first)
+        now, then = slices_of(self.load, queues)
+        return self._stamped(0, now), self._stamped(4, then)
+
+    def dense_shared(self, later: float) -> tuple[Step, Step]:
+        """Return the library's dense part without the last share of its rows, and those alone."""
+        rows = len(self._rows)
+        first = max(1, round(rows * (1 - later) / DENSE_ROWS)) * DENSE_ROWS
+        return self._stamped(2, self._library(0, first)), self._stamped(4, self._library(first, rows))
+
+    def _library(self, first: int, end: int) -> Step:
+        import torch
+
+        return lambda _: torch.mm(self._rows[first:end], self._weight, out=self.product[first:end])
 
     def _stamped(self, at: int, step: Step) -> Step:
         from ..runtime.lanes import stamp_kernel
@@ -100,14 +120,18 @@ class Parts:
 
         return stamped
 
-    def stamped_us(self, arm: Captured) -> list[tuple[float, float]]:
-        """Return how long decode and dense took in replays of an arm, in bursts."""
+    def stamped_us(self, arm: Captured, join: float) -> list[tuple[float, float]]:
+        """Return how long decode and dense took in replays of an arm, in bursts; what joined counts with its own."""
         found = []
         for i in range(STAMPED):
             if i % STAMPED_AT_ONCE == 0:
                 time.sleep(BURST_IDLE_NS / 1e9)
             arm.graph.replay()
-            begin, end, dense_begin, dense_end = self._stamps.tolist()
+            begin, end, dense_begin, dense_end, _, joined_end = self._stamps.tolist()
+            if join > 0:
+                end = joined_end
+            elif join < 0:
+                dense_end = joined_end
             found.append(((end - begin) / 1000, (dense_end - dense_begin) / 1000))
         return found
 
@@ -123,17 +147,31 @@ class Way:
     dense_sms: int
     streams: "Callable[[], Streams] | None"
 
-    def step(self, parts: Parts, decode_of: LaunchOf, dense_of: LaunchOf | None) -> Step:
-        """Return the step under launches of both parts."""
-        decode, dense = parts.decode(decode_of, self.sms), parts.dense(dense_of, self.dense_sms)
-        if self.streams is not None:
-            return beside([decode, dense], self.streams())
+    def step(self, parts: Parts, decode_of: LaunchOf, dense_of: LaunchOf | None, join: float = 0.0) -> Step:
+        """Return the step under launches of both parts.
 
-        def in_turn(p: int) -> None:
-            decode(p)
-            dense(p)
+        Above 0, `join` is the share of decode's experts that run on the dense part's SMs once that has ended; below 0
+        it is the share of dense rows that run on decode's: what a split leaves idle.
+        """
+        if join > 0:
+            decode, joining = parts.decode_shared(decode_of, self.sms, self.dense_sms, join)
+            dense = _one_after_other(parts.dense(dense_of, self.dense_sms), joining)
+        elif join < 0:
+            dense, joining = parts.dense_shared(-join)
+            decode = _one_after_other(parts.decode(decode_of, self.sms), joining)
+        else:
+            decode, dense = parts.decode(decode_of, self.sms), parts.dense(dense_of, self.dense_sms)
+        if self.streams is None:
+            return _one_after_other(decode, dense)
+        return beside([decode, dense], self.streams())
 
-        return in_turn
+
+def _one_after_other(*steps: Step) -> Step:
+    def step(p: int) -> None:
+        for one in steps:
+            one(p)
+
+    return step
 
 
 def ways(sm_count: int, split: "Splits") -> Iterator[Way]:
@@ -166,14 +204,14 @@ def launches_of(block_m: int) -> dict[str, LaunchOf]:
 
 def tune(parts: Parts, way: Way) -> Row:
     """Return a way's row with its best launches of both parts; without a step where the device has no such way."""
-    best: Row = {"arm": way.name, "side": way.side, "quick_us": float("inf")}
+    best: Row = {"arm": way.name, "side": way.side, "quick_us": float("inf"), "join": 0.0}
     decode, dense = launches_of(DECODE_ROWS), {LIBRARY: None, **launches_of(DENSE_ROWS)}
 
-    def attempt(decode_name: str, dense_name: str) -> None:
-        make = partial(way.step, parts, decode[decode_name], dense[dense_name])
+    def attempt(decode_name: str, dense_name: str, join: float = 0.0) -> None:
+        make = partial(way.step, parts, decode[decode_name], dense[dense_name], join)
         one = quick(make, parts.load.num_sets)
         if one and one[0] / 1000 < best["quick_us"]:
-            names = {"decode_launch": decode_name, "dense_launch": dense_name}
+            names = {"decode_launch": decode_name, "dense_launch": dense_name, "join": join}
             best.update({"quick_us": one[0] / 1000, "step": one[1], **names})
 
     for name in decode:
@@ -181,6 +219,9 @@ def tune(parts: Parts, way: Way) -> Row:
     if "step" in best:
         for name in launches_of(DENSE_ROWS):
             attempt(best["decode_launch"], name)
+        if way.name.startswith("green"):
+            for join in JOINS:
+                attempt(best["decode_launch"], best["dense_launch"] if join > 0 else LIBRARY, join)
     return best
 
 
@@ -201,7 +242,7 @@ def measure_mix(mix: Mix, rounds: int, split: "Splits") -> list[Row]:
     wrong = [common | {k: v for k, v in row.items() if k != "step"} for row in found if row["status"] != "ok"]
     rows = time_in_turn([row for row in found if row["status"] == "ok"], parts.load.num_sets, rounds, bound_us)
     summary = duel(rows, parts.load.num_sets, rounds)
-    rows = [row | _frontier(parts, row.pop("step")) for row in rows]
+    rows = [row | _frontier(parts, row.pop("step"), row["join"]) for row in rows]
     return [*wrong, *(common | row for row in rows), common | {"arm": "gain", "side": "both", **summary}]
 
 
@@ -231,8 +272,8 @@ def _agreement(found: "Sequence[torch.Tensor]", expected: "Sequence[torch.Tensor
     return {"status": "ok" if right else "wrong bits", "dense_same_bits": torch.equal(found[1], expected[1])}
 
 
-def _frontier(parts: Parts, step: Step) -> Row:
-    decode_us, dense_us = zip(*parts.stamped_us(capture(step, parts.load.num_sets)), strict=True)
+def _frontier(parts: Parts, step: Step, join: float) -> Row:
+    decode_us, dense_us = zip(*parts.stamped_us(capture(step, parts.load.num_sets), join), strict=True)
     decode, dense = quantiles(decode_us), quantiles(dense_us)
     return {
         "decode_us_q50": decode.q50_ns, "decode_us_q95": decode.q95_ns, "dense_us_q50": dense.q50_ns,

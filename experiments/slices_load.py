@@ -99,14 +99,21 @@ class Load:
         self._sets = [random_weights(self.spec, device, p).products[: shape.products] for p in range(num_sets)]
         self.num_sets = len(self._sets) // shape.sets_at_once
 
-    def route(self, launch: "LayerLaunch", bound: int | None = None, tile_order: str = "expert") -> Queues:
-        """Return queues: experts of fewer than `bound` tokens on slice 0, the others on slice 1; None: one slice."""
+    def route(
+        self, launch: "LayerLaunch", bound: int | None = None, tile_order: str = "expert", first: int | None = None
+    ) -> Queues:
+        """Return queues: experts of fewer than `bound` tokens, or the `first` ones, on slice 0, the others on slice 1.
+
+        Without either, all are on slice 0.
+        """
         import torch
 
         from ..kernels.routing import route
         from ..kernels.spec import TokenRule, encode_plan
 
         rule = None if bound is None else TokenRule(bounds=(bound,), slice_ids=(0, 1))
+        if first is not None:
+            rule = [int(e >= first) for e in range(self.spec.num_experts)]
         names = ("tiles_QC", "begins_QS", "tickets", "ready_2C")
         own = {name: torch.zeros_like(getattr(self._base, name)) for name in names}
         words = encode_plan(len(launch.slices), self.spec.num_experts, rule, tile_order=tile_order)

@@ -190,8 +190,24 @@ def test_a_mix_gives_every_way_its_best_launch_and_a_frontier(here, monkeypatch)
     assert rows[-1]["gain"] > 0
     assert {row["decode_launch"] for row in rows[:-1]} == {"16x32x16w4s2 x1"}
     assert {row["dense_launch"] for row in rows[:-1]} <= {"torch.mm", "128x32x16w4s2 x1"}
-    assert all(row["decode_us_q50"] == row["dense_us_q50"] == 1.0 for row in rows[:-1])
+    assert all(row["decode_us_q50"] == row["dense_us_q50"] == 1.0 for row in rows[:-1] if not row["join"])
     assert all(row["status"] == "ok" for row in rows)
+
+
+@pytest.mark.parametrize("join", [0.0, 0.25, 0.5, -0.25, -0.5])
+def test_a_part_that_joins_the_other_leaves_the_bits_and_is_done_once(here, join, monkeypatch):
+    monkeypatch.setattr(slices_beside.Parts, "_stamped", lambda self, at, step: step)
+    monkeypatch.setattr(slices_beside, "DENSE_ROWS", 16)
+    mix = slices_beside.Mix(decode=replace(SHAPE, tokens=8, zipf_s=0, kind="swiglu"), m=64, n=32, k=16)
+    parts = slices_beside.Parts(*(slices_beside.Load(shape) for shape in (mix.decode, mix.dense)))
+    way = slices_beside.Way(name="green 1", side="sliced", sms=1, dense_sms=1, streams=lambda: streams(1))
+
+    def outputs(join):
+        return slices_beside._outputs(parts, way.step(parts, lambda sms: TILES[0][0], None, join))
+
+    for found, plain in zip(outputs(join), outputs(0.0), strict=True):
+        assert not plain.isnan().any()
+        assert torch.equal(found, plain)
 
 
 def test_tiles_that_share_an_sm_are_those_that_fit():

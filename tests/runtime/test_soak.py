@@ -35,6 +35,7 @@ pytestmark = [
     pytest.mark.timeout(580),
 ]
 STEPS = int(os.environ.get("EXPERTSLICE_SOAK_STEPS", "20000"))
+CHANGES = ("same plan", "new plan of the layout", "another layout")
 BUCKETS = (64, 256, 512)
 PROBE_EVERY = 20
 MODEL = MoeSpec(name="soak", num_layers=2, num_experts=16, top_k=4, d_model=1024, d_ff=(1024,))
@@ -189,17 +190,23 @@ def test_a_thousand_random_plans_give_the_same_bits():
     on.close()
 
 
-def submitted(on, plan_of, step, name):
-    """Return a row of medians over steps under the plans given, us: host time to submit, and the step itself."""
-    host_ns = []
-    for i in range(300):
-        on.apply(plan_of(i))
+def submitted(on, plans, step, rng, num_steps=600):
+    """Return rows of medians by what changed at a step, us: host time to submit and the step itself, all mixed."""
+    host_ns, cases, at, layout = [], [], 0, 0
+    for i in range(num_steps):
+        cases.append(CHANGES[rng.integers(len(plans) + 1)])
+        at += cases[-1] == "new plan of the layout"
+        layout = (layout + (cases[-1] == "another layout")) % len(plans)
+        on.apply(plans[layout][at % len(plans[layout])])
         begin_ns = time.perf_counter_ns()
         on.submit(replace(step, step=i, other_L=()))
         host_ns.append(time.perf_counter_ns() - begin_ns)
-    took_ns = [record.end_ns - record.start_ns for record in on.drain(wait=True)]
-    times = {"submit": host_ns[100:], "step": took_ns[100:]}
-    return {"case": name} | {f"{what}_us_q50": statistics.median(ns) / 1000 for what, ns in times.items()}
+        on.drain(wait=i % 4 == 3)
+    return [
+        {"case": case, "submit_us_q50": statistics.median(some) / 1000}
+        for case in CHANGES
+        if (some := [ns for ns, one in zip(host_ns[100:], cases[100:], strict=True) if one == case])
+    ]
 
 
 def device_us(replays):
@@ -222,20 +229,15 @@ def test_what_a_change_of_plan_costs():
     same, other = (
         [replace(random_plan((layout,), rng), steal=False) for _ in range(64)] for layout in (layouts[2], layouts[3])
     )
-    cases = {
-        "same plan": lambda i: same[0],
-        "new plan of the layout": lambda i: same[i % 64],
-        "another layout": lambda i: (same, other)[i % 2][0],
-    }
     step = random_step(0, np.random.default_rng(1))
-    rows = [submitted(on, plan_of, step, name) for name, plan_of in cases.items()]
+    rows = submitted(on, (same, other), step, rng)
     bucket = on.bucket_of(step.num_tokens)
     a, b = (on.executor._replay_of(GraphKey(p[0].layout, False, bucket, frozenset()), 1) for p in (same, other))
     alone_us, turns_us = (device_us([a] * 100) + device_us([b] * 100)) / 2, device_us([a, b] * 50)
     rows.append({"case": "device, layouts in turn over each alone", "step_us_q50": turns_us - alone_us})
     on.close()
     on = opened(setup, rule=CaptureRule(least_calls=10**9))
-    rows.append(submitted(on, cases["same plan"], step, "kernel by kernel, no graph"))
+    rows += [row | {"graph": False} for row in submitted(on, (same[:1],), step, rng)[:1]]
     on.close()
     keep("plan_changes", rows)
 
