@@ -33,6 +33,8 @@ def facts(folder: Path) -> dict[str, Any]:
     peered = [row["peer"] for row in layers if row["peer"]]
     energy = pq.read_table(folder / "energy/rows.parquet").to_pylist()
     accounts = pq.read_table(folder / "account.parquet").to_pylist()
+    shipped = {point_of(row): row["launch"] for row in layers}
+    arms = by_point(pq.read_table(folder / "arms/rows.parquet").to_pylist())
     return {
         "about": json.loads((folder / "layers/manifest.json").read_text()),
         "layers": layers,
@@ -47,7 +49,11 @@ def facts(folder: Path) -> dict[str, Any]:
             if row["arm"] == GROUPED and row["regime"] == "sustained"
         },
         "parts": [part for part in PARTS if any(row[f"{part}_us"] for row in accounts)],
-        "accounts": accounts,
+        "accounts": [row | {"tuned_since": row["launch"] != shipped[point_of(row)]} for row in accounts],
+        "arms": list(arms.values()),
+        "arm_names": [
+            name for name in dict.fromkeys(name for found in arms.values() for name in found) if name != "ours"
+        ],
         "counters": pq.read_table(folder / "counters.parquet").to_pylist(),
         "means": MEANS,
         "tried": tried(pq.read_table(folder / "tried.parquet").to_pylist()),
@@ -56,11 +62,8 @@ def facts(folder: Path) -> dict[str, Any]:
 
 def beside(rows: Sequence[Row]) -> list[Row]:
     """Return our rows, each beside the best peer, torch's grouped product and the modelled launch."""
-    by_point: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        by_point.setdefault((row["model"], row["kind"], row["tokens"], row["skew"]), {})[row["arm"]] = row
     found = []
-    for arms in by_point.values():
+    for arms in by_point(rows).values():
         best = min((arms[name] for name in PEERS if arms.get(name, {}).get("over_ours")), key=_over_ours, default=None)
         found.append(
             arms["ours"]
@@ -74,6 +77,19 @@ def beside(rows: Sequence[Row]) -> list[Row]:
             }
         )
     return found
+
+
+def by_point(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """Return the rows of each point by arm."""
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(point_of(row), {})[row["arm"]] = row
+    return found
+
+
+def point_of(row: Row) -> tuple[Any, ...]:
+    """Return what names a point."""
+    return row["model"], row["kind"], row["tokens"], row["skew"]
 
 
 def _over_ours(row: Row) -> float:
