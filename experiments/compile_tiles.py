@@ -43,16 +43,17 @@ def variant_name(shape: Sequence[int]) -> str:
 
 
 def compile_tile(shape: Sequence[int], compute_capability: int, dtype: str = "bf16") -> "Resources":
-    """Return the most that one variant holds, as first or as last product, compiled for that compute capability.
+    """Return the most that one variant holds, as first or as last product, compiled as the runtime launches it.
 
     Raises:
         RuntimeError: triton runs as an interpreter in this process.
     """
     from ..kernels.ahead import DOWN, UP, Resources, tile_resources
-    from ..kernels.spec import LaunchSpec
+    from ..runtime.layers import tile_launch
 
     m, n, k, warps, stages = shape
-    spec = LaunchSpec(block_m=m, block_n=n, block_k=k, num_warps=warps, num_stages=stages, num_ctas=1)
+    tile = {"block_m": m, "block_n": n, "block_k": k, "num_warps": warps, "num_stages": stages}
+    spec = tile_launch(tile, 1, compute_capability)
     found = [tile_resources(spec, compute_capability, dtype, **role) for role in (UP, DOWN)]
     return Resources(
         smem_bytes=max(one.smem_bytes for one in found),

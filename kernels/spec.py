@@ -85,14 +85,8 @@ class LaunchSpec:
 
     @property
     def max_regs(self) -> int:
-        """Registers a thread may take: what leaves room for a neighbour on the SM where the accumulator allows it.
-
-        That of the widest tile does with 176 of 8 warps, which four warps of 160 fill an SM with; only where fewer
-        stages leave a neighbour room in shared memory.
-        """
-        if self.block_m * self.block_n <= 64 * 32 * self.num_warps:
-            return 160
-        return 176 if self.num_warps == 8 and self.num_stages <= 3 else 255
+        """Registers a thread may take: what leaves room for a neighbour on the SM where the accumulator allows it."""
+        return 160 if self.block_m * self.block_n <= 64 * 32 * self.num_warps else 255
 
     @property
     def options(self) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """How a layer's kernels are launched for a plan."""
 
+from collections.abc import Mapping
+
 from ..kernels.spec import LaunchSpec, LayerLaunch, SliceLaunch
 from ..policies.contract import EXCLUSIVE, Plan, Setup
 
@@ -9,14 +11,18 @@ LEAST_DESCRIPTOR_ROWS = 64
 """Tiles of fewer rows load by pointers."""
 
 
+def tile_launch(tile: Mapping[str, int], num_ctas: int, compute_capability: int) -> LaunchSpec:
+    """Return how a tile variant's kernel is launched on a device of that compute capability."""
+    by_desc = compute_capability >= HOPPER and tile["block_m"] >= LEAST_DESCRIPTOR_ROWS
+    return LaunchSpec(**tile, num_ctas=num_ctas, descriptors=by_desc, flatten=by_desc)
+
+
 def launch_of(plan: Plan, setup: Setup) -> LayerLaunch:
     """Return how the kernels are launched for a plan's layout: its tiles, grids and whether slices steal."""
 
     def spec(name: str, num_ctas: int) -> LaunchSpec:
         tile = setup.variant(name)
-        by_desc = setup.device.compute_capability >= HOPPER and tile.block_m >= LEAST_DESCRIPTOR_ROWS
-        shape = {name: getattr(tile, name) for name in TILE}
-        return LaunchSpec(**shape, num_ctas=num_ctas, descriptors=by_desc, flatten=by_desc)
+        return tile_launch({name: getattr(tile, name) for name in TILE}, num_ctas, setup.device.compute_capability)
 
     slices = tuple(
         SliceLaunch(

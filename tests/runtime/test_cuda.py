@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.timeout(200),
 ]
 MODEL = MoeSpec(name="test", num_layers=3, num_experts=16, top_k=4, d_model=512, d_ff=(768,))
-HOT, COLD = "128x128x64w8s4", "64x128x64w4s3"
+HOT, COLD = "128x128x64w8s3", "64x128x64w4s3"
 
 
 def setup_here():

@@ -39,7 +39,7 @@ CHANGES = ("same plan", "new plan of the layout", "another layout")
 BUCKETS = (64, 256, 512)
 PROBE_EVERY = 20
 MODEL = MoeSpec(name="soak", num_layers=2, num_experts=16, top_k=4, d_model=1024, d_ff=(1024,))
-HOT, COLD = "128x128x64w8s4", "64x128x64w4s3"
+HOT, COLD = "128x128x64w8s3", "64x128x64w4s3"
 MOST_GROWTH_BYTES = 8 << 20
 MOST_DRIFT = 0.01
 

@@ -1,0 +1,87 @@
+"""The page about slices: what committed GPU runs say of slices beside controls, and of changing plans.
+
+Usage: python -P -m expertslice.experiments.slices_page docs/results/slices > docs/slices.md; it draws the frontier too.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from .kernels_page import page_of
+from .plotting import PALETTE, Sketch, axes, finish, styled
+
+Row = dict[str, Any]
+GAIN = "gain"
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """Return what the page shows of a results folder."""
+    products, again, beside = (
+        pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("products", "again", "beside")
+    )
+    told = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("soak", "graphs", "other_work")}
+    later = {row["name"]: row for row in gains(again)}
+    return {
+        "about": json.loads((folder / "manifest.json").read_text()),
+        "products": [row | {"again": later.get(row["name"])} for row in gains(products)],
+        "torch_us": {row["name"]: row["us_q50"] for row in products if row["side"] == "torch"},
+        "mixes": [row | best_of(beside, row) for row in gains(beside)],
+        "changes": json.loads((folder / "plan_changes.json").read_text()),
+        **told,
+    }
+
+
+def gains(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that say what slicing gained."""
+    return [row for row in rows if row["arm"] == GAIN]
+
+
+def best_of(rows: Sequence[Row], gain: Row) -> Row:
+    """Return the best arm's share of the other part that joined it, and what both parts did."""
+    (best,) = [row for row in rows if row["name"] == gain["name"] and row["arm"] == gain["sliced"]]
+    held = {name: best[name] for name in ("join", "decode_us_q50", "decode_us_q95", "of_floor")}
+    return held | {"dense_tflops": dense_tflops(best)}
+
+
+def dense_tflops(row: Row) -> float:
+    """Return the rate of the dense product over the whole step, however long it took itself."""
+    return 2 * row["m"] * row["n"] * row["k"] / row["us_q50"] / 1e6
+
+
+def draw(folder: Path) -> None:
+    """Draw the frontier of the parts that run beside each other."""
+    with styled():
+        finish(*_frontier(pq.read_table(folder / "beside.parquet").to_pylist()), folder)
+
+
+def _frontier(rows: Sequence[Row]) -> Sketch:
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure, all_axes = axes(5.6, nrows=2, ncols=2)
+    for ax, name in zip(all_axes.flat, names, strict=True):
+        mine = [row for row in rows if row["name"] == name and row["arm"] != GAIN]
+        for i, (kind, label) in enumerate((("green", "SM sets"), ("bounded", "bounded grids"), ("", "controls"))):
+            some = [row for row in mine if _kind(row["arm"]) == kind]
+            points = [(dense_tflops(row), row["decode_us_q95"]) for row in some]
+            ax.plot(*zip(*points, strict=True), "os^"[i], ms=4, color=PALETTE[i], label=label)
+            for row, point in zip(some, points, strict=True):
+                ax.annotate(row["arm"].removeprefix(kind), point, fontsize=6, xytext=(2, 2), textcoords="offset points")
+        ax.set(title=name)
+    figure.supxlabel("TFLOP/s of the dense product over the whole step", fontsize=9)
+    figure.supylabel("µs until the decode part is done, 95th percentile", fontsize=9)
+    all_axes.flat[0].legend()
+    caption = "Numbers are the decode part's SMs: down and to the right is better, and no split is best at both."
+    return figure, "frontier", "Decode beside a dense product", caption
+
+
+def _kind(arm: str) -> str:
+    word = arm.split(maxsplit=1)[0]
+    return word if word in ("green", "bounded") else ""
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]))
+    sys.stdout.write(page_of("slices.md.j2", facts(Path(sys.argv[1]))))
