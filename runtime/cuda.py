@@ -37,6 +37,7 @@ from .meter import EnergyMeter
 from .other import PLACES, OtherKernels, asked_LPA, places_of, slice_ids_of
 from .partition import Partition, PartitionError
 from .timer import sets_to_stay_cold
+from .upload import Upload
 from .workload import expert_ids_LTK, plan_words_LW, write_logits
 
 IN_FLIGHT = MOST_AHEAD + 2
@@ -139,21 +140,18 @@ class CudaExecutor(Executor):
         x_TD = torch.randn(tokens, model.d_model, device="cuda", generator=generator)
         self._x_TD = x_TD.to(self._weights[0].products[0].weight.dtype)
         base = Workspace.allocate(model, tokens, "cuda")
-        self._plans_LW = base.plan.repeat(num_layers, 1)
+        self._upload = Upload(
+            IN_FLIGHT, asked=(num_layers, PLACES, 3), plans=(num_layers, base.plan.numel()),
+            ids=num_layers * tokens * top_k,
+        )  # fmt: skip
         self._logits_LTE = torch.zeros(num_layers, tokens, num_experts, dtype=torch.bfloat16, device="cuda")
-        self._num_tokens = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self._asked_LPA = torch.zeros(num_layers, PLACES, 3, dtype=torch.int64, device="cuda")
-        # Flat, so that the ids of any number of tokens are one run of memory on both sides: other copies wait.
-        self._ids = torch.zeros(num_layers * tokens * top_k, dtype=torch.int16, device="cuda")
-        self._ids_R = torch.zeros(IN_FLIGHT, self._ids.numel(), dtype=torch.int16, pin_memory=True)
-        self._plans_RLW = torch.zeros(IN_FLIGHT, *self._plans_LW.shape, dtype=torch.int32, pin_memory=True)
-        self._asked_RLPA = torch.zeros(IN_FLIGHT, *self._asked_LPA.shape, dtype=torch.int64, pin_memory=True)
         self._other: OtherKernels | None = None
         self._next_chunk = 0
-        self._plan: Plan | None = None
+        self._words: tuple[Plan, I32] | None = None
         self._allocate_back(base.counts_E.repeat(num_layers, 1))
         self._workspaces = [
-            replace(base, plan=self._plans_LW[layer], counts_E=self._counts_LE[layer]) for layer in range(num_layers)
+            replace(base, plan=self._upload.plans_LW[layer], counts_E=self._counts_LE[layer])
+            for layer in range(num_layers)
         ]
 
     def _allocate_back(self, counts_LE: torch.Tensor) -> None:
@@ -232,7 +230,7 @@ class CudaExecutor(Executor):
         replay = self._replay_of(key, step.num_tokens)
         capture_ns = self.now_ns() - before_ns if captures and key in self._graphs else 0
         slot = self._num_launched % IN_FLIGHT
-        self._upload(step, plan, slot)
+        self._send(step, plan, slot)
         submit_ns, start = self.now_ns(), _event()
         replay()
         self._bring_back(step, start, plan)
@@ -249,24 +247,21 @@ class CudaExecutor(Executor):
         self._running.append(_Running(step.step, start, end, slot, plan.layout.num_slices))
         self._num_launched += 1
 
-    def _upload(self, step: RoutedStep, plan: Plan, slot: int) -> None:
-        model, tokens = self._setup.model, step.num_tokens
-        ids_LTK = torch.from_numpy(expert_ids_LTK(step, model.top_k))
-        staged = self._ids_R[slot, : ids_LTK.numel()]
-        staged.copy_(ids_LTK.view(-1))
-        ids = self._ids[: ids_LTK.numel()]
-        ids.copy_(staged, non_blocking=True)
-        write_logits(self._logits_LTE[:, :tokens], ids.view(ids_LTK.shape).long())
-        self._num_tokens.fill_(tokens)
-        if plan is not self._plan:
-            self._plan = plan
-            self._plans_RLW[slot].copy_(plan_words_LW(plan, model.num_layers, model.num_experts))
-            self._plans_LW.copy_(self._plans_RLW[slot], non_blocking=True)
+    def _send(self, step: RoutedStep, plan: Plan, slot: int) -> None:
+        model, asked = self._setup.model, None
         if step.other_L and self._other:
             asked, ends = asked_LPA(step.other_L, model.num_layers, plan.layout.num_slices, self._next_chunk)
             self._next_chunk = ends % self._other.num_chunks
-            self._asked_RLPA[slot].copy_(torch.from_numpy(asked))
-            self._asked_LPA.copy_(self._asked_RLPA[slot], non_blocking=True)
+        ids_LTK = self._upload.send(
+            slot, expert_ids_LTK(step, model.top_k), plan=plan, words_LW=lambda: self._words_of(plan), asked_LPA=asked
+        )
+        write_logits(self._logits_LTE[:, : step.num_tokens], ids_LTK.long())
+
+    def _words_of(self, plan: Plan) -> I32:
+        if self._words is None or self._words[0] is not plan:
+            model = self._setup.model
+            self._words = plan, plan_words_LW(plan, model.num_layers, model.num_experts).numpy()
+        return self._words[1]
 
     def _replay_of(self, key: GraphKey, num_tokens: int) -> Replay:
         """Return what enqueues a step: its graph, or its kernels where the rule has no graph for it yet."""
@@ -288,7 +283,7 @@ class CudaExecutor(Executor):
         if key.places and not self._other:
             held, dtype = torch.cuda.get_device_properties(0), self._setup.model.dtype
             self._other = OtherKernels(
-                self._asked_LPA, dtype, l2_bytes=held.L2_cache_size, sm_count=held.multi_processor_count
+                self._upload.asked_LPA, dtype, l2_bytes=held.L2_cache_size, sm_count=held.multi_processor_count
             )
         sms = [one.sm_count for one in key.layout.slices]
         lanes = StreamLanes(
@@ -329,7 +324,7 @@ class CudaExecutor(Executor):
             weights = self._weights[layer % len(self._weights)]
             moe_layer(
                 self._x_TD[:bucket], self._logits_LTE[layer, :bucket], weights, self._router, ws, launch,
-                num_tokens=self._num_tokens, beside=lanes.beside,
+                num_tokens=self._upload.num_tokens, beside=lanes.beside,
             )  # fmt: skip
 
     def counts_LE(self, index: int) -> I32:

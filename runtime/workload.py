@@ -5,6 +5,7 @@ A trace of counts alone gets experts drawn for it.
 Shape letters: T tokens, L MoE layers, E experts, K top-k, W words of a plan.
 """
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,11 +48,15 @@ def ids_of_counts_TK(counts_E: Ints, num_tokens: int, top_k: int, step: int = 0)
 
 def write_logits(logits_LTE: "torch.Tensor", ids_LTK: "torch.Tensor") -> None:
     """Fill logits with which routing chooses the given experts, in the order of slots; nothing waits."""
+    values_K = _values_K(ids_LTK.shape[2], ids_LTK.device, logits_LTE.dtype)
+    logits_LTE.fill_(OTHERS).scatter_(2, ids_LTK, values_K.expand(ids_LTK.shape))
+
+
+@lru_cache
+def _values_K(top_k: int, device: "torch.device", dtype: "torch.dtype") -> "torch.Tensor":
     import torch
 
-    slots_K = torch.arange(ids_LTK.shape[2], device=ids_LTK.device, dtype=logits_LTE.dtype)
-    values_LTK = (CHOSEN - STEP_DOWN * slots_K).expand(ids_LTK.shape)
-    logits_LTE.fill_(OTHERS).scatter_(2, ids_LTK, values_LTK)
+    return CHOSEN - STEP_DOWN * torch.arange(top_k, device=device, dtype=dtype)
 
 
 def plan_words_LW(plan: Plan, num_layers: int, num_experts: int) -> "torch.Tensor":

@@ -117,7 +117,6 @@ def test_every_layout_and_plan_gives_the_bits_of_one_launch():
         out = ws.out_TD[:tokens].clone()
         plain = launch_of(fallback_plan(setup), setup)
         ws.plan.zero_()
-        executor._plan = None
         expected = moe_layer(
             executor._x_TD[:tokens], executor._logits_LTE[2, :tokens], executor._weights[2 % len(executor._weights)],
             executor._router, ws, plain,

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from expertslice.kernels import reference, weights, workspace
 from expertslice.policies.contract import ByTokens, Control, Pinned, Plan, Setup, SliceLayout, TileVariant
 from expertslice.policies.data import load_device
 from expertslice.policies.layouts import fallback_plan, one_slice_plan, uniform_slice
-from expertslice.runtime import cuda, lanes, other
+from expertslice.runtime import cuda, lanes, other, upload
 from expertslice.runtime.backend import ExecutorError, RuntimeBackend
 from expertslice.runtime.graphs import CaptureRule
 from expertslice.sim.backend import next_power_of_two
@@ -137,6 +139,7 @@ def world(monkeypatch):
         found.run = real_eager(self, key)
         return found.run
 
+    monkeypatch.setattr(upload, "torch", Torch(fake_cuda(found)))
     for module in (cuda, lanes):
         monkeypatch.setattr(module, "torch", Torch(fake_cuda(found)))
         monkeypatch.setattr(module, "stamp_kernel", Stamp())
@@ -203,7 +206,7 @@ def test_steps_under_changing_plans_have_the_bits_of_the_definition(world):
         held = executor._weights[1 % len(executor._weights)]
         expected = reference.layer(executor._x_TD[:tokens], executor._logits_LTE[1, :tokens], held, executor._router)
         assert torch.equal(executor._workspaces[1].out_TD[:tokens], expected)
-        asked = executor._asked_LPA[1].tolist() if work else None
+        asked = executor._upload.asked_LPA[1].tolist() if work else None
         last = plan.layout.num_slices
         assert asked is None or (asked[0][:2], asked[last][:2]) == ([40_000, 10], [10, 10])
     assert [record.step for record in records] == list(range(6))
@@ -328,3 +331,23 @@ def test_what_is_asked_reads_on_where_the_last_read_ended():
     assert asked[:, 2].tolist() == [[chunk, 2, 9], [chunk, 2, 12]]
     assert ends == 13
     assert other.places_of(other.slice_ids_of((work,)), 2) == {other.BEFORE, 2}
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_one_copy_brings_every_step_its_own_inputs(data):
+    num_layers, num_words, top_k, most = 2, 5, 3, 9
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upload, "torch", Torch(fake_cuda(SimpleNamespace(full=0, captured=0, run=None))))
+        sent = upload.Upload(4, asked=(num_layers, 2, 3), plans=(num_layers, num_words), ids=num_layers * most * top_k)
+    plans = [object() for _ in range(3)]
+    for step in range(12):
+        tokens, which = data.draw(st.integers(0, most)), data.draw(st.integers(0, 2))
+        ids_LTK = np.full((num_layers, tokens, top_k), step) + np.arange(top_k)
+        words_LW = np.full((num_layers, num_words), 100 + which, np.int32)
+        asked_LPA = np.full((num_layers, 2, 3), step, np.int64) if data.draw(st.booleans()) else None
+        found = sent.send(step % 4, ids_LTK, plan=plans[which], words_LW=lambda w=words_LW: w, asked_LPA=asked_LPA)
+        assert np.array_equal(found.numpy(), ids_LTK)
+        assert np.array_equal(sent.plans_LW.numpy(), words_LW)
+        assert sent.num_tokens.tolist() == [tokens]
+        assert asked_LPA is None or np.array_equal(sent.asked_LPA.numpy(), asked_LPA)
