@@ -3,6 +3,7 @@
 EXPERTSLICE_SOAK_STEPS says how many steps; `-s` shows the rows.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,10 +17,13 @@ import numpy as np
 import pytest
 import torch
 
+from expertslice.experiments.watch import Watch
 from expertslice.kernels.layer import moe_layer
 from expertslice.policies.contract import ByTokens, Control, Pinned, Plan, Setup, SliceLayout
 from expertslice.policies.data import load_device, load_variants
 from expertslice.policies.layouts import co_resident_layout, fallback_plan, uniform_slice
+from expertslice.policies.loop import drive
+from expertslice.policies.registry import make_policy
 from expertslice.runtime.backend import RuntimeBackend
 from expertslice.runtime.cuda import CudaExecutor, GraphKey
 from expertslice.runtime.graphs import CaptureRule
@@ -86,11 +90,15 @@ def random_step(step, rng):
     )  # fmt: skip
 
 
-def opened(setup, **options):
+def backend(**options):
     executor = CudaExecutor(
         max_tokens=BUCKETS[-1], energy=False, **{"loads": [(b, frozenset()) for b in BUCKETS]} | options
     )
-    on = RuntimeBackend(executor, bucket_of=lambda n: next(b for b in BUCKETS if n <= b))
+    return RuntimeBackend(executor, bucket_of=lambda n: next(b for b in BUCKETS if n <= b))
+
+
+def opened(setup, **options):
+    on = backend(**options)
     on.open(setup, layouts_of(setup))
     return on
 
@@ -253,3 +261,39 @@ def test_what_other_work_takes():
         ns = statistics.median(arm.time_ns() for _ in range(5))
         rows.append({"work": name, "us": ns / 1000, "tb_per_s": num_bytes / ns / 1000, "tflops": flops / ns / 1000})
     keep("other_work", rows)
+
+
+@pytest.mark.benchmark
+def test_what_profiling_costs():
+    """A run of steps with a profiler and its counters over one without, in turn: host time, and the device's."""
+    setup, rng = setup_here(), np.random.default_rng(7)
+    steps = [replace(random_step(i, rng), other_L=()) for i in range(300)]
+    begun_ns = []
+
+    def timed(some):
+        # Not before the backend is open.
+        begun_ns.append(time.perf_counter_ns())
+        yield from some
+
+    def run(profiled):
+        on, took_ns, ended_ns = backend(), [], []
+        watch = Watch(setup, counters=True) if profiled else None
+
+        def on_record(record):
+            if watch:
+                watch.profiler.finished(record)
+            took_ns.append(record.end_ns - record.start_ns)
+            ended_ns.append(time.perf_counter_ns())
+
+        with watch or contextlib.nullcontext():
+            drive(
+                make_policy("hot_cold"), on, timed(watch.steps(iter(steps)) if watch else iter(steps)), setup,
+                on_record=on_record, on_decision=watch.decided if watch else None,
+            )  # fmt: skip
+        return ended_ns[-1] - begun_ns[-1], sum(took_ns)
+
+    run(True)
+    found = [(run(False), run(True)) if i % 2 else (run(True), run(False))[::-1] for i in range(8)]
+    ratios = [[on / off for on, off in zip(with_it, without, strict=True)] for without, with_it in found]
+    wall, device = (statistics.median(some) for some in zip(*ratios, strict=True))
+    keep("profiling", {"runs": len(found), "steps": len(steps), "wall_over": wall, "device_over": device})
