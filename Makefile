@@ -7,6 +7,9 @@ DEV := .venv-dev
 # The type checker and the import contracts see the repository root as the package `expertslice` through this link.
 LINK := .links/expertslice
 
+# The reference is drawn from the packages that it names: the root holds environments too.
+REFERENCE := build/reference/expertslice
+
 .PHONY: run test test-all check format no-torch docs clean
 
 run: $(RUN)/.ready
@@ -35,11 +38,12 @@ no-torch: $(RUN)/.ready
 
 # The documentation's site, into build/site: building it needs no network.
 docs: $(DOCS)/.ready
+	@rm -rf $(REFERENCE) && mkdir -p $(REFERENCE) && ln -s $(addprefix $(CURDIR)/,__init__.py policies traces sim runtime kernels) $(REFERENCE)
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 
 $(DOCS)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.5,<10'
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=1,<2'
 	@touch $@
 
 $(RUN)/.ready: pyproject.toml
