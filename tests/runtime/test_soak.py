@@ -151,7 +151,9 @@ def test_steps_of_random_plans_leave_nothing_behind_and_do_not_slow_down():
     fifth = len(probe_ns) // 5
     first, last = (statistics.median(part) for part in (probe_ns[fifth : 2 * fifth], probe_ns[-fifth:]))
     grown = dict(zip(("device_bytes", "host_bytes", "files", "threads"), (after - before).tolist(), strict=True))
-    keep("soak", {"steps": STEPS, "graphs": num_graphs, "grown": grown, "probe_us": [first / 1000, last / 1000]})
+    took = {"grown": grown, "probe_us": [first / 1000, last / 1000]}
+    room = {"graph_bytes": on.executor._graphs.held_bytes, "device_bytes": int(after[0])}
+    keep("soak", {"steps": STEPS, "graphs": num_graphs, **room, **took})
     assert on.num_fallbacks == on.executor.num_eager == 0
     on.close()
     assert grown["device_bytes"] <= MOST_GROWTH_BYTES
