@@ -21,7 +21,7 @@ from .residual import Residual
 from .roofline import roofs_ns
 from .shares import Shares
 from .stepwork import OtherL, StepWork
-from .tiles import Tables, TileConstants, matrix_rate_per_s
+from .tiles import TileConstants, matrix_rate_per_s
 
 __all__ = ["CostModel", "StepWork", "TileConstants", "floor_ns", "perturb"]
 
@@ -71,10 +71,6 @@ class CostModel:
             tiles = {v.name: v for v in self.variants}
             self._shares[layout] = Shares(layout, tiles, self.device, self.model, self.constants)
         return self._shares[layout]
-
-    def tables(self, layout: SliceLayout) -> Tables:
-        """Return the tile costs of a layout."""
-        return self.shares(layout).tables
 
     def perturbed(self, seed: int) -> "CostModel":
         """Return the model under one draw of all its errors; the same seed draws the same for every policy."""

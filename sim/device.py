@@ -10,7 +10,7 @@ import numpy as np
 import simpy
 
 from ..policies.contract import Plan, StepRecord
-from ..policies.cost import CostModel, StepWork
+from ..policies.cost import CostModel
 from ..policies.needs import Needs, StepNeeds
 from ..traces.schema import RoutedStep
 from .power import EnergyMeter, Power
@@ -68,24 +68,17 @@ class Device:
         last = len(needs.flops_L) - 1
         yield env.timeout(work.head_ns(0, self.power.clock))
         for layer, flops in enumerate(needs.flops_L):
-            yield from self._layer(work, layer, times)
+            # One event a layer, whatever runs beside what: nothing outside can disturb it.
+            fluid, entered_ns = work.slices(layer, self.power.clock), int(env.now)
+            times.start_ns_LS.append([entered_ns + (first or 0) for first in fluid.first_ns])
+            times.busy_ns_LS.append(fluid.busy_ns)
+            if fluid.now_ns:
+                yield env.timeout(fluid.now_ns)
             # What ends one layer and what begins the next is one stretch, and one event.
             gap_ns = work.tail_ns(layer) + (work.head_ns(layer + 1, self.power.clock) if layer < last else 0)
             self._account(int(env.now) + gap_ns, work.moved_bytes(layer), flops, times)
             yield env.timeout(gap_ns)
         self._finish(launch, start_ns, needs, times)
-
-    def _layer(self, work: StepWork, layer: int, times: _Times) -> Job:
-        fluid, chains = work.fluid(layer, self.power.clock)
-        entered_ns = int(self._env.now)
-        fluid.load(chains)
-        # One event, whatever runs beside what: nothing outside can disturb a layer under way.
-        while (dt_ns := fluid.next_ns()) is not None:
-            fluid.advance(dt_ns)
-        if fluid.now_ns:
-            yield self._env.timeout(fluid.now_ns)
-        times.start_ns_LS.append([entered_ns + (first or 0) for first in fluid.first_ns])
-        times.busy_ns_LS.append(fluid.busy_ns)
 
     def _account(self, until_ns: int, moved_bytes: float, flops: float, times: _Times) -> None:
         duration_ns, times.accounted_ns = until_ns - times.accounted_ns, until_ns

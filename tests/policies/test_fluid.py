@@ -29,15 +29,6 @@ def shares(*tiles: str, mechanism: str = "sm_budget", sms: int = 132, priorities
     return Shares(SliceLayout(slices=slices), variants, DEVICE, MODEL, TileConstants())
 
 
-def ends(fluid: Fluid) -> list[int]:
-    """Return the times at which something ended."""
-    times: list[int] = []
-    while (dt_ns := fluid.next_ns()) is not None:
-        fluid.advance(dt_ns)
-        times.append(fluid.now_ns)
-    return times
-
-
 def stream(solo_ns: float, per_ns: float, kernel: int = 0) -> Segment:
     return Segment(solo_ns, 0.0, 0.0, 0.0, per_ns, kernel)
 
