@@ -9,7 +9,6 @@ Shape letters: L MoE layers, E routed experts, S slices.
 """
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -57,7 +56,7 @@ class CostModel:
         work = self.work(plan, counts_LE, other_L, first_layer)
         return sum(work.layer_times(layer).ns for layer in range(len(counts_LE)))
 
-    def layer_ns(self, plan: Plan, layer: int, counts_E: Ints, other: Sequence[OtherWork] = ()) -> int:
+    def layer_ns(self, plan: Plan, layer: int, counts_E: Ints, other: tuple[OtherWork, ...] = ()) -> int:
         """Return what one layer takes."""
         return self.step_ns(plan, counts_E[None], (other,) if other else (), layer)
 

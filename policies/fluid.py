@@ -47,7 +47,6 @@ class Fluid:
         self._queue: list[list[Segment]] = [[] for _ in range(count)]
         """Last first."""
         self._left = [0.0] * count
-        self._speed = [1.0] * count
         self._since = [0] * count
         """When each slice's current segment started."""
         self._running: list[int] = []
@@ -64,20 +63,25 @@ class Fluid:
         for i, chain in enumerate(chains):
             if chain:
                 self._start(i, GAP)
-        running, left, speed = self._running, self._left, self._speed
-        while running:
-            self._solve()
-            # A list, because min over a generator costs twice as much.
-            dt_ns = ceil(min([left[i] / speed[i] for i in running]) - EPSILON_NS) or 1
-            self.now_ns += dt_ns
-            ended: list[int] = []
-            for i in running:
-                left[i] -= speed[i] * dt_ns
-                if left[i] <= EPSILON_NS:
-                    ended.append(i)
-            for i in ended:
+        while self._running:
+            self.now_ns += self._pass()
+            for i in [i for i in self._running if self._left[i] <= EPSILON_NS]:
                 self._end(i)
         return self.now_ns
+
+    def _pass(self) -> int:
+        """Let time pass until the next segment ends, and return how much."""
+        running, left, speeds = self._running, self._left, self._speeds()
+        # Lists, because min over a generator costs twice as much.
+        if speeds is None:
+            dt_ns = ceil(min([left[i] for i in running]) - EPSILON_NS) or 1
+            for i in running:
+                left[i] -= dt_ns
+        else:
+            dt_ns = ceil(min([left[i] / y for i, y in zip(running, speeds, strict=True)]) - EPSILON_NS) or 1
+            for i, y in zip(running, speeds, strict=True):
+                left[i] -= y * dt_ns
+        return dt_ns
 
     def _end(self, i: int) -> None:
         queue = self._queue[i]
@@ -149,17 +153,14 @@ class Fluid:
             self._holds |= 1 << i
             self._run(i)
 
-    def _solve(self) -> None:
-        queue, speed, running = self._queue, self._speed, self._running
-        if len(running) == 1:
-            speed[running[0]] = 1.0
-            return
-        working: list[int] = []
-        for i in running:
-            speed[i] = 1.0
-            if queue[i][-1].kernel >= 0:
-                working.append(i)
-        if len(working) > 1:
-            speeds = rates(working, [queue[i][-1] for i in working], self.shares)
-            for i, y in zip(working, speeds, strict=True):
-                speed[i] = y
+    def _speeds(self) -> list[float] | None:
+        """Return the speed of each running segment; None: all run at speed 1."""
+        queue, running = self._queue, self._running
+        working = [i for i in running if queue[i][-1].kernel >= 0]
+        if len(working) < 2:
+            return None
+        speeds = rates(working, [queue[i][-1] for i in working], self.shares)
+        if speeds is None or len(working) == len(running):
+            return speeds
+        of_slice = dict(zip(working, speeds, strict=True))
+        return [of_slice.get(i, 1.0) for i in running]

@@ -37,11 +37,9 @@ def gap(ns: float) -> Segment:
 
 def water_level(demands: Sequence[float], weights: Sequence[float], capacity: float) -> float:
     """Return the level at which min(demand, weight * level) fills the capacity; inf when all demands fit."""
-    if len(demands) == 2:
-        return _level_of_two(demands[0], demands[1], weights[0], weights[1], capacity)
     left, weight = capacity, sum(weights)
-    asked = [demand / own for demand, own in zip(demands, weights, strict=True)]
-    for i in sorted(range(len(asked)), key=asked.__getitem__):
+    level_of = [demand / own for demand, own in zip(demands, weights, strict=True)]
+    for i in sorted(range(len(demands)), key=level_of.__getitem__):
         level = left / weight
         if demands[i] > weights[i] * level:
             return level
@@ -85,13 +83,18 @@ def _overloads(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) 
     return over
 
 
-def rates(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> list[float]:
-    """Return each running segment's speed, 0..1, in the order given; `ids` are their slices."""
-    speeds = [1.0] * len(ids)
-    over = _overloads(ids, segments, shares) if len(ids) > 1 else []
+def rates(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> list[float] | None:
+    """Return each running segment's speed, 0..1, in the order given; None: all run at speed 1.
+
+    `ids` are their slices.
+    """
+    over = _overloads(ids, segments, shares)
     if not over:
-        return speeds
+        return None
     weights = [shares.reach_S[i] for i in ids]
+    if len(ids) == 2:
+        return _pair(over, weights[0], weights[1])
+    speeds = [1.0] * len(ids)
     for demands, capacity in over:
         asked = [d * y for d, y in zip(demands, speeds, strict=True)]
         level = water_level(asked, weights, capacity)
@@ -103,12 +106,30 @@ def rates(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> li
     return speeds
 
 
+def _pair(over: list[Load], w0: float, w1: float) -> list[float]:
+    """Return the speeds of two segments, as the general way has them: most runs have two slices, and it is slow."""
+    y0 = y1 = 1.0
+    for (d0, d1), capacity in over:
+        ask0, ask1 = d0 * y0, d1 * y1
+        level = _level_of_two(ask0, ask1, w0, w1, capacity)
+        if ask0 > w0 * level:
+            y0 *= w0 * level / ask0
+        if ask1 > w1 * level:
+            y1 *= w1 * level / ask1
+    if len(over) > 1:
+        y0 = max(y0, min([1.0] + [(c - (d0 * y0 + d1 * y1 - d0 * y0)) / d0 for (d0, d1), c in over if d0]))
+        y1 = max(y1, min([1.0] + [(c - (d0 * y0 + d1 * y1 - d1 * y1)) / d1 for (d0, d1), c in over if d1]))
+    return [y0, y1]
+
+
 def _grow(speeds: list[float], over: list[Load]) -> None:
     """Hand on what one resource has left because another holds its users back."""
-    for i in range(len(speeds)):
+    for i, own_speed in enumerate(speeds):
         room = 1.0
         for demands, capacity in over:
-            if demands[i]:
-                others = sum(map(float.__mul__, demands, speeds)) - demands[i] * speeds[i]
-                room = min(room, (capacity - others) / demands[i])
-        speeds[i] = max(speeds[i], room)
+            if own := demands[i]:
+                used = 0.0
+                for d, y in zip(demands, speeds, strict=True):
+                    used += d * y
+                room = min(room, (capacity - (used - own * own_speed)) / own)
+        speeds[i] = max(own_speed, room)

@@ -52,8 +52,7 @@ def roofs_ns(counts_LE: Ints, owner_LE: Ints, other_L: OtherL, shares: Shares) -
 
 def _fixed_ns(counts_LE: Ints, other_L: OtherL, shares: Shares) -> F64:
     nodes = len(shares.tables.rows_PS) - 1
-    fixed = [
-        head_ns(rows, other_L[layer] if other_L else (), shares, 1.0) + tail_ns(rows, shares)
-        for layer, rows in enumerate(counts_LE.sum(axis=1).tolist())
-    ]
-    return np.array(fixed, dtype=np.float64) + nodes * shares.device.graph_node_ns
+    layers = list(zip(counts_LE.sum(axis=1).tolist(), other_L or ((),) * len(counts_LE), strict=True))
+    # Most layers of a step are alike: every token passes all of them.
+    ns_of = {(rows, other): head_ns(rows, other, shares, 1.0) + tail_ns(rows, shares) for rows, other in set(layers)}
+    return np.array([ns_of[layer] for layer in layers], dtype=np.float64) + nodes * shares.device.graph_node_ns

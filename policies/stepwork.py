@@ -17,7 +17,7 @@ from .shares import Shares
 from .tiles import peak_flops_per_clk
 from .work import merged, segment_sums, segments_of
 
-OtherL = Sequence[Sequence[OtherWork]]
+OtherL = Sequence[tuple[OtherWork, ...]]
 """Of each layer; empty: none."""
 Sums = list[list[list[list[list[float]]]]]
 """[L][S][P][2][7]."""
@@ -43,7 +43,7 @@ def front_ns(hbm_bytes: float, flops: float, shares: Shares) -> float:
     return max(hbm_bytes / read_per_ns, flops / (shares.flops_per_ns * shares.front_part))
 
 
-def head_ns(rows: int, other: Sequence[OtherWork], shares: Shares, clock: float) -> int:
+def head_ns(rows: int, other: tuple[OtherWork, ...], shares: Shares, clock: float) -> int:
     """Return the time from the start of a layer to the start of its slices; `rows` are routed rows."""
     device, model = shares.device, shares.model
     ns = 0.0
@@ -104,16 +104,14 @@ class StepWork:
     def _stolen_sums(self, thief: int) -> Sums:
         """Return every queue at a slice's prices."""
         if thief not in self._stolen:
-            sums = segment_sums(
-                self._counts_LE, self._owner_LE, self._plan.tile_order, self.shares, cost_slice=thief
-            )
+            sums = segment_sums(self._counts_LE, self._owner_LE, self._plan.tile_order, self.shares, cost_slice=thief)
             if self._factor_LS is not None:
                 # A thief runs the victim's tiles as well, or as badly, as its own.
                 sums *= self._factor_LS[:, thief, None, None, None, None]
             self._stolen[thief] = sums.tolist()
         return self._stolen[thief]
 
-    def _other(self, layer: int) -> Sequence[OtherWork]:
+    def _other(self, layer: int) -> tuple[OtherWork, ...]:
         return self._other_L[layer] if self._other_L else ()
 
     def head_ns(self, layer: int, clock: float = 1.0) -> int:
@@ -140,7 +138,9 @@ class StepWork:
             sums = [self._stolen_sums(thief)[layer][victim][kernel]]
             (stolen,) = segments_of(sums, order, self.shares, clock)
             victim_ns = sum(s.solo_ns for s in kernels_S[victim][kernel])
-            return Theft(merged(stolen)._replace(kernel=kernel), victim_ns, self.shares.tile_ns_PS[kernel][victim] / clock)
+            return Theft(
+                merged(stolen)._replace(kernel=kernel), victim_ns, self.shares.tile_ns_PS[kernel][victim] / clock
+            )
 
         fluid = Fluid(self.shares, theft if self._plan.steal else None)
         fluid.run([self._chain(layer, s, kernels, clock) for s, kernels in enumerate(kernels_S)])

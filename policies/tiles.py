@@ -21,7 +21,7 @@ from .contract import DeviceSpec, TileVariant
 WGMMA_CAPABILITY = 90
 WGMMA_ROWS = 64
 """Rows of one warpgroup instruction; narrower tiles, and older devices, use the warp-level one."""
-MOST_REMEMBERED = 1 << 14
+MOST_REMEMBERED = 1 << 15
 """Demands remembered of one layout, each of 48 bytes a product."""
 
 
@@ -168,7 +168,7 @@ def demands(tokens: Ints, owner: Ints, width: Ints, tables: Tables) -> tuple[I64
 
 
 class Demands:
-    """The demands of experts on the slices of one layout, remembered by tokens: the same counts come again and again."""
+    """The demands of experts on one layout's slices, remembered by tokens: the same counts come again and again."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables, self._tokens = tables, 0
