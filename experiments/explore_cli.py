@@ -128,7 +128,7 @@ def search(
 
 
 def explain(
-    run: Annotated[Path, typer.Argument(help="The folder of an `expertslice whatif` run.")],
+    run: Annotated[Path, typer.Argument(help="The folder of an `expertslice whatif` or `run`.")],
     *,
     step: Annotated[int, typer.Option(min=0, help="The step whose plan is explained.")],
     policy: Annotated[str | None, typer.Option(help="Left out: the first but unsliced.")] = None,

@@ -14,18 +14,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..policies.contract import MECHANISMS, Observation, Plan, Policy, Setup, SliceLayout, StepRecord
+from ..policies.contract import Observation, Plan, Policy, Setup, SliceLayout, StepRecord
 from ..policies.layouts import fallback_plan
 from ..policies.loop import PolicyError, declared_layouts
 from ..runtime.backend import Executor, ExecutorError, RuntimeBackend
 from ..sim.backend import SimBackend, next_power_of_two
 from . import paired
-from .case import Case, Options, prepare
+from .case import Case
 from .errors import StoppedError
 from .ranking import times_of
-from .run import HOST_LABEL, Where, executors, stoppable
+from .run import HOST_LABEL, Where, executors, prepare_to_run, steps_of, stoppable
 from .runs import RunFolder, file_name, provenance
-from .simulate import Outcome, collect, simulate, with_other_work
+from .simulate import Outcome, collect, simulate
 
 NUM_DRAWS = 8
 SETTLE_STEPS = 8
@@ -118,7 +118,7 @@ def pair(options: PairOptions, say: Callable[[str], object]) -> tuple[dict[str, 
     """
     case = _prepare(options)
     about = _about(options, case)
-    make = executors(options.where, _steps(case), seed=options.seed)
+    make = executors(options.where, steps_of(case), seed=options.seed)
     folder = RunFolder(options.out, "pair", {**provenance(), **about})
     found, reason = Found(), ""
     try:
@@ -148,12 +148,7 @@ def pair(options: PairOptions, say: Callable[[str], object]) -> tuple[dict[str, 
 def _prepare(options: PairOptions) -> Case:
     if not options.policies:
         raise ValueError("pair compares policies with unsliced; name one or more, such as --policy hot_cold")
-    # A process on a GPU holds one MIG instance; both worlds must offer the same.
-    mechanisms = [name for name in MECHANISMS if name != "mig" or options.where == "host"]
-    shared = ("trace", "device", "policies", "settings", "model", "segment", "steps", "seed", "out")
-    case = prepare(Options(**{name: getattr(options, name) for name in shared}, mechanisms=mechanisms, report=False))
-    if foreseeing := [name for name, policy in case.policies.items() if policy.foresees]:
-        raise ValueError(f"policy {foreseeing[0]} foresees steps, which only the simulator offers; use `whatif` for it")
+    case = prepare_to_run(options)
     if case.survey.num_steps < 2 * SETTLE_STEPS:
         raise ValueError(f"the trace gives {case.survey.num_steps} steps; pair needs {2 * SETTLE_STEPS} or more")
     return case
@@ -185,11 +180,6 @@ def _sensor(options: PairOptions) -> Iterator[Callable[[], dict[str, Any]]]:
         yield look
 
 
-def _steps(case: Case) -> Iterator[Any]:
-    steps = (step for step, _ in zip(case.source.steps(), range(case.survey.num_steps), strict=False))
-    return with_other_work(steps, case.world.model, keep_ids=True)
-
-
 def _setup(case: Case) -> Setup:
     return case.world.setup(foresees=False, truth=case.world.truth())
 
@@ -210,7 +200,7 @@ def _simulate(case: Case, folder: Path, found: Found) -> None:
 
 def _in_simulator(case: Case, policy: Policy[Any], records: Path) -> Ran:
     setup = _setup(case)
-    return _collected(policy, SimBackend(case.world.truth()), _steps(case), setup, records)
+    return _collected(policy, SimBackend(case.world.truth()), steps_of(case), setup, records)
 
 
 def _collected(policy: Policy[Any], backend: Any, steps: Iterator[Any], setup: Setup, records: Path) -> Ran:
@@ -236,7 +226,7 @@ def _take_turns(
         done: dict[str, Ran] = {}
         for name, policy in order[:: -1 if number % 2 else 1]:
             before, path = look(), folder / f"backend-{file_name(name)}-{number}.parquet"
-            with stoppable(_steps(case)) as steps:
+            with stoppable(steps_of(case)) as steps:
                 # Held by no name here: the next block needs the memory of this one's weights.
                 done[name] = _collected(
                     policy, RuntimeBackend(make(), bucket_of=next_power_of_two), steps, _setup(case), path

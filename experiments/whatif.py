@@ -126,7 +126,7 @@ def plan_tasks(case: Case, records: Mapping[str, Path]) -> list[Task]:
 
 def _simulate(case: Case, folder: Path) -> tuple[Runs, dict[str, Path]]:
     """Run every task; return what came out, and each policy's file of records."""
-    records = {name: folder / f"steps-{file_name(name)}.parquet" for name in case.policies}
+    records = {name: folder / f"{file_name(name)}.parquet" for name in case.policies}
     tasks = plan_tasks(case, records)
     ended = dict(run_tasks(tasks, case.world, jobs=case.options.jobs))
     runs: dict[str, list[dict[str, Outcome]]] = {kind: [] for kind in KINDS}
