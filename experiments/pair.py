@@ -7,7 +7,7 @@ Shape letters: R rounds, P policies, N steps, M draws of the model's errors.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from ..policies.loop import PolicyError, declared_layouts
 from ..runtime.backend import Executor, ExecutorError, RuntimeBackend
 from ..sim.backend import SimBackend, next_power_of_two
 from . import paired
-from .case import Case
+from .case import Case, Options
 from .errors import StoppedError
 from .ranking import times_of
 from .run import HOST_LABEL, Where, executors, prepare_to_run, steps_of, stoppable
@@ -33,22 +33,12 @@ SETTLE_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairOptions:
+class PairOptions(Options):
     """What the user asked for."""
 
-    trace: str | None = None
-    policies: Sequence[str] = ()
-    settings: Sequence[str] = ()
-    model: str | None = None
-    device: str = "h100-sxm5-80gb"
     where: Where = "host"
-    segment: str | None = None
-    steps: int | None = None
     rounds: int = 4
-    seed: int = 0
     busy_ok: bool = False
-    out: Path = Path("runs")
-    report: bool = True
 
 
 @dataclass(slots=True)
@@ -148,7 +138,7 @@ def pair(options: PairOptions, say: Callable[[str], object]) -> tuple[dict[str, 
 def _prepare(options: PairOptions) -> Case:
     if not options.policies:
         raise ValueError("pair compares policies with unsliced; name one or more, such as --policy hot_cold")
-    case = prepare_to_run(options)
+    case = prepare_to_run(options, options.where)
     if case.survey.num_steps < 2 * SETTLE_STEPS:
         raise ValueError(f"the trace gives {case.survey.num_steps} steps; pair needs {2 * SETTLE_STEPS} or more")
     return case

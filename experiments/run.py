@@ -8,7 +8,7 @@ import signal
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -36,22 +36,13 @@ Capture = Literal["all", "paper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
+class RunOptions(Options):
     """What the user asked for."""
 
-    trace: str | None = None
     policies: Sequence[str] = ("unsliced",)
-    settings: Sequence[str] = ()
-    model: str | None = None
-    device: str = "h100-sxm5-80gb"
-    device_model: Path | None = None
     where: Where = "host"
     capture: Capture = "all"
-    segment: str | None = None
-    steps: int | None = None
-    seed: int = 0
     profile: bool = False
-    out: Path = Path("runs")
 
 
 def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[str, Any], Path]:
@@ -61,7 +52,7 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
         ValueError: something is unknown, does not fit, or cannot run here; the message says what to give instead.
         StoppedError: the user stopped it; records up to then are kept.
     """
-    case = prepare_to_run(options)
+    case = prepare_to_run(options, options.where)
     if options.device_model is not None and options.where == "gpu":
         _check_machine(options.device_model)
     setup = case.world.setup(foresees=False, truth=case.world.truth())
@@ -100,16 +91,15 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
     return {**about, "policies": summary}, folder.finish()
 
 
-def prepare_to_run(options: Any) -> Case:
-    """Resolve what `RunOptions`, or another command's, say of a run on a backend that is no simulator.
+def prepare_to_run(options: Options, where: Where) -> Case:
+    """Resolve what is asked for on a backend that is no simulator.
 
     Raises:
         ValueError: something is unknown, does not fit, or cannot run there; the message says what to give instead.
     """
-    shared = {f.name for f in fields(Options)} & {f.name for f in fields(options)} - {"report"}
     # A process on a GPU holds one MIG instance: slices of several are not carried out there.
-    mechanisms = [name for name in MECHANISMS if name != "mig" or options.where == "host"]
-    case = prepare(Options(**{name: getattr(options, name) for name in shared}, mechanisms=mechanisms, report=False))
+    mechanisms = [name for name in MECHANISMS if name != "mig" or where == "host"]
+    case = prepare(replace(options, mechanisms=mechanisms))
     if foreseeing := [name for name, policy in case.policies.items() if policy.foresees]:
         raise ValueError(f"policy {foreseeing[0]} foresees steps, which only the simulator offers; use `whatif` for it")
     return case
