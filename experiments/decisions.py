@@ -82,7 +82,7 @@ def decisions(
 ) -> dict[int, tuple[Observation, Plan]]:
     """Return each step's decision: what was seen when its plan was chosen, and the plan; none where nothing was yet."""
     truth = case.world.truth()
-    setup = case.world.setup(foresees=policy.foresees, truth=truth)
+    setup = case.world.setup(truth if policy.foresees else None)
     backend = RuntimeBackend(HostExecutor(), bucket_of=next_power_of_two) if on_host else SimBackend(truth)
     delay = deployable_control(policy, setup).control.delay_steps
     log: dict[int, tuple[Observation, Plan]] = {}
@@ -121,7 +121,7 @@ def _seen(obs: Observation) -> dict[str, Any]:
 def _costs(decision: tuple[Observation, Plan] | None, step: RoutedStep, case: Case) -> dict[str, Any]:
     """Return what the chosen plan and every alternative cost on a step, the cheapest first, and the regret."""
     truth = case.world.truth()
-    setup = case.world.setup(foresees=False, truth=truth)
+    setup = case.world.setup()
     chosen = decision[1] if decision else fallback_plan(setup)
     assert setup.belief is not None
     plans = {plan.plan_id: plan for plan in (chosen, *candidate_plans(replace(setup, belief=truth)))}

@@ -170,10 +170,6 @@ def _sensor(options: PairOptions) -> Iterator[Callable[[], dict[str, Any]]]:
         yield look
 
 
-def _setup(case: Case) -> Setup:
-    return case.world.setup(foresees=False, truth=case.world.truth())
-
-
 def _simulate(case: Case, folder: Path, found: Found) -> None:
     """Let every policy decide in the simulator, and under draws of the model's errors on sampled steps."""
     for name, policy in case.policies.items():
@@ -189,7 +185,7 @@ def _simulate(case: Case, folder: Path, found: Found) -> None:
 
 
 def _in_simulator(case: Case, policy: Policy[Any], records: Path) -> Ran:
-    setup = _setup(case)
+    setup = case.world.setup()
     return _collected(policy, SimBackend(case.world.truth()), steps_of(case), setup, records)
 
 
@@ -219,7 +215,7 @@ def _take_turns(
             with stoppable(steps_of(case)) as steps:
                 # Held by no name here: the next block needs the memory of this one's weights.
                 done[name] = _collected(
-                    policy, RuntimeBackend(make(), bucket_of=next_power_of_two), steps, _setup(case), path
+                    policy, RuntimeBackend(make(), bucket_of=next_power_of_two), steps, case.world.setup(), path
                 )
             done[name].readings = [reading for reading in (before, look()) if reading]
             mean_us = done[name].outcome.times()[SETTLE_STEPS:].mean() / 1000

@@ -55,7 +55,7 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
     case = prepare_to_run(options, options.where)
     if options.device_model is not None and options.where == "gpu":
         _check_machine(options.device_model)
-    setup = case.world.setup(foresees=False, truth=case.world.truth())
+    setup = case.world.setup()
     steps = partial(steps_of, case)
     executor = executors(options.where, steps(), seed=options.seed, capture=options.capture)
     about = {

@@ -146,7 +146,7 @@ def summarise(case: Case, runs: Runs) -> dict[str, Any]:
     ranked = rank(main, runs["composition"], nominal, runs["draw"], bounds=bounds, seed=seed)
     truth, layouts = case.world.truth(), main[REFERENCE].layouts
     usual = one_slice_plan(max(layouts, key=lambda layout: layouts[layout].steps))
-    controls = unsliced_plans(case.world.setup(foresees=False, truth=truth))
+    controls = unsliced_plans(case.world.setup())
     workload = ("num_steps", "num_tokens", "steps_of_phase", "tokens_of_phase")
     return {
         "kind": "whatif",

@@ -249,7 +249,7 @@ def test_tiles_are_those_compiled_for_the_device():
         world = World(device=device, model=model)
         wanted = load_variants(device.compute_capability)
         assert world.truth().variants == wanted
-        assert world.setup(foresees=False, truth=world.truth()).variants == wanted
+        assert world.setup().variants == wanted
     assert load_variants(80) != load_variants(90)
 
 
