@@ -147,7 +147,7 @@ def _runnable(
     truth = world.truth()
     for name, policy in policies.items():
         try:
-            declared_layouts(policy, world.setup(foresees=policy.foresees, truth=truth))
+            declared_layouts(policy, world.setup(truth if policy.foresees else None))
             kept[name] = policy
         except ValueError as error:
             if strict or name == REFERENCE:

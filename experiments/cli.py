@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +20,8 @@ from . import (
     explore_cli,
     sweep_cli,
 )
-from .cli_lists import AsJson, print_json
+from . import cli_options as shared
+from .cli_lists import print_json
 from .errors import EXIT_INTERRUPT, EXIT_USER, StoppedError, sentence_of
 
 NOTHING_KEPT = "stopped; nothing was written"
@@ -50,14 +50,14 @@ app = typer.Typer(
 @app.command()
 def whatif(
     context: typer.Context,
-    trace: Annotated[str | None, typer.Argument(help="A routing trace; left out: the bundled one.")] = None,
+    trace: shared.Trace = None,
     *,
-    device: Annotated[str, typer.Option(help="See `expertslice devices`.")] = "h100-sxm5-80gb",
+    device: shared.Device = shared.DEVICE,
     policies: Annotated[
         list[str] | None, typer.Option("--policy", help="May be repeated; default: all built-in ones.")
     ] = None,
-    device_model: Annotated[Path | None, typer.Option(help="A file of `expertslice calibrate`.")] = None,
-    model: Annotated[str | None, typer.Option(help="A name from `expertslice models`, or a config.json.")] = None,
+    device_model: shared.DeviceModel = None,
+    model: shared.Model = None,
     beside: Annotated[
         str | None, typer.Option(metavar="GFLOP,MB", help="Other work beside each layer's experts, as for `mixed`.")
     ] = None,
@@ -67,26 +67,22 @@ def whatif(
     mechanisms: Annotated[
         list[str] | None, typer.Option("--mechanism", help="Allow only this one; may be repeated.")
     ] = None,
-    segment: Annotated[str | None, typer.Option(help="Part of the trace; 'all' takes every step.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Take only the first steps.")] = None,
+    segment: shared.Segment = None,
+    steps: shared.Steps = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests at once, with --fit-routing.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of resampling, re-batching and model errors.")] = 0,
     jobs: Annotated[int | None, typer.Option(min=1, help="Worker processes; default: one per core.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="POLICY.NAME=VALUE", help="Set a policy's parameter.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
-    as_json: AsJson = False,
-    no_report: Annotated[bool, typer.Option("--no-report", help="Leave out figures and the HTML report.")] = False,
+    settings: shared.Settings = None,
+    out: shared.Out = shared.RUNS,
+    as_json: shared.AsJson = False,
+    no_report: shared.NoReport = False,
 ) -> None:
     """Rank slicing policies on a routing trace: which one, by how much, how sure, and why."""
     from .case import Options
     from .table import print_summary
     from .whatif import what_if
 
-    own = ("as_json", "no_report")
-    given = {name: value for name, value in context.params.items() if name not in own and value is not None}
-    _, summary, folder = what_if(Options(**given, report=not no_report))
+    _, summary, folder = what_if(Options(**shared.given(context), report=not no_report))
     if as_json:
         print_json({**summary, "folder": str(folder), "report": None if no_report else str(folder / "report.html")})
     else:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .cli_gpu import require_gpu
+from .cli_options import Commit
 
 
 def bench(
@@ -28,7 +29,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/bench"),
     resume: Annotated[Path | None, typer.Option(help="rows.jsonl of an earlier run: its points are kept.")] = None,
     device: Annotated[str | None, typer.Option(help="Whose floors apply; default: this GPU's.")] = None,
-    commit: Annotated[str | None, typer.Option(help="Of a checkout that has no history with it.")] = None,
+    commit: Commit = None,
     plot: Annotated[Path | None, typer.Option(help="Only draw the figures of a folder; needs no GPU.")] = None,
 ) -> None:
     """Time our layer beside PyTorch, Hugging Face and peers on record: cold weights, outputs checked, in turn."""

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_lists import AsJson, print_json
+from .cli_lists import print_json
+from .cli_options import AsJson, Commit
 
 
 def profile(
@@ -14,7 +15,7 @@ def profile(
     seconds: Annotated[float, typer.Option(min=1, help="After which no group begins.")] = 560.0,
     rounds: Annotated[int, typer.Option(min=2, help="Of A B .. B A.")] = 3,
     only: Annotated[str | None, typer.Option(help="Groups whose name holds this, such as costs.")] = None,
-    commit: Annotated[str | None, typer.Option(help="Of a checkout that has no history with it.")] = None,
+    commit: Commit = None,
 ) -> None:
     """Measure this GPU for `calibrate`: layers under slices, bandwidth, neighbours, fixed costs, power."""
     from .cli_gpu import require_gpu

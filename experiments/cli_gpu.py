@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from .cli_lists import AsJson, print_json
+from .cli_lists import print_json
+from .cli_options import DEVICE, RUNS, AsJson, Device, DeviceModel, Model, Out, Segment, Settings, Steps, Trace, given
 
 
 def tune(
@@ -47,51 +48,33 @@ def doctor(*, as_json: AsJson = False) -> None:
 
 
 def run_trace(
-    trace: Annotated[str | None, typer.Argument(help="A routing trace; left out: the bundled one.")] = None,
+    context: typer.Context,
+    trace: Trace = None,
     *,
     policies: Annotated[
         list[str] | None, typer.Option("--policy", help="May be repeated; unsliced always runs first.")
     ] = None,
-    on: Annotated[Literal["host", "gpu"], typer.Option(help="host: no GPU timing.")] = "host",
+    where: Annotated[Literal["host", "gpu"], typer.Option("--on", help="host: no GPU timing.")] = "host",
     capture: Annotated[
         Literal["all", "paper"], typer.Option(help="Graphs of every layout from the start, or after ten calls.")
     ] = "all",
-    device: Annotated[str, typer.Option(help="See `expertslice devices`; on a GPU: the one that is there.")] = (
-        "h100-sxm5-80gb"
-    ),
-    device_model: Annotated[Path | None, typer.Option(help="A file of `expertslice calibrate`.")] = None,
-    model: Annotated[str | None, typer.Option(help="A name from `expertslice models`, or a config.json.")] = None,
-    segment: Annotated[str | None, typer.Option(help="Part of the trace; 'all' takes every step.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Take only the first steps.")] = None,
+    device: Device = DEVICE,
+    device_model: DeviceModel = None,
+    model: Model = None,
+    segment: Segment = None,
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and inputs.")] = 0,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="POLICY.NAME=VALUE", help="Set a policy's parameter.")
-    ] = None,
+    settings: Settings = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say what experts and slices did, and keep it beside the records.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path("runs"),
+    out: Out = RUNS,
     as_json: AsJson = False,
 ) -> None:
     """Run policies on a trace's steps, on this GPU or reckoned on this host, and keep a record of every step."""
     from .run import RunOptions, run_trace
 
-    options = RunOptions(
-        trace=trace,
-        policies=policies or ("unsliced",),
-        settings=settings or (),
-        model=model,
-        device=device,
-        device_model=device_model,
-        where=on,
-        capture=capture,
-        segment=segment,
-        steps=steps,
-        seed=seed,
-        profile=profile,
-        out=out,
-    )
-    summary, folder = run_trace(options, say=(lambda _: None) if as_json else typer.echo)
+    summary, folder = run_trace(RunOptions(**given(context)), say=(lambda _: None) if as_json else typer.echo)
     if as_json:
         print_json({**summary, "folder": str(folder)})
     else:

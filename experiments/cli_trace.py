@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_lists import AsJson, print_json, print_table
+from .cli_lists import print_json, print_table
+from .cli_options import AsJson
 
 if TYPE_CHECKING:
     from ..traces.schema import StepSource

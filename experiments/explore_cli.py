@@ -5,22 +5,19 @@ from typing import Annotated
 
 import typer
 
-from .cli_lists import AsJson, print_json
+from .cli_lists import print_json
+from .cli_options import DEVICE, RUNS, AsJson, Device, LimitS, MemoryGib, Model, Out, Steps, Trace
 
-Trace = Annotated[str | None, typer.Argument(help="A trace of requests; left out: the bundled one.")]
-Device = Annotated[str, typer.Option(help="See `expertslice devices`.")]
-Model = Annotated[str | None, typer.Option(help="A name from `expertslice models`, or a config.json.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Requests at once; left out: as in the trace.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the first split.")]
 Splitting = Annotated[int, typer.Option(help="Independent splits of the requests.")]
-Out = Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")]
 
 
 def judge(
     trace: Trace = None,
     *,
     policies: Annotated[list[str] | None, typer.Option("--policy", help="Repeatable; parameters as in sweep.")] = None,
-    device: Device = "h100-sxm5-80gb",
+    device: Device = DEVICE,
     model: Model = None,
     batch_size: Batch = None,
     splits: Splitting = 5,
@@ -32,7 +29,7 @@ def judge(
     ] = False,
     seed: Seed = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
-    out: Out = Path("runs"),
+    out: Out = RUNS,
     as_json: AsJson = False,
 ) -> None:
     """Learn on one half of the requests and judge on the other: what of the gap to the oracle a policy closes."""
@@ -61,7 +58,7 @@ def forecast(
     learn_steps: Annotated[int, typer.Option(min=1, help="Steps of one half of the requests.")] = 300,
     judge_steps: Annotated[int, typer.Option(min=17, help="Steps of the other half, which are judged.")] = 200,
     seed: Seed = 0,
-    out: Out = Path("runs"),
+    out: Out = RUNS,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well loads some steps ahead are predicted, beside persistence and popularity."""
@@ -91,7 +88,7 @@ def search(
     policy: Annotated[str, typer.Argument(help="'name(parameter=least..most, parameter=value|value)'.")],
     *,
     trace: Annotated[str | None, typer.Option(help="Left out: the bundled one.")] = None,
-    device: Device = "h100-sxm5-80gb",
+    device: Device = DEVICE,
     model: Model = None,
     objectives: Annotated[
         list[str] | None, typer.Option("--objective", help="latency, p99, energy; repeatable.")
@@ -101,11 +98,11 @@ def search(
         str, typer.Option(help="A journal file, or an SQL address; may be shared.")
     ] = "runs/search.journal",
     study: Annotated[str | None, typer.Option(help="Name; the same goes on. Left out: the policy as written.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Take only the first steps.")] = None,
+    steps: Steps = None,
     seed: Seed = 0,
-    limit_s: Annotated[float, typer.Option(min=0.01, help="Most seconds a trial may take.")] = 300,
-    memory_gib: Annotated[float, typer.Option(min=0.01, help="Most memory a trial may take.")] = 2,
-    out: Out = Path("runs"),
+    limit_s: LimitS = 300,
+    memory_gib: MemoryGib = 2,
+    out: Out = RUNS,
     as_json: AsJson = False,
 ) -> None:
     """Search a policy's parameters for several objectives; stops when the fastest is told from all others."""
@@ -128,7 +125,7 @@ def search(
 
 
 def explain(
-    run: Annotated[Path, typer.Argument(help="The folder of an `expertslice whatif` run.")],
+    run: Annotated[Path, typer.Argument(help="The folder of an `expertslice whatif` or `run`.")],
     *,
     step: Annotated[int, typer.Option(min=0, help="The step whose plan is explained.")],
     policy: Annotated[str | None, typer.Option(help="Left out: the first but unsliced.")] = None,

@@ -176,7 +176,7 @@ def _gap(effect_CP: paired.Floats, names: list[str], seed: int) -> dict[str, Any
 
 def belief_words(world: World, source: StepSource) -> str | None:
     """Return a sentence when what an unsliced step takes is not what the policies believe; None when it is."""
-    setup, truth = world.setup(foresees=False, truth=world.truth()), world.truth()
+    setup, truth = world.setup(), world.truth()
     plan, steps = fallback_plan(setup), list(source.steps())[::50]
     assert setup.belief is not None
     pairs = [(s.counts_LE, other_work_of(s, world.model)) for s in steps]

@@ -7,25 +7,25 @@ Shape letters: R rounds, P policies, N steps, M draws of the model's errors.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ..policies.contract import MECHANISMS, Observation, Plan, Policy, Setup, SliceLayout, StepRecord
+from ..policies.contract import Observation, Plan, Policy, Setup, SliceLayout, StepRecord
 from ..policies.layouts import fallback_plan
 from ..policies.loop import PolicyError, declared_layouts
 from ..runtime.backend import Executor, ExecutorError, RuntimeBackend
 from ..sim.backend import SimBackend, next_power_of_two
 from . import paired
-from .case import Case, Options, prepare
+from .case import Case, Options
 from .errors import StoppedError
 from .ranking import times_of
-from .run import HOST_LABEL, Where, executors, stoppable
+from .run import HOST_LABEL, Where, executors, prepare_to_run, steps_of, stoppable
 from .runs import RunFolder, file_name, provenance
-from .simulate import Outcome, collect, simulate, with_other_work
+from .simulate import Outcome, collect, simulate
 
 NUM_DRAWS = 8
 SETTLE_STEPS = 8
@@ -33,22 +33,12 @@ SETTLE_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairOptions:
+class PairOptions(Options):
     """What the user asked for."""
 
-    trace: str | None = None
-    policies: Sequence[str] = ()
-    settings: Sequence[str] = ()
-    model: str | None = None
-    device: str = "h100-sxm5-80gb"
     where: Where = "host"
-    segment: str | None = None
-    steps: int | None = None
     rounds: int = 4
-    seed: int = 0
     busy_ok: bool = False
-    out: Path = Path("runs")
-    report: bool = True
 
 
 @dataclass(slots=True)
@@ -118,7 +108,7 @@ def pair(options: PairOptions, say: Callable[[str], object]) -> tuple[dict[str, 
     """
     case = _prepare(options)
     about = _about(options, case)
-    make = executors(options.where, _steps(case), seed=options.seed)
+    make = executors(options.where, steps_of(case), seed=options.seed)
     folder = RunFolder(options.out, "pair", {**provenance(), **about})
     found, reason = Found(), ""
     try:
@@ -148,12 +138,7 @@ def pair(options: PairOptions, say: Callable[[str], object]) -> tuple[dict[str, 
 def _prepare(options: PairOptions) -> Case:
     if not options.policies:
         raise ValueError("pair compares policies with unsliced; name one or more, such as --policy hot_cold")
-    # A process on a GPU holds one MIG instance; both worlds must offer the same.
-    mechanisms = [name for name in MECHANISMS if name != "mig" or options.where == "host"]
-    shared = ("trace", "device", "policies", "settings", "model", "segment", "steps", "seed", "out")
-    case = prepare(Options(**{name: getattr(options, name) for name in shared}, mechanisms=mechanisms, report=False))
-    if foreseeing := [name for name, policy in case.policies.items() if policy.foresees]:
-        raise ValueError(f"policy {foreseeing[0]} foresees steps, which only the simulator offers; use `whatif` for it")
+    case = prepare_to_run(options, options.where)
     if case.survey.num_steps < 2 * SETTLE_STEPS:
         raise ValueError(f"the trace gives {case.survey.num_steps} steps; pair needs {2 * SETTLE_STEPS} or more")
     return case
@@ -185,15 +170,6 @@ def _sensor(options: PairOptions) -> Iterator[Callable[[], dict[str, Any]]]:
         yield look
 
 
-def _steps(case: Case) -> Iterator[Any]:
-    steps = (step for step, _ in zip(case.source.steps(), range(case.survey.num_steps), strict=False))
-    return with_other_work(steps, case.world.model, keep_ids=True)
-
-
-def _setup(case: Case) -> Setup:
-    return case.world.setup(foresees=False, truth=case.world.truth())
-
-
 def _simulate(case: Case, folder: Path, found: Found) -> None:
     """Let every policy decide in the simulator, and under draws of the model's errors on sampled steps."""
     for name, policy in case.policies.items():
@@ -209,8 +185,8 @@ def _simulate(case: Case, folder: Path, found: Found) -> None:
 
 
 def _in_simulator(case: Case, policy: Policy[Any], records: Path) -> Ran:
-    setup = _setup(case)
-    return _collected(policy, SimBackend(case.world.truth()), _steps(case), setup, records)
+    setup = case.world.setup()
+    return _collected(policy, SimBackend(case.world.truth()), steps_of(case), setup, records)
 
 
 def _collected(policy: Policy[Any], backend: Any, steps: Iterator[Any], setup: Setup, records: Path) -> Ran:
@@ -236,10 +212,10 @@ def _take_turns(
         done: dict[str, Ran] = {}
         for name, policy in order[:: -1 if number % 2 else 1]:
             before, path = look(), folder / f"backend-{file_name(name)}-{number}.parquet"
-            with stoppable(_steps(case)) as steps:
+            with stoppable(steps_of(case)) as steps:
                 # Held by no name here: the next block needs the memory of this one's weights.
                 done[name] = _collected(
-                    policy, RuntimeBackend(make(), bucket_of=next_power_of_two), steps, _setup(case), path
+                    policy, RuntimeBackend(make(), bucket_of=next_power_of_two), steps, case.world.setup(), path
                 )
             done[name].readings = [reading for reading in (before, look()) if reading]
             mean_us = done[name].outcome.times()[SETTLE_STEPS:].mean() / 1000

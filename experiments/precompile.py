@@ -5,7 +5,7 @@ Kernels do not depend on sizes but on what divides them, so that a layer of few 
 
 import contextlib
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -31,10 +31,15 @@ def precompile(loads: Sequence[tuple[MoeSpec, int]]) -> None:
             jobs |= {(small, 32, launch): None for launch in lone}
             # Routing is compiled for the model's own experts.
             jobs[narrow, num_tokens, lone[0]] = None
+    on_all_cores(_compile, jobs, chunksize=4)
+
+
+def on_all_cores(compile_one: Callable[[Any], None], jobs: Iterable[Any], *, chunksize: int) -> None:
+    """Compile jobs in processes of their own."""
     context = multiprocessing.get_context("spawn")
     workers = min(MOST_WORKERS, multiprocessing.cpu_count())
     with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
-        for _ in pool.map(_compile, jobs, chunksize=4):
+        for _ in pool.map(compile_one, jobs, chunksize=chunksize):
             pass
 
 

@@ -16,18 +16,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..policies.contract import MECHANISMS, Control, Policy, Setup, StepRecord
-from ..policies.cost import CostModel
-from ..policies.data import load_device, load_variants
+from ..policies.contract import MECHANISMS, Policy, Setup, StepRecord
 from ..policies.loop import drive
 from ..runtime.backend import Executor, ExecutorError, RuntimeBackend
 from ..sim.backend import next_power_of_two
-from ..traces.schema import MoeSpec, RoutedStep, StepSource
+from ..traces.schema import RoutedStep
+from .case import Case, Options, prepare
 from .errors import StoppedError
-from .inputs import BUNDLED, choose_model, choose_policies, choose_segment, open_source
 from .records import writing
 from .runs import RunFolder, file_name, provenance
-from .simulate import other_work_of
+from .simulate import with_other_work
 from .watch import Watch
 
 HOST_LABEL = "no GPU timing: times are reckoned from counts and device facts"
@@ -38,22 +36,13 @@ Capture = Literal["all", "paper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
+class RunOptions(Options):
     """What the user asked for."""
 
-    trace: str | None = None
     policies: Sequence[str] = ("unsliced",)
-    settings: Sequence[str] = ()
-    model: str | None = None
-    device: str = "h100-sxm5-80gb"
-    device_model: Path | None = None
     where: Where = "host"
     capture: Capture = "all"
-    segment: str | None = None
-    steps: int | None = None
-    seed: int = 0
     profile: bool = False
-    out: Path = Path("runs")
 
 
 def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[str, Any], Path]:
@@ -63,28 +52,25 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
         ValueError: something is unknown, does not fit, or cannot run here; the message says what to give instead.
         StoppedError: the user stopped it; records up to then are kept.
     """
-    opened = choose_segment(open_source(options.trace or BUNDLED), options.segment)
-    model, notes = choose_model(opened, options.model)
-    policies = choose_policies(options.policies, options.settings)
-    foreseeing = [name for name, policy in policies.items() if policy.foresees]
-    if foreseeing:
-        raise ValueError(f"policy {foreseeing[0]} foresees steps, which only the simulator offers; use `whatif` for it")
-    setup = _setup(options, model)
-    steps = partial(_steps, opened.source, model, options.steps)
+    case = prepare_to_run(options, options.where)
+    if options.device_model is not None and options.where == "gpu":
+        _check_machine(options.device_model)
+    setup = case.world.setup()
+    steps = partial(steps_of, case)
     executor = executors(options.where, steps(), seed=options.seed, capture=options.capture)
     about = {
-        "trace": opened.plain(),
-        "model": asdict(model),
+        "trace": case.opened.plain(),
+        "model": asdict(case.world.model),
         "device": setup.device.name,
         "where": options.where,
         "label": HOST_LABEL if options.where == "host" else "GPU timing",
         "seed": options.seed,
-        "notes": [*opened.notes, *notes],
+        "notes": list(case.notes),
     }
-    folder = RunFolder(options.out, "run", {**provenance(), **about})
+    folder = RunFolder(options.out, "run", {**provenance(), **about, "options": asdict(case.options)})
     summary: dict[str, Any] = {}
     try:
-        for name, policy in policies.items():
+        for name, policy in case.policies.items():
             watch = Watch(setup, counters=options.where == "gpu") if options.profile else None
             summary[name] = _run(policy, executor(), steps(), setup, folder, name, watch)
             folder.write_json("summary.json", {**about, "policies": summary})
@@ -105,36 +91,31 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
     return {**about, "policies": summary}, folder.finish()
 
 
-def _setup(options: RunOptions, model: MoeSpec) -> Setup:
-    """Return what a policy may know."""
-    device = load_device(options.device)
-    variants = load_variants(device.compute_capability)
+def prepare_to_run(options: Options, where: Where) -> Case:
+    """Resolve what is asked for on a backend that is no simulator.
+
+    Raises:
+        ValueError: something is unknown, does not fit, or cannot run there; the message says what to give instead.
+    """
     # A process on a GPU holds one MIG instance: slices of several are not carried out there.
-    mechanisms = frozenset(MECHANISMS) - ({"mig"} if options.where == "gpu" else set())
-    setup = Setup(
-        device=device, model=model, variants=variants, mechanisms=mechanisms, control=Control(), seed=options.seed
-    )
-    if options.device_model is None:
-        return setup
-    return replace(setup, belief=_calibrated_belief(setup, options.device_model, options.where))
+    mechanisms = [name for name in MECHANISMS if name != "mig" or where == "host"]
+    case = prepare(replace(options, mechanisms=mechanisms))
+    if foreseeing := [name for name, policy in case.policies.items() if policy.foresees]:
+        raise ValueError(f"policy {foreseeing[0]} foresees steps, which only the simulator offers; use `whatif` for it")
+    return case
 
 
-def _calibrated_belief(setup: Setup, path: Path, where: Where) -> CostModel:
-    """Return a device model's belief, once it is of this device, and on a GPU of this machine."""
+def _check_machine(device_model_path: Path) -> None:
+    """Raise ValueError where a device model was not measured on this GPU."""
+    from ..runtime.meter import EnergyMeter
     from . import device_model
+    from .bench_rows import device_manifest
+    from .calibrate import machine_of
+    from .cli_gpu import require_gpu
 
-    found = device_model.load(path)
-    found.check_device(setup.device.name)
-    if where == "gpu":
-        from ..runtime.meter import EnergyMeter
-        from .bench_rows import device_manifest
-        from .calibrate import machine_of
-        from .cli_gpu import require_gpu
-
-        require_gpu("run --on gpu")
-        with EnergyMeter(0) as meter:
-            found.check_machine(machine_of(device_manifest(meter, None)))
-    return CostModel(device=found.believed, model=setup.model, variants=setup.variants, detail="roofline")
+    require_gpu("run --on gpu")
+    with EnergyMeter(0) as meter:
+        device_model.load(device_model_path).check_machine(machine_of(device_manifest(meter, None)))
 
 
 def executors(
@@ -157,10 +138,10 @@ def executors(
     return lambda: CudaExecutor(max_tokens=most, loads=loads, rule=rule, seed=seed)
 
 
-def _steps(source: StepSource, model: MoeSpec, limit: int | None) -> Iterator[RoutedStep]:
+def steps_of(case: Case) -> Iterator[RoutedStep]:
     """Yield the trace's steps, with the model's work beside the experts where the trace names none."""
-    for step in itertools.islice(source.steps(), limit):
-        yield replace(step, other_L=other_work_of(step, model))
+    taken = itertools.islice(case.source.steps(), case.survey.num_steps)
+    return with_other_work(taken, case.world.model, keep_ids=True)
 
 
 @contextmanager

@@ -64,10 +64,10 @@ class World:
         truth = replace(self._model("tiles", self.device), residual=self.residual)
         return truth if draw is None else truth.perturbed(draw)
 
-    def setup(self, *, foresees: bool, truth: CostModel) -> Setup:
-        """Return what a policy may know: the plain belief about the nominal device, or the truth for a bound."""
+    def setup(self, foreseen: CostModel | None = None) -> Setup:
+        """Return what a policy may know: the plain belief about the nominal device, or the truth where it foresees."""
         shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("believed", "residual")}
-        belief = truth if foresees else self._model("roofline", self.believed or self.device)
+        belief = foreseen or self._model("roofline", self.believed or self.device)
         return Setup(**shared, variants=self.variants, belief=belief)
 
     def _model(self, detail: Literal["tiles", "roofline"], device: DeviceSpec) -> CostModel:
@@ -189,7 +189,7 @@ def simulate(
     `draw` is of the model's errors, None the nominal model; `records` a Parquet file for the StepRecords.
     """
     truth = world.truth(draw)
-    setup = world.setup(foresees=policy.foresees, truth=truth)
+    setup = world.setup(truth if policy.foresees else None)
     work = with_other_work(steps, world.model)
     return collect(policy, SimBackend(truth), work, setup, records=records, on_decision=on_decision)
 

@@ -5,15 +5,14 @@ Torch is imported inside functions alone. Shape letters: T tokens, E experts, N 
 
 import bisect
 import contextlib
-import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.timer import Captured, capture, sets_to_stay_cold
 from ..traces.schema import MoeSpec
+from .precompile import on_all_cores
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from ..kernels.spec import LaunchSpec, LayerLaunch
     from ..kernels.workspace import Workspace
 
-MOST_WORKERS = 14
 BOUNDS = (32, 64, 128, 256)
 Step = Callable[[int], Any]
 Streams = Sequence["torch.cuda.Stream"]
@@ -256,10 +254,7 @@ def precompile(jobs: "Iterable[tuple[Shape, LayerLaunch]]") -> None:
         narrow = replace(shape, name="c", d_model=256, d_ff=256, sets_at_once=1, zipf_s=0.0)
         found[replace(narrow, num_experts=4, top_k=2, tokens=64), launch] = None
         found.setdefault((narrow, lone(16)))
-    context = multiprocessing.get_context("spawn")
-    workers = min(MOST_WORKERS, multiprocessing.cpu_count())
-    with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
-        list(pool.map(_compile, found, chunksize=2))
+    on_all_cores(_compile, found, chunksize=2)
 
 
 def _compile(job: "tuple[Shape, LayerLaunch]") -> None:

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_lists import AsJson, print_json
+from .cli_lists import print_json
+from .cli_options import AsJson, LimitS, MemoryGib, Segment, Steps
 
 Many = list[str] | None
 
@@ -21,16 +22,16 @@ def sweep(
         list[int] | None, typer.Option("--seed", min=0, help="The trace's requests in other batches; repeatable.")
     ] = None,
     fit_routing: Annotated[str | None, typer.Option(help="Synthesise routing for --model like this trace.")] = None,
-    segment: Annotated[str | None, typer.Option(help="Part of the trace; 'all' takes every step.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Take only the first steps.")] = None,
+    segment: Segment = None,
+    steps: Steps = None,
     out: Annotated[Path, typer.Option(help="Folder of the dataset; one that exists is gone on with.")] = Path(
         "runs/sweep"
     ),
     backend: Annotated[str, typer.Option(help="loky, sequential, dask or ray.")] = "loky",
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask or Ray scheduler.")] = None,
     jobs: Annotated[int, typer.Option(help="Worker processes; -1: one per core.")] = -1,
-    limit_s: Annotated[float, typer.Option(min=0.01, help="Most seconds a point may take.")] = 300,
-    memory_gib: Annotated[float, typer.Option(min=0.01, help="Most memory a point may take.")] = 2,
+    limit_s: LimitS = 300,
+    memory_gib: MemoryGib = 2,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed points again.")] = False,
     as_json: AsJson = False,
 ) -> int:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ..policies.contract import Plan
 from ..policies.cost import CostModel, floor_ns
-from ..policies.work import demands
 from ..traces.schema import DTYPE_BYTES, RoutedStep
 from .simulate import other_work_of
 
@@ -109,10 +108,9 @@ def _step_terms(truth: CostModel, plan: Plan, step: RoutedStep) -> dict[str, Flo
 
 def _expert_ns(truth: CostModel, plan: Plan, counts_LE: NDArray[np.int32]) -> tuple[Floats, ...]:
     """Return each expert's memory and arithmetic time on the whole device, and each layer's bytes and FLOP."""
-    tables, device, model = truth.tables(plan.layout), truth.device, truth.model
+    device, model = truth.device, truth.model
     num_experts = model.num_experts
-    width_1E = np.arange(num_experts)[None] % tables.weight_bytes_PD.shape[1]
-    _, asked_CPLE = demands(counts_LE, np.zeros_like(counts_LE), width_1E, tables)
+    _, asked_CPLE = truth.shares(plan.layout).demands(counts_LE, np.zeros_like(counts_LE), np.arange(num_experts)[None])
     pipe_LE, _, _, _, bytes_LE = asked_CPLE.sum(axis=1)
     flops_E = np.array([2.0 * model.expert_bytes(e) / DTYPE_BYTES[model.dtype] for e in range(num_experts)])
     memory_LE = bytes_LE / max(device.read_curve_bytes_per_s) * 1e9

@@ -126,7 +126,7 @@ def plan_tasks(case: Case, records: Mapping[str, Path]) -> list[Task]:
 
 def _simulate(case: Case, folder: Path) -> tuple[Runs, dict[str, Path]]:
     """Run every task; return what came out, and each policy's file of records."""
-    records = {name: folder / f"steps-{file_name(name)}.parquet" for name in case.policies}
+    records = {name: folder / f"{file_name(name)}.parquet" for name in case.policies}
     tasks = plan_tasks(case, records)
     ended = dict(run_tasks(tasks, case.world, jobs=case.options.jobs))
     runs: dict[str, list[dict[str, Outcome]]] = {kind: [] for kind in KINDS}
@@ -146,7 +146,7 @@ def summarise(case: Case, runs: Runs) -> dict[str, Any]:
     ranked = rank(main, runs["composition"], nominal, runs["draw"], bounds=bounds, seed=seed)
     truth, layouts = case.world.truth(), main[REFERENCE].layouts
     usual = one_slice_plan(max(layouts, key=lambda layout: layouts[layout].steps))
-    controls = unsliced_plans(case.world.setup(foresees=False, truth=truth))
+    controls = unsliced_plans(case.world.setup())
     workload = ("num_steps", "num_tokens", "steps_of_phase", "tokens_of_phase")
     return {
         "kind": "whatif",

@@ -117,9 +117,8 @@ def splitting_plans(setup: Setup) -> tuple[Plan, ...]:
     cold, hot = tiles[0], tiles[-1]
     plans: list[Plan] = []
     for cold_sms in sorted({snap_sms(share * device.sm_count, device) for share in COLD_SM_SHARES}):
-        hot_sms = (device.sm_count - cold_sms) // device.sm_partition_step * device.sm_partition_step
-        slices = exclusive_slice(device, cold, cold_sms), exclusive_slice(device, hot, hot_sms)
-        plans += [_by_tokens(SliceLayout(slices=slices), rows * cold.block_m) for rows in BOUND_TILES[:2]]
+        layout = split_layout(device, cold, cold_sms, hot)
+        plans += [_by_tokens(layout, rows * cold.block_m) for rows in BOUND_TILES[:2]]
     return tuple(plans)
 
 
@@ -139,6 +138,12 @@ def exclusive_slice(
 ) -> Slice:
     """Return a slice that owns `sm_count` SMs, with two CTAs of its tile on each where they fit."""
     return uniform_slice(mechanism, sm_count, tile.name, _up_to_two_ctas(tile, device))
+
+
+def split_layout(device: DeviceSpec, first: TileVariant, sm_count: int, rest: TileVariant) -> SliceLayout:
+    """Return a slice that owns `sm_count` SMs beside one that owns all others, as far as the device splits."""
+    left = (device.sm_count - sm_count) // device.sm_partition_step * device.sm_partition_step
+    return SliceLayout(slices=(exclusive_slice(device, first, sm_count), exclusive_slice(device, rest, left)))
 
 
 def layouts_of(plans: Sequence[Plan]) -> tuple[SliceLayout, ...]:

@@ -11,6 +11,7 @@ Shape letters: L MoE layers, E routed experts, S slices of a layout, H steps of 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
@@ -209,7 +210,7 @@ class ByTokens:
         return f"by_tokens{self.bounds}{self.slice_ids}".encode()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A layout and who runs where."""
 
@@ -219,7 +220,7 @@ class Plan:
     steal: bool = False
     """An idle slice may drain another's queue."""
 
-    @property
+    @cached_property
     def plan_id(self) -> str:
         """Return a name that equal plans share: a hash of their canonical bytes."""
         text = repr((self.layout, self.tile_order, self.steal)).encode()

@@ -22,6 +22,7 @@ class ControlState:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._plan = fallback_plan(setup)
+        self._checked: Plan | None = None
         self._reason: str | None = NO_PLAN_YET
         self._coming: deque[tuple[int, Plan]] = deque()
         kept = setup.control.history_steps + setup.control.count_lag_steps + 1
@@ -73,7 +74,10 @@ class ControlState:
         Raises:
             PlanError: the device cannot hold the plan.
         """
-        validate(plan, self._setup)
+        # A plan is a value: one that was checked stays sound, and most decisions keep it.
+        if plan is not self._checked:
+            validate(plan, self._setup)
+            self._checked = plan
         self._coming.append((self.deciding + self._setup.control.delay_steps, plan))
 
     def plan_in_effect(self) -> Plan:

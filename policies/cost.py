@@ -9,7 +9,6 @@ Shape letters: L MoE layers, E routed experts, S slices.
 """
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +20,7 @@ from .residual import Residual
 from .roofline import roofs_ns
 from .shares import Shares
 from .stepwork import OtherL, StepWork
-from .tiles import Tables, TileConstants, matrix_rate_per_s
+from .tiles import TileConstants, matrix_rate_per_s
 
 __all__ = ["CostModel", "StepWork", "TileConstants", "floor_ns", "perturb"]
 
@@ -57,7 +56,7 @@ class CostModel:
         work = self.work(plan, counts_LE, other_L, first_layer)
         return sum(work.layer_times(layer).ns for layer in range(len(counts_LE)))
 
-    def layer_ns(self, plan: Plan, layer: int, counts_E: Ints, other: Sequence[OtherWork] = ()) -> int:
+    def layer_ns(self, plan: Plan, layer: int, counts_E: Ints, other: tuple[OtherWork, ...] = ()) -> int:
         """Return what one layer takes."""
         return self.step_ns(plan, counts_E[None], (other,) if other else (), layer)
 
@@ -71,10 +70,6 @@ class CostModel:
             tiles = {v.name: v for v in self.variants}
             self._shares[layout] = Shares(layout, tiles, self.device, self.model, self.constants)
         return self._shares[layout]
-
-    def tables(self, layout: SliceLayout) -> Tables:
-        """Return the tile costs of a layout."""
-        return self.shares(layout).tables
 
     def perturbed(self, seed: int) -> "CostModel":
         """Return the model under one draw of all its errors; the same seed draws the same for every policy."""

@@ -1,10 +1,10 @@
 """The slices of a layer as fluids: which segments run, and when the next one ends.
 
-The closed form and the simulator both step a `Fluid`, so that they agree to the nanosecond when nothing else happens.
+The closed form and the simulator both run a `Fluid`, so that they agree to the nanosecond when nothing else happens.
 """
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from math import ceil
 from typing import NamedTuple
@@ -26,8 +26,8 @@ class Theft(NamedTuple):
     """Nothing smaller is worth taking: one tile."""
 
 
-Thefts = list[list[list[Theft | None]]]
-"""[thief][victim][kernel]."""
+Thefts = Callable[[int, int, int], Theft | None]
+"""What a thief offers a victim for a kernel; None where the victim's queue is empty."""
 
 
 class Fluid:
@@ -47,7 +47,6 @@ class Fluid:
         self._queue: list[list[Segment]] = [[] for _ in range(count)]
         """Last first."""
         self._left = [0.0] * count
-        self._speed = [1.0] * count
         self._since = [0] * count
         """When each slice's current segment started."""
         self._running: list[int] = []
@@ -57,65 +56,63 @@ class Fluid:
         """Bit mask of slices whose CTAs are on the SMs."""
         self._arrivals = 0
 
-    def load(self, chains: Sequence[Sequence[Segment]]) -> None:
-        """Give every slice a queue at once; all slices must be idle."""
+    def run(self, chains: Sequence[Sequence[Segment]]) -> int:
+        """Drain a chain on every slice, all from now on, and return how long it takes."""
         for i, chain in enumerate(chains):
-            self._queue[i] = list(reversed(chain))
+            self._queue[i] = list(chain[::-1])
         for i, chain in enumerate(chains):
             if chain:
                 self._start(i, GAP)
-        self._solve()
+        while self._running:
+            self.now_ns += self._pass()
+            for i in [i for i in self._running if self._left[i] <= EPSILON_NS]:
+                self._end(i)
+        return self.now_ns
 
-    def next_ns(self) -> int | None:
-        """Return the time until some segment ends; None when nothing runs."""
-        if not self._running:
-            return None
-        left, speed = self._left, self._speed
-        # A list, because min over a generator costs twice as much.
-        return ceil(min([left[i] / speed[i] for i in self._running]) - EPSILON_NS) or 1
-
-    def advance(self, dt_ns: int) -> None:
-        """Let time pass, at most until the next segment ends, and start what follows."""
-        self.now_ns += dt_ns
-        left, speed = self._left, self._speed
-        ended: list[int] = []
-        for i in self._running:
-            left[i] -= speed[i] * dt_ns
-            if left[i] <= EPSILON_NS:
-                ended.append(i)
-        for i in ended:
-            self._end(i)
-        if ended:
-            self._solve()
+    def _pass(self) -> int:
+        """Let time pass until the next segment ends, and return how much."""
+        running, left, speeds = self._running, self._left, self._speeds()
+        # Lists, because min over a generator costs twice as much.
+        if speeds is None:
+            dt_ns = ceil(min([left[i] for i in running]) - EPSILON_NS) or 1
+            for i in running:
+                left[i] -= dt_ns
+        else:
+            dt_ns = ceil(min([left[i] / y for i, y in zip(running, speeds, strict=True)]) - EPSILON_NS) or 1
+            for i, y in zip(running, speeds, strict=True):
+                left[i] -= y * dt_ns
+        return dt_ns
 
     def _end(self, i: int) -> None:
         queue = self._queue[i]
         kernel = queue.pop().kernel
-        self._running.remove(i)
         if kernel >= 0:
             self.busy_ns[i] += self.now_ns - self._since[i]
-            if self._contested and (not queue or queue[-1].kernel != kernel):
-                self._end_kernel(i, kernel)
+        if not self._contested and queue:
+            self._begin(i)
+            return
+        self._running.remove(i)
+        if self._contested and kernel >= 0 and (not queue or queue[-1].kernel != kernel):
+            self._end_kernel(i, kernel)
         if queue:
             self._start(i, kernel)
 
     def _end_kernel(self, i: int, kernel: int) -> None:
         if self._thefts:
-            self._steal(i, kernel, self._thefts[i])
+            self._steal(i, kernel, self._thefts)
             if self._queue[i] and self._queue[i][-1].kernel == kernel:
                 return
         if self.shares.queues:
             self._holds &= ~(1 << i)
             self._unblock()
 
-    def _steal(self, i: int, kernel: int, offers: list[list[Theft | None]]) -> None:
+    def _steal(self, i: int, kernel: int, thefts: Thefts) -> None:
         """Take a part of the longest queue left of the same product, so that both slices end together."""
         rest, victim, theft = 0.0, i, None
         for j in self._running:
-            offer = offers[j][kernel] if kernel < len(offers[j]) else None
-            if offer and self._queue[j][-1].kernel == kernel:
+            if self._queue[j][-1].kernel == kernel:
                 left = self._left[j] + sum(s.solo_ns for s in self._queue[j][:-1] if s.kernel == kernel)
-                if left > rest:
+                if left > rest and (offer := thefts(i, j, kernel)):
                     rest, victim, theft = left, j, offer
         if theft is None:
             return
@@ -140,12 +137,15 @@ class Fluid:
         self._run(i)
 
     def _run(self, i: int) -> None:
+        insort(self._running, i)
+        self._begin(i)
+
+    def _begin(self, i: int) -> None:
         segment = self._queue[i][-1]
         if segment.kernel >= 0 and self.first_ns[i] is None:
             self.first_ns[i] = self.now_ns
         self._left[i] = segment.solo_ns
         self._since[i] = self.now_ns
-        insort(self._running, i)
 
     def _unblock(self) -> None:
         while self._blocked and self.shares.admits(self._holds, self._blocked[0][2]):
@@ -153,17 +153,14 @@ class Fluid:
             self._holds |= 1 << i
             self._run(i)
 
-    def _solve(self) -> None:
-        queue, speed, running = self._queue, self._speed, self._running
-        if len(running) == 1:
-            speed[running[0]] = 1.0
-            return
-        working: list[int] = []
-        for i in running:
-            speed[i] = 1.0
-            if queue[i][-1].kernel >= 0:
-                working.append(i)
-        if len(working) > 1:
-            speeds = rates(working, [queue[i][-1] for i in working], self.shares)
-            for i, y in zip(working, speeds, strict=True):
-                speed[i] = y
+    def _speeds(self) -> list[float] | None:
+        """Return the speed of each running segment; None: all run at speed 1."""
+        queue, running = self._queue, self._running
+        working = [i for i in running if queue[i][-1].kernel >= 0]
+        if len(working) < 2:
+            return None
+        speeds = rates(working, [queue[i][-1] for i in working], self.shares)
+        if speeds is None or len(working) == len(running):
+            return speeds
+        of_slice = dict(zip(working, speeds, strict=True))
+        return [of_slice.get(i, 1.0) for i in running]

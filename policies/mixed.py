@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..traces.schema import F64, I32
-from .candidates import auto_tiles, exclusive_slice, snap_sms, unsliced_plans
+from .candidates import auto_tiles, snap_sms, split_layout, unsliced_plans
 from .choice import Choice, Chooser
-from .contract import ByTokens, Plan, Setup, SliceLayout
+from .contract import Plan, Setup
+from .layouts import one_slice_plan
 
 EXPERT_SM_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 
@@ -36,14 +37,12 @@ class Mixed(Chooser):
         return Choice(setup=setup, plans=plans, num_unsliced=len(unsliced), min_gain=self.min_gain)
 
     def _splits(self, setup: Setup) -> list[Plan]:
-        device, step = setup.device, setup.device.sm_partition_step
-        plans: list[Plan] = []
-        for sms in sorted({snap_sms(share * device.sm_count, device) for share in EXPERT_SM_SHARES}):
-            rest = (device.sm_count - sms) // step * step
-            for tile in auto_tiles(setup):
-                slices = (exclusive_slice(device, tile, sms), exclusive_slice(device, tile, rest))
-                plans.append(Plan(layout=SliceLayout(slices=slices), placement=ByTokens(bounds=(), slice_ids=(0,))))
-        return plans
+        device = setup.device
+        return [
+            one_slice_plan(split_layout(device, tile, sms, tile))
+            for sms in sorted({snap_sms(share * device.sm_count, device) for share in EXPERT_SM_SHARES})
+            for tile in auto_tiles(setup)
+        ]
 
     def costs(self, setup: Setup, plans: Sequence[Plan], counts_LE: I32) -> F64:
         """Return the time of a step with all that runs beside its experts."""

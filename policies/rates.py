@@ -37,10 +37,9 @@ def gap(ns: float) -> Segment:
 
 def water_level(demands: Sequence[float], weights: Sequence[float], capacity: float) -> float:
     """Return the level at which min(demand, weight * level) fills the capacity; inf when all demands fit."""
-    if len(demands) == 2:
-        return _level_of_two(demands[0], demands[1], weights[0], weights[1], capacity)
     left, weight = capacity, sum(weights)
-    for i in sorted(range(len(demands)), key=lambda i: demands[i] / weights[i]):
+    level_of = [demand / own for demand, own in zip(demands, weights, strict=True)]
+    for i in sorted(range(len(demands)), key=level_of.__getitem__):
         level = left / weight
         if demands[i] > weights[i] * level:
             return level
@@ -63,48 +62,74 @@ Load = tuple[list[float], float]
 
 
 def _overloads(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> list[Load]:
+    pipe, l2, flops, dram, mask = 0.0, 0.0, 0.0, 0.0, 0
+    # One pass by hand: four sums over columns cost twice as much.
+    for i, (_, of_pipe, of_l2, of_flops, of_dram, _) in zip(ids, segments, strict=True):
+        mask |= 1 << i
+        pipe += of_pipe
+        l2 += of_l2
+        flops += of_flops
+        dram += of_dram
     over: list[Load] = []
-    _, pipe, l2, flops, dram, _ = zip(*segments, strict=True)
-    if shares.pooled and sum(pipe) > 1.0:
-        over.append((list(pipe), 1.0))
-    if sum(flops) > 1.0:
-        over.append((list(flops), 1.0))
+    if shares.pooled and pipe > 1.0:
+        over.append(([one.pipe for one in segments], 1.0))
+    if flops > 1.0:
+        over.append(([one.flops for one in segments], 1.0))
     if not shares.own_memory:
-        if sum(l2) > 1.0:
-            over.append((list(l2), 1.0))
-        mask = 0
-        for i in ids:
-            mask |= 1 << i
-        cap = shares.read_cap(mask)
-        if sum(dram) > cap:
-            over.append((list(dram), cap))
+        if l2 > 1.0:
+            over.append(([one.l2 for one in segments], 1.0))
+        if dram > (cap := shares.read_cap(mask)):
+            over.append(([one.dram for one in segments], cap))
     return over
 
 
-def rates(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> list[float]:
-    """Return each running segment's speed, 0..1, in the order given; `ids` are their slices."""
-    speeds = [1.0] * len(ids)
-    over = _overloads(ids, segments, shares) if len(ids) > 1 else []
+def rates(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> list[float] | None:
+    """Return each running segment's speed, 0..1, in the order given; None: all run at speed 1.
+
+    `ids` are their slices.
+    """
+    over = _overloads(ids, segments, shares)
     if not over:
-        return speeds
+        return None
     weights = [shares.reach_S[i] for i in ids]
+    if len(ids) == 2:
+        return _pair(over, weights[0], weights[1])
+    speeds = [1.0] * len(ids)
     for demands, capacity in over:
         asked = [d * y for d, y in zip(demands, speeds, strict=True)]
         level = water_level(asked, weights, capacity)
         for i, ask in enumerate(asked):
-            if ask > weights[i] * level:
-                speeds[i] *= weights[i] * level / ask
+            if ask > (most := weights[i] * level):
+                speeds[i] *= most / ask
     if len(over) > 1:
         _grow(speeds, over)
     return speeds
 
 
+def _pair(over: list[Load], w0: float, w1: float) -> list[float]:
+    """Return the speeds of two segments, as the general way has them: most runs have two slices, and it is slow."""
+    y0 = y1 = 1.0
+    for (d0, d1), capacity in over:
+        ask0, ask1 = d0 * y0, d1 * y1
+        level = _level_of_two(ask0, ask1, w0, w1, capacity)
+        if ask0 > w0 * level:
+            y0 *= w0 * level / ask0
+        if ask1 > w1 * level:
+            y1 *= w1 * level / ask1
+    if len(over) > 1:
+        y0 = max(y0, min([1.0] + [(c - (d0 * y0 + d1 * y1 - d0 * y0)) / d0 for (d0, d1), c in over if d0]))
+        y1 = max(y1, min([1.0] + [(c - (d0 * y0 + d1 * y1 - d1 * y1)) / d1 for (d0, d1), c in over if d1]))
+    return [y0, y1]
+
+
 def _grow(speeds: list[float], over: list[Load]) -> None:
     """Hand on what one resource has left because another holds its users back."""
-    for i in range(len(speeds)):
+    for i, own_speed in enumerate(speeds):
         room = 1.0
         for demands, capacity in over:
-            if demands[i]:
-                others = sum(map(float.__mul__, demands, speeds)) - demands[i] * speeds[i]
-                room = min(room, (capacity - others) / demands[i])
-        speeds[i] = max(speeds[i], room)
+            if own := demands[i]:
+                used = 0.0
+                for d, y in zip(demands, speeds, strict=True):
+                    used += d * y
+                room = min(room, (capacity - (used - own * own_speed)) / own)
+        speeds[i] = max(own_speed, room)

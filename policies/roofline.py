@@ -13,13 +13,11 @@ from ..traces.schema import F64, Ints
 from .shares import Shares
 from .stepwork import OtherL, head_ns, hop_ns, tail_ns
 from .tiles import read_bytes_per_ns
-from .work import demands
 
 
 def roofs_ns(counts_LE: Ints, owner_LE: Ints, other_L: OtherL, shares: Shares) -> F64:
     """Return what every layer of a step takes."""
-    width_1E = np.arange(counts_LE.shape[1])[None] % shares.tables.weight_bytes_PD.shape[1]
-    _, asked_CPLE = demands(counts_LE, owner_LE, width_1E, shares.tables)
+    _, asked_CPLE = shares.demands(counts_LE, owner_LE, np.arange(counts_LE.shape[1])[None])
     pipe_ns, _, flops, l2_bytes, dram_bytes = asked_CPLE
     slice_LS = np.zeros((len(counts_LE), len(shares.slices)))
     for s, one in enumerate(shares.slices):
@@ -54,8 +52,7 @@ def roofs_ns(counts_LE: Ints, owner_LE: Ints, other_L: OtherL, shares: Shares) -
 
 def _fixed_ns(counts_LE: Ints, other_L: OtherL, shares: Shares) -> F64:
     nodes = len(shares.tables.rows_PS) - 1
-    fixed = [
-        head_ns(rows, other_L[layer] if other_L else (), shares, 1.0) + tail_ns(rows, shares)
-        for layer, rows in enumerate(counts_LE.sum(axis=1).tolist())
-    ]
-    return np.array(fixed, dtype=np.float64) + nodes * shares.device.graph_node_ns
+    layers = list(zip(counts_LE.sum(axis=1).tolist(), other_L or ((),) * len(counts_LE), strict=True))
+    # Most layers of a step are alike: every token passes all of them.
+    ns_of = {(rows, other): head_ns(rows, other, shares, 1.0) + tail_ns(rows, shares) for rows, other in set(layers)}
+    return np.array([ns_of[layer] for layer in layers], dtype=np.float64) + nodes * shares.device.graph_node_ns

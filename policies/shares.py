@@ -14,7 +14,7 @@ from ..traces.schema import F64, MoeSpec
 from .contract import EXCLUSIVE, DeviceSpec, SliceLayout, TileVariant
 from .layouts import fits_together
 from .mig import profile_of
-from .tiles import TileConstants, cta_gain, matrix_rate_per_s, read_bytes_per_ns, tables_of
+from .tiles import Demands, TileConstants, cta_gain, matrix_rate_per_s, read_bytes_per_ns, tables_of
 
 
 class Shares:
@@ -32,6 +32,7 @@ class Shares:
         self._constants = constants
         self.tiles_S = [(variants[one.up], variants[one.down]) for one in self.slices]
         self.tables = tables_of(self.tiles_S, model, device, constants)
+        self.demands = Demands(self.tables)
         self.pooled = not any(one.mechanism in EXCLUSIVE for one in self.slices)
         """Whether all slices run on the same SMs."""
         self.own_memory = bool(layout.mig)
@@ -67,6 +68,11 @@ class Shares:
         """Return whether some slice may have to wait until another's CTAs have left the SMs."""
         everyone = (1 << len(self.slices)) - 1
         return self.pooled and any(not self.admits(everyone & ~(1 << i), i) for i in range(len(self.slices)))
+
+    @cached_property
+    def tile_ns_PS(self) -> list[list[float]]:
+        """Return the pipe time of each product's widest tile on each slice, at the burst clock."""
+        return self.tables.tile_PSD[0].max(axis=2).tolist()
 
     def read_cap(self, mask: int) -> float:
         """Return the DRAM bytes per ns that the slices in a bit mask reach together."""

@@ -17,9 +17,8 @@ from .shares import Shares
 from .tiles import peak_flops_per_clk
 from .work import merged, segment_sums, segments_of
 
-OtherL = Sequence[Sequence[OtherWork]]
+OtherL = Sequence[tuple[OtherWork, ...]]
 """Of each layer; empty: none."""
-Chains = list[list[Segment]]
 Sums = list[list[list[list[list[float]]]]]
 """[L][S][P][2][7]."""
 EMPTY_NS = 1.0
@@ -44,7 +43,7 @@ def front_ns(hbm_bytes: float, flops: float, shares: Shares) -> float:
     return max(hbm_bytes / read_per_ns, flops / (shares.flops_per_ns * shares.front_part))
 
 
-def head_ns(rows: int, other: Sequence[OtherWork], shares: Shares, clock: float) -> int:
+def head_ns(rows: int, other: tuple[OtherWork, ...], shares: Shares, clock: float) -> int:
     """Return the time from the start of a layer to the start of its slices; `rows` are routed rows."""
     device, model = shares.device, shares.model
     ns = 0.0
@@ -99,17 +98,20 @@ class StepWork:
             np.where(owner_LE == s, counts_LE, 0).sum(axis=1).tolist() if one.instance else []
             for s, one in enumerate(shares.slices)
         ]
-        self._stolen_sums: list[Sums] = []
-        """Of each thief: every queue at that slice's prices."""
-        if plan.steal:
-            for s in range(len(shares.slices)):
-                stolen = segment_sums(counts_LE, owner_LE, plan.tile_order, shares, cost_slice=s)
-                if factor_LS is not None:
-                    # A thief runs the victim's tiles as well, or as badly, as its own.
-                    stolen *= factor_LS[:, s, None, None, None, None]
-                self._stolen_sums.append(stolen.tolist())
+        self._counts_LE, self._owner_LE, self._factor_LS = counts_LE, owner_LE, factor_LS
+        self._stolen: dict[int, Sums] = {}
 
-    def _other(self, layer: int) -> Sequence[OtherWork]:
+    def _stolen_sums(self, thief: int) -> Sums:
+        """Return every queue at a slice's prices."""
+        if thief not in self._stolen:
+            sums = segment_sums(self._counts_LE, self._owner_LE, self._plan.tile_order, self.shares, cost_slice=thief)
+            if self._factor_LS is not None:
+                # A thief runs the victim's tiles as well, or as badly, as its own.
+                sums *= self._factor_LS[:, thief, None, None, None, None]
+            self._stolen[thief] = sums.tolist()
+        return self._stolen[thief]
+
+    def _other(self, layer: int) -> tuple[OtherWork, ...]:
         return self._other_L[layer] if self._other_L else ()
 
     def head_ns(self, layer: int, clock: float = 1.0) -> int:
@@ -125,12 +127,24 @@ class StepWork:
         other = sum(work.hbm_bytes for work in self._other(layer))
         return self._moved_bytes_L[layer] + combined_bytes(self._rows_L[layer], self.shares.model) + other
 
-    def fluid(self, layer: int, clock: float = 1.0) -> tuple[Fluid, Chains]:
-        """Return a layer's slices, idle, and the chain to give each of them."""
-        kernels_S = [segments_of(sums, self._plan.tile_order, self.shares, clock) for sums in self._sums[layer]]
-        thefts = self._thefts(layer, clock, kernels_S) if self._stolen_sums else None
-        chains = [self._chain(layer, s, kernels, clock) for s, kernels in enumerate(kernels_S)]
-        return Fluid(self.shares, thefts), chains
+    def slices(self, layer: int, clock: float = 1.0) -> Fluid:
+        """Run a layer's slices, as they do when nothing else runs."""
+        order = self._plan.tile_order
+        kernels_S = [segments_of(sums, order, self.shares, clock) for sums in self._sums[layer]]
+
+        def theft(thief: int, victim: int, kernel: int) -> Theft | None:
+            if not kernels_S[victim][kernel]:
+                return None
+            sums = [self._stolen_sums(thief)[layer][victim][kernel]]
+            (stolen,) = segments_of(sums, order, self.shares, clock)
+            victim_ns = sum(s.solo_ns for s in kernels_S[victim][kernel])
+            return Theft(
+                merged(stolen)._replace(kernel=kernel), victim_ns, self.shares.tile_ns_PS[kernel][victim] / clock
+            )
+
+        fluid = Fluid(self.shares, theft if self._plan.steal else None)
+        fluid.run([self._chain(layer, s, kernels, clock) for s, kernels in enumerate(kernels_S)])
+        return fluid
 
     def _chain(self, layer: int, s: int, kernels: list[list[Segment]], clock: float) -> list[Segment]:
         node = gap(self.shares.device.graph_node_ns)
@@ -144,7 +158,7 @@ class StepWork:
             if p:
                 chain.append(node)
             chain += segments
-            if not segments and self._stolen_sums:
+            if not segments and self._plan.steal:
                 chain.append(Segment(EMPTY_NS, 0.0, 0.0, 0.0, 0.0, p))
         return chain
 
@@ -158,32 +172,8 @@ class StepWork:
         l2 = work.hbm_bytes / (self.shares.l2_bytes_per_ns * clock)
         return Segment(solo, pipe, l2 / solo, device_ns / solo, work.hbm_bytes / solo, kernel)
 
-    def _thefts(self, layer: int, clock: float, kernels_S: list[list[list[Segment]]]) -> list[list[list[Theft | None]]]:
-        """Return [thief][victim][product]."""
-        tile_ns_PS = self.shares.tables.tile_PSD[0].max(axis=2) / clock
-        stolen = [
-            [segments_of(sums, self._plan.tile_order, self.shares, clock) for sums in of_thief[layer]]
-            for of_thief in self._stolen_sums
-        ]
-        return [
-            [
-                [
-                    Theft(merged(stolen[i][j][p]), sum(s.solo_ns for s in kernel), float(tile_ns_PS[p, j]))
-                    if i != j and kernel
-                    else None
-                    for p, kernel in enumerate(kernels)
-                ]
-                for j, kernels in enumerate(kernels_S)
-            ]
-            for i in range(len(kernels_S))
-        ]
-
     def layer_times(self, layer: int, clock: float = 1.0) -> LayerTimes:
         """Return what a layer takes when nothing else runs."""
-        head = self.head_ns(layer, clock)
-        fluid, chains = self.fluid(layer, clock)
-        fluid.load(chains)
-        while (dt_ns := fluid.next_ns()) is not None:
-            fluid.advance(dt_ns)
+        head, fluid = self.head_ns(layer, clock), self.slices(layer, clock)
         starts = [head + (first or 0) for first in fluid.first_ns]
         return LayerTimes(head + fluid.now_ns + self.tail_ns(layer), starts, fluid.busy_ns)

@@ -15,12 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..traces.schema import DTYPE_BYTES, F64, I64, MoeSpec, Product
+from ..traces.schema import DTYPE_BYTES, F64, I64, Ints, MoeSpec, Product
 from .contract import DeviceSpec, TileVariant
 
 WGMMA_CAPABILITY = 90
 WGMMA_ROWS = 64
 """Rows of one warpgroup instruction; narrower tiles, and older devices, use the warp-level one."""
+MOST_REMEMBERED = 1 << 15
+"""Demands remembered of one layout, each of 48 bytes a product."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +147,51 @@ def tables_of(
         row_bytes_PD=size * (k_PD + out_PD),
         in_bytes_PD=size * k_PD,
     )
+
+
+def demands(tokens: Ints, owner: Ints, width: Ints, tables: Tables) -> tuple[I64, F64]:
+    """Return what experts ask for, each with its tokens on its slice; `width`, its place in D, may broadcast.
+
+    Returns:
+        Tiles [P, ...], and [5, P, ...]: pipe ns, wait ns and FLOP of all its tiles, L2 bytes and DRAM bytes.
+    """
+    row_tiles = -(-tokens // tables.rows_PS[:, owner])
+    column_tiles = tables.columns_PSD[:, owner, width]
+    tiles = row_tiles * column_tiles
+    weights = tables.weight_bytes_PD[:, width]
+    asked = np.empty((5, *tiles.shape))
+    asked[:3] = tiles * tables.tile_PSD[:, :, owner, width]
+    # Every column tile reads the rows again, every row tile the weights.
+    asked[3] = column_tiles * tokens * tables.in_bytes_PD[:, width] + row_tiles * weights
+    asked[4] = (tokens > 0) * weights + tokens * tables.row_bytes_PD[:, width]
+    return tiles, asked
+
+
+class Demands:
+    """The demands of experts on one layout's slices, remembered by tokens: the same counts come again and again."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables, self._tokens = tables, 0
+
+    def __call__(self, tokens: Ints, owner: Ints, expert: Ints) -> tuple[I64, F64]:
+        """Return `demands` of experts with so many tokens on their slices."""
+        num_slices, num_widths = self._tables.tile_PSD.shape[2:]
+        width = expert % num_widths
+        most = int(tokens.max(initial=0))
+        if (most + 1) * num_slices * num_widths > MOST_REMEMBERED:
+            return demands(tokens, owner, width, self._tables)
+        if most >= self._tokens:
+            self._remember(1 << max(8, most.bit_length()))
+        # By take: indexing costs ten times as much.
+        at = (np.multiply(owner, num_widths, dtype=np.intp) + width) * self._tokens + tokens
+        return self._tiles_PX.take(at, axis=1), self._asked_5PX.take(at, axis=2)
+
+    def _remember(self, num_tokens: int) -> None:
+        num_slices, num_widths = self._tables.tile_PSD.shape[2:]
+        owner, width, tokens = np.ix_(range(num_slices), range(num_widths), range(num_tokens))
+        tiles, asked = demands(tokens, owner, width, self._tables)
+        self._tokens = num_tokens
+        self._tiles_PX, self._asked_5PX = tiles.reshape(len(tiles), -1), asked.reshape(*asked.shape[:2], -1)
 
 
 def read_bytes_per_ns(device: DeviceSpec, ctas: float) -> float:

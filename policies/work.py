@@ -18,7 +18,6 @@ from ..traces.schema import F64, I64, Ints
 from .contract import TileOrder
 from .rates import Segment
 from .shares import Shares
-from .tiles import Tables
 
 FIELDS = ("scaled_ns", "fixed_ns", "dram_ns", "pipe_ns", "l2_bytes", "flops", "dram_bytes")
 """Of a segment: time that scales with the clock, time that does not, time that its own DRAM bandwidth asks for, SM pipe
@@ -27,50 +26,30 @@ time over all its SMs, L2 bytes, FLOP as executed, and DRAM bytes."""
 
 def queue_order(counts_LE: Ints, owner_LE: Ints, order: TileOrder) -> NDArray[np.intp]:
     """Return the experts of each layer by slice, and within a slice in the order of its queue; ties by expert."""
-    key_LE = owner_LE.astype(np.int64) << 40
+    key_LE = owner_LE
     if order != "expert":
-        key_LE = key_LE + (counts_LE if order == "light" else -counts_LE.astype(np.int64))
+        key_LE = (owner_LE.astype(np.int64) << 40) + (counts_LE if order == "light" else -counts_LE.astype(np.int64))
     return np.argsort(key_LE, axis=1, kind="stable")
 
 
-def demands(tokens: Ints, owner: Ints, width: Ints, tables: Tables) -> tuple[I64, F64]:
-    """Return what experts ask for, each with its tokens on its slice; `width`, its place in D, may broadcast.
-
-    Returns:
-        Tiles [P, ...], and [5, P, ...]: pipe ns, wait ns and FLOP of all its tiles, L2 bytes and DRAM bytes.
-    """
-    row_tiles = -(-tokens // tables.rows_PS[:, owner])
-    column_tiles = tables.columns_PSD[:, owner, width]
-    tiles = row_tiles * column_tiles
-    weights = tables.weight_bytes_PD[:, width]
-    asked = np.empty((5, *tiles.shape))
-    asked[:3] = tiles * tables.tile_PSD[:, :, owner, width]
-    # Every column tile reads the rows again, every row tile the weights.
-    asked[3] = column_tiles * tokens * tables.in_bytes_PD[:, width] + row_tiles * weights
-    asked[4] = (tokens > 0) * weights + tokens * tables.row_bytes_PD[:, width]
-    return tiles, asked
-
-
 class _Queue(NamedTuple):
-    """Experts with tokens, in queue order, once per product; `columns_CN` as `demands` has them."""
+    """Experts with tokens, in queue order, once per product; `columns_CN` as `tiles.demands` has them."""
 
     group_N: I64
     tiles_N: I64
     columns_CN: F64
 
 
-def _queue(counts_LE: Ints, owner_LE: Ints, order: TileOrder, tables: Tables, cost_slice: int | None) -> _Queue:
+def _queue(counts_LE: Ints, owner_LE: Ints, order: TileOrder, shares: Shares, cost_slice: int | None) -> _Queue:
     num_layers, num_experts = counts_LE.shape
-    num_products, num_slices = tables.rows_PS.shape
+    num_products, num_slices = shares.tables.rows_PS.shape
     place_LE = queue_order(counts_LE, owner_LE, order) + np.arange(num_layers)[:, None] * num_experts
     place_N = place_LE.ravel()
     n = counts_LE.ravel()[place_N]
     place_N, n = place_N[n > 0], n[n > 0].astype(np.int64)
     owner = owner_LE.ravel()[place_N].astype(np.int64)
-    # Where experts are alike, one width broadcasts over all of them.
-    width = place_N % num_experts if tables.weight_bytes_PD.shape[1] > 1 else np.zeros(1, dtype=np.int64)
     cost = owner if cost_slice is None else np.full_like(owner, cost_slice)
-    tiles_PN, columns_CPN = demands(n, cost, width, tables)
+    tiles_PN, columns_CPN = shares.demands(n, cost, place_N % num_experts)
     group_PN = (np.arange(num_products)[:, None] * num_layers + place_N // num_experts) * num_slices + owner
     return _Queue(group_N=group_PN.ravel(), tiles_N=tiles_PN.ravel(), columns_CN=columns_CPN.reshape(5, -1))
 
@@ -87,7 +66,7 @@ def segment_sums(
     """
     num_products, num_slices = shares.tables.rows_PS.shape
     shape = (num_products, len(counts_LE), num_slices)
-    queue = _queue(counts_LE, owner_LE, order, shares.tables, cost_slice)
+    queue = _queue(counts_LE, owner_LE, order, shares, cost_slice)
     out = np.zeros((2, len(FIELDS), int(np.prod(shape))))
     if len(queue.tiles_N):
         group_G, first_G, fields_7W = _waves(queue, shares, num_slices, out.shape[2], cost_slice)
@@ -173,6 +152,13 @@ def _ordered(kernel: list[Segment], order: TileOrder) -> list[Segment]:
 
 def merged(kernel: list[Segment]) -> Segment:
     """Return one segment that does the work of several, with their mean demands."""
-    total = sum(s.solo_ns for s in kernel)
-    pipe, l2, flops, dram = (sum(s[field] * s.solo_ns for s in kernel) / total for field in range(1, 5))
-    return Segment(total, pipe, l2, flops, dram, kernel[0].kernel)
+    # In one loop: five sums over generators cost six times as much.
+    total = pipe = l2 = flops = dram = 0.0
+    for one in kernel:
+        solo = one.solo_ns
+        total += solo
+        pipe += one.pipe * solo
+        l2 += one.l2 * solo
+        flops += one.flops * solo
+        dram += one.dram * solo
+    return Segment(total, pipe / total, l2 / total, flops / total, dram / total, kernel[0].kernel)

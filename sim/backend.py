@@ -78,7 +78,7 @@ class SimBackend:
         return self._control.observation(
             now_ns=self.now_ns,
             newest=self._newest,
-            power_w=self._device.power.average_w,
+            power_w=self._device.power_w(),
             queued_tokens=sum(launch.step.num_tokens for launch in self._running),
         )
 

@@ -121,6 +121,7 @@ def test_an_explained_decision_has_no_regret_when_it_was_the_cheapest(expertslic
         assert code == 0, err
         found = json.loads(out)
         assert sum(row["chosen"] for row in found["alternatives"]) == 1
+        assert found["as_recorded"]
         costs = [row["us"] for row in found["alternatives"]]
         assert costs == sorted(costs)
         assert (policy == "oracle") <= (found["regret_percent"]["9"] == 0)
@@ -128,6 +129,39 @@ def test_an_explained_decision_has_no_regret_when_it_was_the_cheapest(expertslic
     code, _, err = expertslice("explain", folder, "--step", "99999")
     assert (code, err.count("\n")) == (2, 1)
     assert expertslice("explain", folder.parent, "--step", "1")[0] == 2
+
+
+@pytest.mark.parametrize("policy", ["hot_cold", "dynamic"])
+def test_a_run_on_the_host_is_explained_by_the_plan_that_it_recorded(
+    expertslice, trace_path, config_path, tmp_path, policy
+):
+    given = (
+        "--model",
+        config_path,
+        "--policy",
+        policy,
+        "--set",
+        f"{policy}.{SETTING[policy]}",
+        "--out",
+        tmp_path / "r",
+    )
+    code, _, err = expertslice("run", trace_path, *given, "--steps", "24")
+    assert code == 0, err
+    (folder,) = (tmp_path / "r").iterdir()
+    for step in (0, 9, 23):
+        code, out, err = expertslice("explain", folder, "--step", step, "--json")
+        assert code == 0, err
+        found = json.loads(out)
+        assert found["policy"] == policy
+        assert found["as_recorded"] is (True if step else None)
+    assert "->" in expertslice("explain", folder, "--step", "9")[1]
+    table = pq.read_table(folder / f"{policy}.parquet")
+    other = table.set_column(1, "plan_id", [["another"] * len(table)])
+    pq.write_table(other, folder / f"{policy}.parquet")
+    assert "recorded another plan" in expertslice("explain", folder, "--step", "9")[1]
+
+
+SETTING = {"hot_cold": "guarded=false", "dynamic": "hold_steps=2"}
 
 
 @given(p=st.lists(st.floats(0, 1), min_size=1, max_size=8))

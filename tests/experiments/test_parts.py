@@ -130,8 +130,8 @@ def test_one_draw_of_the_model_is_the_same_for_every_policy_and_differs_from_the
     a, b, c = (world.truth(draw).device for draw in (5, 5, 6))
     assert a == b
     assert a != c
-    assert world.setup(foresees=False, truth=world.truth(5)).belief.detail == "roofline"
-    assert world.setup(foresees=False, truth=world.truth(5)).belief.device == world.device
+    assert world.setup().belief.detail == "roofline"
+    assert world.setup().belief.device == world.device
 
 
 def test_survey_counts_everything_and_keeps_windows():
@@ -164,7 +164,7 @@ def test_rebatched_requests_are_the_same_requests_in_other_steps(trace_path):
 @pytest.mark.parametrize(("counts_E", "bound"), [([4, 4, 4, 4, 4, 4, 4, 4], "memory"), ([4000] * 8, "arithmetic")])
 def test_what_binds_a_layer_follows_physics(world, counts_E, bound):
     truth = world.truth()
-    plan = fallback_plan(world.setup(foresees=False, truth=truth))
+    plan = fallback_plan(world.setup())
     terms = layer_terms(truth, plan, load([[counts_E] * 2]).steps())
     assert [t.bound for t in terms] == [bound] * 2
     for t in terms:
@@ -174,7 +174,7 @@ def test_what_binds_a_layer_follows_physics(world, counts_E, bound):
 
 def test_hot_beside_cold_leaves_room_to_overlap(world):
     truth = world.truth()
-    plan = fallback_plan(world.setup(foresees=False, truth=truth))
+    plan = fallback_plan(world.setup())
     (mixed, _) = layer_terms(truth, plan, load([[[3000, 8, 8, 8, 8, 8, 8, 8]] * 2]).steps())
     assert mixed.bound == "memory beside arithmetic"
     assert mixed.overlap_share > 0.1

@@ -52,7 +52,7 @@ def test_a_narrow_terminal_loses_the_columns_least_missed(finished, width, kept)
 def test_every_policy_runs_on_the_same_steps(finished):
     _, summary, folder = finished
     for row in summary["ranking"]:
-        found = list(read_records(folder / f"steps-{row['policy']}.parquet"))
+        found = list(read_records(folder / f"{row['policy']}.parquet"))
         assert [record.step for record in found] == list(range(48))
         times = np.diff([0, *(record.end_ns for record in found)])
         assert row["step_mean_ns"] == pytest.approx(times.mean())
@@ -249,7 +249,7 @@ def test_tiles_are_those_compiled_for_the_device():
         world = World(device=device, model=model)
         wanted = load_variants(device.compute_capability)
         assert world.truth().variants == wanted
-        assert world.setup(foresees=False, truth=world.truth()).variants == wanted
+        assert world.setup().variants == wanted
     assert load_variants(80) != load_variants(90)
 
 

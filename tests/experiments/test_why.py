@@ -20,7 +20,7 @@ def priced():
     truth = world.truth()
     counts_LE = np.random.default_rng(0).multinomial(600, np.full(8, 1 / 8), size=2).astype(np.int32)
     steps = [RoutedStep(step=0, phase="mixed", counts_LE=counts_LE, num_tokens=300)]
-    controls = unsliced_plans(world.setup(foresees=False, truth=truth))
+    controls = unsliced_plans(world.setup())
     other_L = (truth.model.other_work(300),) * 2
     cost = {plan.plan_id: truth.step_ns(plan, counts_LE, other_L) for plan in controls}
     return truth, steps, sorted(controls, key=lambda plan: cost[plan.plan_id]), cost

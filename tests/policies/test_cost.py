@@ -73,7 +73,7 @@ def test_more_sms_finish_later_by_less_than_one_tile_of_each_product(values: lis
     # Where L2 binds, a wave of more CTAs takes longer, so that whole waves may cost up to a tile: no law without it.
     model = truth()
     few, many = green(sms), green(min(132, sms + more))
-    slack = model.tables(few.layout).tile_PSD[:2].sum(axis=0).sum()
+    slack = model.shares(few.layout).tables.tile_PSD[:2].sum(axis=0).sum()
     assert model.layer_ns(many, 0, counts(values)) <= model.layer_ns(few, 0, counts(values)) + slack
 
 
