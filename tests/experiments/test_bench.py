@@ -170,7 +170,7 @@ def test_graphs_of_experts_replay_on_rows_copied_in(monkeypatch):
             self.out.copy_(real(*self.arguments))
 
     @contextlib.contextmanager
-    def graph(held, pool):
+    def graph(held, **_):
         yield
         held.arguments, held.out = calls[-1]
 
