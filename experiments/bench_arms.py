@@ -99,9 +99,7 @@ def our_step(
     router, ws = RouterSpec.of(batch.spec), ws or Workspace.allocate(batch.spec, len(batch.x_TD), "cuda")
 
     def step(p: int) -> Any:
-        return moe_layer(
-            batch.x_TD, batch.logits_PTE[p], batch.sets[p], router, ws, launch, beside=beside or in_turn
-        )
+        return moe_layer(batch.x_TD, batch.logits_PTE[p], batch.sets[p], router, ws, launch, beside=beside or in_turn)
 
     return step
 

@@ -130,7 +130,7 @@ def sequential_graph(batch: Batch, spread: Callable[[Parts], object] = one_by_on
     from ..kernels.spec import RouterSpec
 
     router, top_k = RouterSpec.of(batch.spec), batch.spec.top_k
-    places_P = [_places(reference.route(logits_TE, router)[0]) for logits_TE in batch.logits_PTE]
+    places_P = [places_of(reference.route(logits_TE, router)[0]) for logits_TE in batch.logits_PTE]
 
     def step(p: int) -> "torch.Tensor":
         _, weights_TK = reference.route(batch.logits_PTE[p], router)
@@ -183,7 +183,7 @@ def expert_graphs(batch: Batch, spread: Callable[[Parts], object] | None = None)
         def fill(e: int, place: "torch.Tensor", token: "torch.Tensor") -> None:
             rows_ND[place] = expert(batch.x_TD[token], p, e)
 
-        parts = {e: (len(place), partial(fill, e, place, token)) for e, (place, token) in _places(ids_TK).items()}
+        parts = {e: (len(place), partial(fill, e, place, token)) for e, (place, token) in places_of(ids_TK).items()}
         (spread or one_by_one)(parts)
         return reference.combine(rows_ND.unflatten(0, ids_TK.shape), weights_TK)
 
@@ -193,7 +193,7 @@ def expert_graphs(batch: Batch, spread: Callable[[Parts], object] | None = None)
     return Contender(step=step, in_graph=False)
 
 
-def _places(ids_TK: "torch.Tensor") -> dict[int, tuple["torch.Tensor", "torch.Tensor"]]:
+def places_of(ids_TK: "torch.Tensor") -> dict[int, tuple["torch.Tensor", "torch.Tensor"]]:
     """Return the places t * K + slot of each expert hit, and their tokens."""
     flat = ids_TK.flatten()
     places = {e: (flat == e).nonzero()[:, 0] for e in flat.unique().tolist()}

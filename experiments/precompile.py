@@ -5,7 +5,7 @@ Kernels do not depend on sizes but on what divides them, so that a layer of few 
 
 import contextlib
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -31,10 +31,22 @@ def precompile(loads: Sequence[tuple[MoeSpec, int]]) -> None:
             jobs |= {(small, 32, launch): None for launch in lone}
             # Routing is compiled for the model's own experts.
             jobs[narrow, num_tokens, lone[0]] = None
+    _compile_all(jobs)
+
+
+def precompile_launches(loads: Iterable[tuple[MoeSpec, int, Any]]) -> None:
+    """Compile given launches of layers and their numbers of tokens on the current device."""
+    _compile_all({
+        (replace(spec, d_model=256, d_ff=(256,)), num_tokens, replace(launch, slices=_lone(launch))): None
+        for spec, num_tokens, launch in loads
+    })  # fmt: skip
+
+
+def _compile_all(jobs: Iterable[tuple[MoeSpec, int, Any]]) -> None:
     context = multiprocessing.get_context("spawn")
     workers = min(MOST_WORKERS, multiprocessing.cpu_count())
     with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
-        for _ in pool.map(_compile, jobs, chunksize=4):
+        for _ in pool.map(_compile, [*jobs], chunksize=4):
             pass
 
 
