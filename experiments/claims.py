@@ -10,7 +10,6 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,8 @@ H100 = "NVIDIA H100 80GB HBM3"
 UNSLICED = (GROUPED, "torch_grouped_compiled", "hf_grouped_mm", "hf_batched_mm")
 """Peers that run here; those on record are known by their times over ours alone."""
 NOT_YET = "not measured yet"
+VERSUS = ("ratio", "saving")
+ENDS = ("", "_low", "_high")
 WITHIN = 0.1
 """What `about` allows."""
 Row = dict[str, Any]
@@ -86,7 +87,7 @@ class Claim:
 
 def load_claims(path: Path | None = None) -> list[Claim]:
     """Return all claims; ValueError where one is not what this module knows."""
-    text = (path or files(__package__) / "data/claims.toml").read_text(encoding="utf-8")
+    text = (path or Path(__file__).parent / "data" / "claims.toml").read_text(encoding="utf-8")
     found, claims = tomllib.loads(text), list[Claim]()
     for group in found["group"]:
         shared = {**found["defaults"], **{name: value for name, value in group.items() if name != "claims"}}
@@ -161,7 +162,7 @@ def _value(claim: Claim, arm: str, case: Case, arms: Mapping[str, Row]) -> Found
         return None
     ratio = _divided(above, own)
     if (arm, claim.column) == ("ours", "us_q50") and row.get("over_ours_low"):
-        ratio = Found(row["over_ours"], row["over_ours_low"], row["over_ours_high"])
+        ratio = Found(*(row[f"over_ours{end}"] for end in ENDS))
     return ratio if claim.form != "saving" else _saved(ratio)
 
 
@@ -207,20 +208,16 @@ def peer_of(claim: Claim, case: Case, held: Sequence[Source]) -> tuple[str, Foun
         return None
     for source in held:
         arms = source.rows.get((claim.probe, case), {}) if source.device == claim.device else {}
-        known = {name: value for name in UNSLICED if (value := _plain(arms.get(name, {}), claim.column))}
-        recorded = {name: row["over_ours"] for name in PEERS if (row := arms.get(name, {})).get("over_ours")}
-        best = min(known, key=lambda name: known[name].value, default=None)
-        if claim.form == "ratio" and recorded and claim.column == "us_q50":
-            name = min(recorded, key=lambda name: recorded[name])
-            ours = _plain(arms.get("ours", {}), claim.column)
-            if best is None or (ours and recorded[name] < known[best].value / ours.value):
-                row = arms[name]
-                return name, Found(row["over_ours"], row["over_ours_low"], row["over_ours_high"])
-        if best is not None:
-            own = best if claim.form in ("value", "rate") else "ours"
-            found = _value(replace(claim, over=best), own, case, arms)
-            if found:
-                return best, found
+        found = {
+            name: one for name in UNSLICED
+            if (one := _value(replace(claim, over=name), "ours" if claim.form in VERSUS else name, case, arms))
+        }  # fmt: skip
+        if claim.form == "ratio" and claim.column == "us_q50":
+            rows = {name: arms[name] for name in PEERS if arms.get(name, {}).get("over_ours")}
+            found |= {name: Found(*(row[f"over_ours{end}"] for end in ENDS)) for name, row in rows.items()}
+        if found:
+            best = (max if claim.form == "rate" else min)(found, key=lambda name: found[name].value)
+            return best, found[best]
     return None
 
 
@@ -319,38 +316,32 @@ def interactions(held: Sequence[Source], factors: Mapping[str, Sequence[str]]) -
     The geometric mean over all settings of the other factors in which all four cells were measured: above 1 they help
     each other, below 1 one takes from the other.
     """
-    rows: list[Row] = []
-    names = list(factors)
+    levels = [(f, level) for f, of in enumerate(factors.values()) for level in of[1:]]
+    pairs = [(one, two) for one, two in itertools.combinations(levels, 2) if one[0] != two[0]]
+    names, rows = list(factors), list[Row]()
     for source in held:
         for (probe, case), arms in source.rows.items():
             times = {name: found.value for name, row in arms.items() if (found := _plain(row, "us_q50"))}
-            if probe != "factorial":
-                continue
-            for a, b in itertools.combinations(range(len(names)), 2):
-                for x, y in itertools.product(factors[names[a]][1:], factors[names[b]][1:]):
-                    logs = list(_joint(times, factors, (a, x), (b, y)))
-                    if logs:
-                        rows.append(
-                            {"device": source.device, "case": case, "first": f"{names[a]}: {x}",
-                             "second": f"{names[b]}: {y}", "settings": len(logs),
-                             "ratio": math.exp(sum(logs) / len(logs))}
-                        )  # fmt: skip
+            for one, two in pairs if probe == "factorial" else ():
+                if logs := _joint(times, list(factors.values()), one, two):
+                    first, second = (f"{names[f]}: {level}" for f, level in (one, two))
+                    ratio = math.exp(sum(logs) / len(logs))
+                    rows.append({"case": case, "first": first, "second": second, "settings": len(logs), "ratio": ratio})
     return rows
 
 
 def _joint(
-    times: Mapping[str, float], factors: Mapping[str, Sequence[str]], first: tuple[int, str], second: tuple[int, str]
-) -> Iterable[float]:
-    names = list(factors)
-    (a, x), (b, y) = first, second
-    for cell in itertools.product(*factors.values()):
-        if cell[a] != factors[names[a]][0] or cell[b] != factors[names[b]][0]:
-            continue
-        found = []
-        for u, v in ((cell[a], cell[b]), (x, cell[b]), (cell[a], y), (x, y)):
-            other = list(cell)
-            other[a], other[b] = u, v
-            found.append(times.get("/".join(other)))
-        if None not in found:
-            plain, one, two, both = (math.log(t) for t in found if t)
-            yield (plain - both) - (plain - one) - (plain - two)
+    times: Mapping[str, float], levels: Sequence[Sequence[str]], one: tuple[int, str], two: tuple[int, str]
+) -> list[float]:
+    """Return logarithms of joint gains by products of single ones."""
+    found: list[float] = []
+    for cell in itertools.product(*levels):
+        if all(cell[f] == levels[f][0] for f, _ in (one, two)):
+            cells = [
+                "/".join((dict(enumerate(cell)) | dict(changed)).values())
+                for changed in ((), (one,), (two,), (one, two))
+            ]
+            if all(name in times for name in cells):
+                plain, first, second, both = (math.log(times[name]) for name in cells)
+                found.append(first + second - plain - both)
+    return found

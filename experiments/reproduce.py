@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..policies.data import load_device
 from ..runtime.meter import EnergyMeter, MeterError
 from ..traces.schema import Dtype, nearest
-from .bench import course_of
+from .bench import DEVICES
+from .bench_contenders import device_name, sm_count
 from .bench_rows import Point, cold_batches, device_manifest, read_rows, write_parquet
 from .errors import StoppedError
 from .pair_gpu import sensor
@@ -111,7 +113,9 @@ def reproduce(target: str, folder: Path, *, seconds: float, commit: str | None, 
     """
     end = time.monotonic() + seconds
     wanted = tasks_of(target)
-    device = course_of(None, ("burst",), rounds=1, energy=False, device=None).device
+    if device_name() not in DEVICES:
+        raise ValueError(f"nothing is known of {device_name()!r}; reproduce runs on {', '.join(DEVICES)}")
+    device = load_device(DEVICES[device_name()])
     try:
         with sensor(busy_ok=busy_ok) as read, EnergyMeter(0) as meter:
             run = {**device_manifest(meter, commit), **read()}
@@ -174,7 +178,6 @@ def precompile(todo: Sequence[Task]) -> None:
 
     from ..kernels.tuned import paper_launch
     from ..runtime.experts import default_launch_on
-    from .bench_contenders import sm_count
     from .precompile import precompile_launches
 
     points = dict.fromkeys(task.point for task in todo)

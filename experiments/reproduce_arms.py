@@ -24,6 +24,7 @@ from .bench_contenders import (
     sequential,
     sequential_graph,
     sm_count,
+    tuned_path,
 )
 from .slices_arms import Splits
 from .slices_load import beside
@@ -58,7 +59,8 @@ def impossible(kernels: str, graphs: str, slices: str, streams: str) -> str | No
 
 def cells() -> dict[str, Cell]:
     """Return the combinations that can be, by name."""
-    return {"/".join(cell): cell for cell in itertools.product(*FACTORS.values()) if not impossible(*cell)}
+    every = itertools.product(KERNELS, GRAPHS, SLICES, STREAMS)
+    return {"/".join(cell): cell for cell in every if not impossible(*cell)}
 
 
 @cache
@@ -266,7 +268,7 @@ def like_tutel(batch: Batch) -> Contender:
 
 def ours_here(batch: Batch) -> Contender:
     """Return our layer without a search: as tuned where launches are shipped, else as modelled."""
-    return ARMS[OURS](batch) if batch.spec.dtype == "bf16" else ours_modelled(batch)
+    return ARMS[OURS](batch) if tuned_path(batch.spec).exists() else ours_modelled(batch)
 
 
 FASTMOE, TUTEL = "like FastMoE (stand-in)", "like Tutel (stand-in)"

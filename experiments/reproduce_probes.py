@@ -32,7 +32,7 @@ from .reproduce_arms import FASTMOE, TABLE, TUTEL, cells, launch_of, parts_of
 from .simulate import World, simulate
 
 Row = dict[str, Any]
-ROUNDS = 12
+ROUNDS = 8
 HF = ("hf_eager", "hf_grouped_mm", "hf_batched_mm")
 COMPILED = "torch_grouped_compiled"
 LOOPS = ("sequential", "sequential_graph", "expert_graphs", FASTMOE, TUTEL)
@@ -48,14 +48,15 @@ class Bench:
     device: DeviceSpec
     """Whose ceilings give floors."""
     meter: EnergyMeter
-    idle: Window
+    idle: Window | None
+    """None: no probe asks."""
 
 
 def arms(point: Point, batch: Batch, bench: Bench) -> list[Row]:
     """Return times in bursts of ours, of PyTorch, of the stand-ins and, where they have such layers, of peers."""
     swiglu = (*HF, *PEERS) if point.kind == "swiglu" else ()
     # Compiling takes longer than all else that is measured of a point.
-    compiled = (COMPILED,) if (point.dtype, point.tokens) == ("bf16", 256) else ()
+    compiled = (COMPILED,) if (point.dtype, point.tokens, point.skew) == ("bf16", 256, "uniform") else ()
     names = (OURS, "ours_paper", *LOOPS, GROUPED, *compiled, *swiglu)
     return _in_bursts(names, point, batch, bench)
 
@@ -79,7 +80,7 @@ def load(point: Point, batch: Batch, bench: Bench) -> list[Row]:
     ready, found = prepare(batch, {name: TABLE[name] for name in UNDER_LOAD}, sets)
     rows: list[Row] = []
     for name in UNDER_LOAD:
-        row = {"arm": name, "floor_us": floor_us, **found[name]}
+        row: Row = {"arm": name, "floor_us": floor_us, **found[name]}
         if name in ready:
             row |= under_load(ready[name], point.tokens, bench)
             row |= {"useful_share": floor_us / row["energy_us"]} if "energy_us" in row else {}

@@ -4,8 +4,9 @@ Its weights are random, the same for the same seed: what is asked is whether a p
 good. Shape letters: T tokens, B sequences, C positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def generations(
     with torch.device(where):
         model = serving_copy(Decoder(cfg or ModelConfig(), dtype=torch.bfloat16))
         prompts_BC = torch.randint(0, 256, (NUM_PROMPTS, PROMPT_LEN))
-    spec = model_spec(model)
+    spec = replace(model.blocks[0].moe.spec, num_layers=len(model.blocks))
     expected = _run(model, LayerRunner("reference"), prompts_BC)
     rows = [_row("definition", expected, expected)]
     rows.append(_row("ours", _run(model, LayerRunner(how), prompts_BC), expected))
@@ -55,15 +56,8 @@ def generations(
     return rows
 
 
-def model_spec(model: Any) -> Any:
-    """Return the shape of the model's MoE layers."""
-    from dataclasses import replace
-
-    return replace(model.blocks[0].moe.spec, num_layers=len(model.blocks))
-
-
 @contextmanager
-def experts_by(model: Any, runner: "LayerRunner") -> Iterator[None]:
+def experts_by(model: Any, runner: "LayerRunner") -> Generator[None]:
     """Run the model's experts by ours while the context lasts."""
     from torch.nn import functional
 

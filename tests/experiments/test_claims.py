@@ -162,9 +162,7 @@ def test_each_batch_size_is_held_against_its_own_figure():
 
 def test_components_that_multiply_do_not_interact():
     gain = {"eager": 1, "layer": 4, "loop": 1, "paper": 2, "ours": 3, "expert": 1, "none": 1, "one": 1}
-    times = {
-        name: timed(100 / math.prod(gain.get(level, 1.5) for level in cell), 0) for name, cell in cells().items()
-    }
+    times = {name: timed(100 / math.prod(gain.get(level, 1.5) for level in cell), 0) for name, cell in cells().items()}
     found = interactions([source(times, "factorial")], FACTORS)
     assert found
     assert all(row["ratio"] == pytest.approx(1) for row in found)
@@ -177,7 +175,8 @@ def test_components_that_multiply_do_not_interact():
 def test_committed_rows_are_what_the_simulator_says_now():
     rows = pq.read_table(DOCS / "results/paper/simulated/rows.parquet").to_pylist()
     point = Point(model="medium", kind="relu3", skew="uniform", tokens=256)
-    held = {row["arm"]: row["us_q50"] for row in rows if all(row[k] == getattr(point, k) for k in ("model", "dtype", "tokens", "skew", "kind"))}  # fmt: skip
+    of_point = [row for row in rows if all(row[name] == getattr(point, name) for name in Point.__dataclass_fields__)]
+    held = {row["arm"]: row["us_q50"] for row in of_point}
     assert held == {row["arm"]: pytest.approx(row["us_q50"], rel=0.01) for row in simulated(point)}
 
 

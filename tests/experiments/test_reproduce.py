@@ -355,6 +355,7 @@ def test_simulated_rows_need_no_gpu(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("arguments", "change", "sentence"), [
     (["tabel1"], None, "table1"),
     (["table1"], "busy", "add --busy-gpu"),
+    (["table1"], "unknown", "nothing is known of 'Fake GPU'; reproduce runs on NVIDIA H100"),
     (["table1"], "none", "reproduce needs a CUDA device"),
     (["table1"], "other", "holds rows of 'NVIDIA H200'"),
     (["table1"], "meter", "measure elsewhere"),
@@ -363,6 +364,8 @@ def test_simulated_rows_need_no_gpu(tmp_path, monkeypatch):
 def test_a_mistake_is_one_sentence(arguments, change, sentence, device, tmp_path, capsys, monkeypatch):
     if change == "busy":
         device.free.clear()
+    elif change == "unknown":
+        monkeypatch.setattr(reproduce, "device_name", lambda: "Fake GPU")
     elif change == "none":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     elif change == "meter":
