@@ -6,6 +6,7 @@ judged elsewhere (`claims.py`).
 """
 
 import json
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from .runs import provenance, to_json
 CONFIGS = ("small", "medium", "large")
 BATCHES = (32, 64, 128, 256, 512)
 DTYPES: tuple[Dtype, ...] = ("bf16", "fp32")
-PUBLISHED = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b")
+PUBLISHED = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v2-lite")
 LOADED = ("load", "parts")
 """Probes that ask what idles."""
 Row = dict[str, Any]
@@ -118,7 +119,7 @@ def reproduce(target: str, folder: Path, *, seconds: float, commit: str | None, 
     device = load_device(DEVICES[device_name()])
     try:
         with sensor(busy_ok=busy_ok) as read, EnergyMeter(0) as meter:
-            run = {**device_manifest(meter, commit), **read()}
+            run = {**device_manifest(meter, commit), **read(), "cpu": cpu_name()}
             rows = held_rows(folder, run["device"])
             todo = missing_of(wanted, rows)
             claim(folder, {**run, "tasks": len(todo)})
@@ -184,6 +185,12 @@ def precompile(todo: Sequence[Task]) -> None:
     loads = [(p.spec, p.tokens, default_launch_on(torch.device("cuda"), p.spec, p.tokens)) for p in points]
     loads += [(p.spec, p.tokens, paper_launch(p.spec, p.tokens, sm_count=sm_count())) for p in points]
     precompile_launches(loads)
+
+
+def cpu_name(path: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the host's processor: what launches one by one is as fast as it."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _append(folder: Path, commit: str | None, found: Iterator[tuple[Task, list[Row]]], say: Say) -> None:

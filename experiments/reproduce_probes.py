@@ -35,7 +35,7 @@ Row = dict[str, Any]
 ROUNDS = 8
 HF = ("hf_eager", "hf_grouped_mm", "hf_batched_mm")
 COMPILED = "torch_grouped_compiled"
-LOOPS = ("sequential", "sequential_graph", "expert_graphs", FASTMOE, TUTEL)
+LOOPS = ("sequential", "sequential_graph", FASTMOE, TUTEL)
 UNDER_LOAD = (OURS, "sequential", FASTMOE, TUTEL, GROUPED)
 SIMULATED_LAYERS, SIMULATED_STEPS, WARM_STEPS = 16, 60, 2
 """Layers alike in a step; the first steps run before the policy's first plan takes effect."""

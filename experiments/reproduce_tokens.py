@@ -38,7 +38,8 @@ def generations(
     with torch.device(where):
         model = serving_copy(Decoder(cfg or ModelConfig(), dtype=torch.bfloat16))
         prompts_BC = torch.randint(0, 256, (NUM_PROMPTS, PROMPT_LEN))
-    spec = replace(model.blocks[0].moe.spec, num_layers=len(model.blocks))
+    blocks: Any = model.blocks
+    spec = replace(blocks[0].moe.spec, num_layers=len(blocks))
     expected = _run(model, LayerRunner("reference"), prompts_BC)
     rows = [_row("definition", expected, expected)]
     rows.append(_row("ours", _run(model, LayerRunner(how), prompts_BC), expected))

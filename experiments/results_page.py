@@ -63,7 +63,7 @@ def source_line(source: Source) -> str:
     runs = source.about["runs"]
     commits = dict.fromkeys(run["commit"] or "unknown" for run in runs if run["tasks"])
     versions = dict.fromkeys(
-        f"torch {run['versions']['torch']}, triton {run['versions']['triton']}, driver {run['driver']}"
+        f"torch {run['versions']['torch']}, triton {run['versions']['triton']}, driver {run['driver']}, {run['cpu']}"
         for run in runs if "driver" in run
     )  # fmt: skip
     mixed = " (of several versions: see the column `commit`)" if max(len(commits), len(versions)) > 1 else ""

@@ -184,7 +184,7 @@ def test_results_of_several_versions_are_named(tmp_path):
     folder = tmp_path / "paper/h100"
     folder.mkdir(parents=True)
     versions = {"torch": "2.11", "triton": "3.6"}
-    runs = [{"commit": c, "tasks": 1, "versions": versions, "driver": "1"} for c in ("a" * 40, "b" * 40)]
+    runs = [{"commit": c, "tasks": 1, "versions": versions, "driver": "1", "cpu": "c"} for c in ("a" * 40, "b" * 40)]
     (folder / "manifest.json").write_text(json.dumps({"device": H100, "runs": runs}))
     row = dict(zip(("model", "kind", "dtype", "skew", "tokens"), CASE, strict=True))
     write_parquet(folder / "rows.parquet", [{**row, "probe": "arms", "arm": "ours", "status": "ok", **timed(10)}])

@@ -379,6 +379,13 @@ def test_a_mistake_is_one_sentence(arguments, change, sentence, device, tmp_path
     assert said.count("\n") == 1
 
 
+def test_the_processor_is_named(tmp_path):
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor\t: 0\nmodel name\t: Quick 9000\nflags\t: a\n")
+    assert reproduce.cpu_name(path) == "Quick 9000"
+    assert reproduce.cpu_name(tmp_path / "none")
+
+
 def test_a_stop_keeps_what_is_finished(device, tmp_path, capsys, monkeypatch):
     def stop(points, seconds):
         yield points[0], None
