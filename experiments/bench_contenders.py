@@ -122,8 +122,11 @@ def one_by_one(parts: Parts) -> None:
         part()
 
 
-def sequential_graph(batch: Batch, spread: Callable[[Parts], object] = one_by_one, **how: Any) -> Contender:
-    """Return the same loop for the batch's own routing, so that a graph can hold it: its best case, of no other use."""
+def sequential_graph(batch: Batch, spread: Callable[[Parts], object] = one_by_one, *, live: bool = False) -> Contender:
+    """Return the same loop for the batch's own routing, so that a graph can hold it: its best case, of no other use.
+
+    `live`: for the routing of each call instead, which a graph cannot hold.
+    """
     import torch
 
     from ..kernels import reference
@@ -133,16 +136,17 @@ def sequential_graph(batch: Batch, spread: Callable[[Parts], object] = one_by_on
     places_P = [places_of(reference.route(logits_TE, router)[0]) for logits_TE in batch.logits_PTE]
 
     def step(p: int) -> "torch.Tensor":
-        _, weights_TK = reference.route(batch.logits_PTE[p], router)
+        ids_TK, weights_TK = reference.route(batch.logits_PTE[p], router)
+        places = places_of(ids_TK) if live else places_P[p]
         rows_ND = torch.empty(weights_TK.numel(), batch.spec.d_model, dtype=batch.x_TD.dtype, device=batch.x_TD.device)
 
         def fill(e: int, place: "torch.Tensor", token: "torch.Tensor") -> None:
             rows_ND.index_copy_(0, place, reference.expert(batch.x_TD[token], batch.sets[p], e))
 
-        spread({e: (len(place), partial(fill, e, place, token)) for e, (place, token) in places_P[p].items()})
+        spread({e: (len(place), partial(fill, e, place, token)) for e, (place, token) in places.items()})
         return reference.combine(rows_ND.unflatten(0, (-1, top_k)), weights_TK)
 
-    return Contender(step=step, **how)
+    return Contender(step=step, in_graph=not live)
 
 
 def expert_graphs(batch: Batch, spread: Callable[[Parts], object] | None = None) -> Contender:

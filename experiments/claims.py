@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow.parquet as pq
 
@@ -32,8 +32,7 @@ Case = tuple[str, str, str, str, int]
 Verdict = Literal["holds", "partly", "no"]
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A value with its interval: of 95 % where arms were paired, else what the 20 and 80 % quantiles allow."""
 
     value: float
@@ -64,7 +63,6 @@ class Claim:
     tokens: Sequence[int]
     skew: str
     device: str
-    over_device: str | None = None
     simulated: str | Sequence[str] | None = None
     simulated_over: str | None = None
     limit: str | None = None
@@ -127,25 +125,14 @@ def _source(folder: Path, kind: str) -> Source:
 
 def found_of(claim: Claim, case: Case, held: Iterable[Source]) -> Found | None:
     """Return what the first source that can says of a claim in a case; None: it is not measured yet."""
-    held = list(held)
-    if claim.over_device:
-        above, below = (
-            found_of(replace(claim, form="value", arm=arm, device=device, over_device=None), case, held)
-            for arm, device in ((claim.over, claim.over_device), (claim.arm, claim.device))
-        )
-        return _divided(above, below) if above and below else None
     for source in held:
         if source.device == claim.device and (arms := source.rows.get((claim.probe, case))):
             names = [claim.arm] if isinstance(claim.arm, str) else claim.arm
             values = [one for name in names if (one := _value(claim, name, case, arms))]
             if len(values) == len(names) or (values and claim.form == "ratio"):
                 # The best of several ways, but the worst of what must all be right.
-                return max(values, key=_by_value) if claim.form == "ratio" else min(values, key=_by_value)
+                return max(values) if claim.form == "ratio" else min(values)
     return None
-
-
-def _by_value(found: Found) -> float:
-    return found.value
 
 
 def _value(claim: Claim, arm: str, case: Case, arms: Mapping[str, Row]) -> Found | None:
@@ -153,7 +140,7 @@ def _value(claim: Claim, arm: str, case: Case, arms: Mapping[str, Row]) -> Found
     if own is None:
         return None
     if claim.form == "value":
-        return _scaled(own, claim.scale)
+        return Found(*(one * claim.scale for one in own))
     if claim.form == "rate":
         return Found(*(case[4] / us * 1e6 for us in (own.value, own.high, own.low)))
     row = arms.get(claim.over, {})
@@ -163,7 +150,7 @@ def _value(claim: Claim, arm: str, case: Case, arms: Mapping[str, Row]) -> Found
     ratio = _divided(above, own)
     if (arm, claim.column) == ("ours", "us_q50") and row.get("over_ours_low"):
         ratio = Found(*(row[f"over_ours{end}"] for end in ENDS))
-    return ratio if claim.form != "saving" else _saved(ratio)
+    return ratio if claim.form == "ratio" else Found(*(100 * (1 - 1 / one) for one in ratio))
 
 
 def _plain(row: Row, column: str) -> Found | None:
@@ -175,17 +162,8 @@ def _plain(row: Row, column: str) -> Found | None:
     return Found(float(value), float(value if low is None else low), float(value if high is None else high))
 
 
-def _scaled(found: Found, scale: float) -> Found:
-    return Found(found.value * scale, found.low * scale, found.high * scale)
-
-
 def _divided(above: Found, below: Found) -> Found:
     return Found(above.value / below.value, above.low / below.high, above.high / below.low)
-
-
-def _saved(ratio: Found) -> Found:
-    """Return by how many percent the lower is below the upper."""
-    return Found(*(100 * (1 - 1 / one) for one in (ratio.value, ratio.low, ratio.high)))
 
 
 def contrast_of(claim: Claim, held: Sequence[Source]) -> Found | None:
@@ -196,7 +174,7 @@ def contrast_of(claim: Claim, held: Sequence[Source]) -> Found | None:
         found = [found_of(side, case, held) for case in side.cases]
         if not found or None in found:
             return None
-        logs = [(math.log(f.value), math.log(f.low), math.log(f.high)) for f in found if f]
+        logs = [tuple(map(math.log, one)) for one in found if one]
         sides.append(Found(*(math.exp(sum(one) / len(logs)) for one in zip(*logs, strict=True))))
     return _divided(*sides)
 
@@ -204,7 +182,7 @@ def contrast_of(claim: Claim, held: Sequence[Source]) -> Found | None:
 def peer_of(claim: Claim, case: Case, held: Sequence[Source]) -> tuple[str, Found] | None:
     """Return the claim's figure against the best unsliced peer: ratios and savings over it, else the peer's own."""
     # Said once of a case: where ours is set beside the sequential loop, or stands by itself.
-    if claim.arm != "ours" or claim.over != "sequential" or claim.unit == "same" or claim.over_device:
+    if claim.arm != "ours" or claim.over != "sequential" or claim.unit == "same":
         return None
     for source in held:
         arms = source.rows.get((claim.probe, case), {}) if source.device == claim.device else {}
@@ -226,7 +204,7 @@ def simulated_of(claim: Claim, case: Case, held: Sequence[Source]) -> Found | No
     if claim.simulated is None:
         return None
     asked = replace(
-        claim, probe="simulated", device="simulated", over_device=None, arm=claim.simulated,
+        claim, probe="simulated", device="simulated", arm=claim.simulated,
         over=claim.simulated_over or "",
     )  # fmt: skip
     return found_of(asked, case, held)

@@ -19,6 +19,7 @@ from .bench_contenders import (
     Contender,
     Parts,
     expert_graphs,
+    one_by_one,
     ours_modelled,
     places_of,
     sequential,
@@ -129,26 +130,9 @@ def loop(batch: Batch, graphs: str, spread: Callable[[Parts], None] | None) -> C
     """Return the loop over experts, spread over streams or not."""
     if graphs == "expert":
         return expert_graphs(batch, spread)
-    if spread is None:
-        return sequential(batch) if graphs == "eager" else sequential_graph(batch)
-    if graphs == "layer":
-        return sequential_graph(batch, spread)
-    from ..kernels import reference
-    from ..kernels.spec import RouterSpec
-
-    router = RouterSpec.of(batch.spec)
-
-    def step(p: int) -> "torch.Tensor":
-        ids_TK, weights_TK = reference.route(batch.logits_PTE[p], router)
-        rows_ND = batch.x_TD.new_empty(ids_TK.numel(), batch.spec.d_model)
-
-        def fill(e: int, place: "torch.Tensor", token: "torch.Tensor") -> None:
-            rows_ND[place] = reference.expert(batch.x_TD[token], batch.sets[p], e)
-
-        spread({e: (len(place), partial(fill, e, place, token)) for e, (place, token) in places_of(ids_TK).items()})
-        return reference.combine(rows_ND.unflatten(0, ids_TK.shape), weights_TK)
-
-    return Contender(step=step, in_graph=False)
+    if graphs == "eager" and spread is None:
+        return sequential(batch)
+    return sequential_graph(batch, spread or one_by_one, live=graphs == "eager")
 
 
 def sliced(batch: Batch, kernels: str, graphs: str, slices: str, streams: str) -> Contender:

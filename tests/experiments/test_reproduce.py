@@ -329,7 +329,10 @@ def test_a_target_is_gone_on_with_and_its_rows_are_kept(device, tmp_path, capsys
     assert rows[: len(first)] == first
     assert {(row["probe"], row["commit"]) for row in rows} == {("load", "abc")}
     runs = json.loads((tmp_path / "manifest.json").read_text())["runs"]
-    assert [(one["device"], one["tasks"]) for one in runs] == [(H100, 9), (H100, 6)]
+    assert [(one["device"], one["tasks"]) for one in runs] == [
+        (H100, len(device.measured)),
+        (H100, len(device.measured) - 3),
+    ]
     # Figure 1 asks for what table 2 has measured.
     assert run(["reproduce", "figure1", "--out", str(tmp_path), "--commit", "abc"]) == 0
     assert len(device.measured) == len(TARGETS["table2"])
