@@ -238,6 +238,7 @@ def overall(claim: Claim, found: Sequence[Found | None]) -> str:
     held = known.count("holds")
     word = "holds" if held == len(known) else "does not hold" if set(known) == {"no"} else "holds partly"
     count = f", in {held} of {len(known)}" if word == "holds partly" else ""
+    count += f", {known.count('partly')} within noise" if "partly" in known else ""
     missing = f"; {len(found) - len(known)} of {len(found)} without a value" if len(known) < len(found) else ""
     return f"{word}{count}{missing}"
 

@@ -12,7 +12,7 @@ from typing import Any
 from .claims import NOT_YET, Found, Source, interactions, judged, load_claims, sources
 from .kernels_page import page_of
 from .pair_gpu import HARMLESS
-from .reproduce_arms import FACTORS, impossible
+from .reproduce_arms import FACTORS, cells, impossible
 
 HEADS = {
     "table1": "Table 1: throughput, and section 6.1",
@@ -42,10 +42,13 @@ def facts(results: Path) -> dict[str, Any]:
         ],
         "sources": [(source, source_line(source)) for source in paper],
         "slowed": sum(bool(slowed(row)) for row in rows),
-        "loads": table_of(paper, "load", (*BUSY, "useful_share")),
+        "loads": table_of(paper, "load"),
         "busy": BUSY,
-        "cells": [(case, cells) for case, cells in table_of(paper, "factorial", ("us_q50",)).items()],
-        "impossible": dict.fromkeys(filter(None, (impossible(*one) for one in itertools.product(*FACTORS.values())))),
+        "useful": (*BUSY, "useful_share"),
+        "factorial": table_of(paper, "factorial"),
+        "cells": cells(),
+        "impossible": left_out(),
+        "reading": reading,
         "interactions": sorted(interactions(paper, FACTORS), key=lambda row: -abs(row["ratio"] - 1))[:MOST_SHOWN],
         "cell": cell,
         "claimed": claimed,
@@ -70,14 +73,27 @@ def source_line(source: Source) -> str:
     return f"{source.device}: {'; '.join([*versions, 'commit ' + ', '.join(one[:7] for one in commits)])}{mixed}"
 
 
-def table_of(held: Sequence[Source], probe: str, columns: Sequence[str]) -> dict[Any, list[Any]]:
-    """Return a probe's arms by device and case, with columns."""
+def table_of(held: Sequence[Source], probe: str) -> dict[Any, Mapping[str, Any]]:
+    """Return a probe's arms by device and case."""
     return {
-        (source.device, case): [(arm, [row.get(name) for name in columns], row) for arm, row in arms.items()]
-        for source in held
-        for (name, case), arms in source.rows.items()
-        if name == probe
+        (source.device, case): arms for source in held for (name, case), arms in source.rows.items() if name == probe
     }
+
+
+def left_out() -> dict[str, list[str]]:
+    """Return the combinations of the factorial that cannot be, by reason."""
+    found: dict[str, list[str]] = {}
+    for one in itertools.product(*FACTORS.values()):
+        if why := impossible(*one):
+            found.setdefault(why, []).append("/".join(one))
+    return found
+
+
+def reading(row: Mapping[str, Any] | None) -> str:
+    """Return an arm's time, or why there is none."""
+    if row is None:
+        return NOT_YET
+    return f"{row['us_q50']:.1f}" if row["status"] == "ok" else f"{row['status']}: {row['reason']}".replace("|", "/")
 
 
 def cell(found: Sequence[tuple[str, Found | str]], unit: str) -> str:

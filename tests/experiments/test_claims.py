@@ -3,9 +3,10 @@
 import json
 import math
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ from expertslice.experiments.claims import (
     verdict_of,
 )
 from expertslice.experiments.kernels_page import page_of
-from expertslice.experiments.reproduce import TARGETS, Task
+from expertslice.experiments.reproduce import TARGETS, Task, tasks_of
 from expertslice.experiments.reproduce_arms import FACTORS, cells
 from expertslice.experiments.reproduce_probes import simulated
 
@@ -145,6 +146,8 @@ def test_a_claim_holds_where_all_of_the_interval_does(claimed, low, width):
 def test_verdicts_over_cases_are_words(values, words):
     claim = replace(CLAIMS["speedup"], dtypes=["bf16", "fp32"], models=["medium"], tokens=[256])
     assert overall(claim, [None if value is None else Found(value, value, value) for value in values]) == words
+    noisy = overall(claim, [Found(2, 2, 2), Found(1.8, 1.7, 1.9)])
+    assert noisy == "holds partly, in 1 of 2, 1 within noise"
     assert overall(replace(claim, cannot="why"), [None]) == "cannot be tested here: why"
 
 
@@ -192,3 +195,42 @@ def test_a_claim_with_an_unknown_field_is_refused(tmp_path):
     path.write_text('[defaults]\n[[group]]\ntarget = "table1"\nclaims = [{ id = "x", wrong = 1 }]\n')
     with pytest.raises(ValueError, match="claim 'x'"):
         load_claims(path)
+
+
+def full_results(folder):
+    """Write rows of every task as an H100 would leave them, all arms alike but ours twice as fast; bench's beside."""
+    rng = np.random.default_rng(0)
+    columns = {claim.column for claim in CLAIMS.values()} | {*results_page.BUSY, "limit_share"}
+    rows = []
+    for task in tasks_of("all"):
+        claims = [claim for claim in CLAIMS.values() if claim.probe == task.probe]
+        arms = {name for one in claims for name in ([one.arm] if isinstance(one.arm, str) else one.arm)}
+        arms |= {claim.over for claim in claims} | ({*cells()} if task.probe == "factorial" else set())
+        for arm in sorted(arms):
+            about = {"probe": task.probe, **asdict(task.point), "commit": "a" * 40, "arm": arm, "status": "ok"}
+            about |= {name: float(rng.uniform(0.2, 0.9)) for name in sorted(columns)}
+            rows.append(about | timed(50.0 if arm.startswith("ours") else 100.0, 0) | {"after_throttle_reasons": []})
+    rows[0] |= {"after_throttle_reasons": ["hw_slowdown"]}
+    failed = next(row for row in rows if row["arm"] == "loop/eager/SMs/many")
+    failed |= {"status": "failed", "reason": "PartitionError: no | such split", "us_q50": None}
+    folder.mkdir(parents=True)
+    write_parquet(folder / "rows.parquet", rows)
+    run = {"commit": "a" * 40, "tasks": 1, "versions": {"torch": "2", "triton": "3"}, "driver": "1", "cpu": "a CPU"}
+    (folder / "manifest.json").write_text(json.dumps({"device": H100, "runs": [run]}))
+    (folder.parents[1] / "speed").symlink_to(DOCS / "results/speed")
+
+
+def test_once_everything_is_measured_every_claim_has_a_verdict(tmp_path):
+    full_results(tmp_path / "paper/h100")
+    shown = results_page.facts(tmp_path)
+    verdicts = {row["claim"].id: row["verdict"] for _, rows in shown["sections"] for row in rows}
+    assert {one for one, verdict in verdicts.items() if verdict == NOT_YET} == {"h200-throughput"}
+    assert verdicts["speedup"] == "holds"
+    assert verdicts["speedup-table"] == "does not hold"
+    page = page_of("results.md.j2", shown)
+    assert "failed: PartitionError" in page
+    assert "another reason than the power cap: 1." in page
+    assert "| loop/layer/none/many | 100.0 | 100.0 |" in page
+    assert "kernels: ours | graphs: layer" in page
+    tables = [line for line in page.splitlines() if line.startswith("| ")]
+    assert all(line.endswith("|") for line in tables)
