@@ -86,7 +86,8 @@ def split_done(rows: Sequence[Row], points: Sequence[Point], course: Course) -> 
 
 
 def _point_of(row: Row) -> Point:
-    return Point(**{name: row[name] for name in Point.__dataclass_fields__})
+    # Rows of before fp32 was measured say no dtype.
+    return Point(**{name: row[name] for name in Point.__dataclass_fields__ if name in row})
 
 
 def bench(

@@ -13,6 +13,7 @@ from ..traces.schema import MoeSpec
 if TYPE_CHECKING:
     import torch
 
+    from ..kernels.layer import Beside
     from ..kernels.spec import LayerLaunch
     from ..kernels.weights import ExpertWeights
     from ..kernels.workspace import Workspace
@@ -48,44 +49,57 @@ def draw_logits(
     return logits_PTE
 
 
+def torch_route(logits_TE: "torch.Tensor", spec: MoeSpec) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Return expert ids [T, K] and their weights by torch's own operations."""
+    import torch
+
+    picked_TK, ids_TK = torch.topk(logits_TE.float(), spec.top_k, dim=1)
+    if spec.renormalise:
+        return ids_TK, torch.softmax(picked_TK, dim=1)
+    return ids_TK, torch.softmax(logits_TE.float(), dim=1).gather(1, ids_TK)
+
+
+def activated(rows: "torch.Tensor", epilogue: str) -> "torch.Tensor":
+    """Return a product's rows through its epilogue by torch's own operations, in the rows' dtype."""
+    import torch
+    from torch.nn import functional
+
+    if epilogue == "swiglu":
+        gate, up = rows.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+    plain: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": torch.relu, "gelu": functional.gelu}
+    return plain[epilogue](rows) if epilogue in plain else rows
+
+
 def torch_grouped(x_TD: "torch.Tensor", logits_TE: "torch.Tensor", weights: "ExpertWeights") -> "torch.Tensor":
     """Return the layer's output by torch's grouped product and plain tensor operations, without host waits."""
     import torch
     from torch.nn import functional
 
     spec = weights.spec
-    picked_TK, ids_TK = torch.topk(logits_TE.float(), spec.top_k, dim=1)
-    if spec.renormalise:
-        weights_TK = torch.softmax(picked_TK, dim=1)
-    else:
-        weights_TK = torch.softmax(logits_TE.float(), dim=1).gather(1, ids_TK)
+    ids_TK, weights_TK = torch_route(logits_TE, spec)
     sorted_N, order_N = ids_TK.flatten().sort(stable=True)
     counts_E = torch.histc(sorted_N.float(), bins=spec.num_experts, min=0, max=spec.num_experts - 1)
     offsets_E = counts_E.cumsum(0).int()
     rows = x_TD[order_N // spec.top_k]
     for held, epilogue in zip(weights.products, weights.epilogues, strict=True):
-        rows = functional.grouped_mm(rows, held.weight.mT, offs=offsets_E)
-        if epilogue == "swiglu":
-            gate, up = rows.chunk(2, dim=1)
-            rows = functional.silu(gate) * up
-        elif epilogue == "relu":
-            rows = torch.relu(rows)
-        elif epilogue == "gelu":
-            rows = functional.gelu(rows)
+        rows = activated(functional.grouped_mm(rows, held.weight.mT, offs=offsets_E), epilogue)
     scaled = rows * weights_TK.flatten()[order_N, None].to(rows.dtype)
     return torch.empty_like(scaled).index_copy_(0, order_N, scaled).unflatten(0, (-1, spec.top_k)).sum(1)
 
 
-def our_step(batch: Batch, launch: "LayerLaunch", ws: "Workspace | None" = None) -> Callable[[int], Any]:
+def our_step(
+    batch: Batch, launch: "LayerLaunch", ws: "Workspace | None" = None, beside: "Beside | None" = None
+) -> Callable[[int], Any]:
     """Return the call that runs our layer on one weight set, in a workspace of its own if none is given."""
-    from ..kernels.layer import moe_layer
+    from ..kernels.layer import in_turn, moe_layer
     from ..kernels.spec import RouterSpec
     from ..kernels.workspace import Workspace
 
     router, ws = RouterSpec.of(batch.spec), ws or Workspace.allocate(batch.spec, len(batch.x_TD), "cuda")
 
     def step(p: int) -> Any:
-        return moe_layer(batch.x_TD, batch.logits_PTE[p], batch.sets[p], router, ws, launch)
+        return moe_layer(batch.x_TD, batch.logits_PTE[p], batch.sets[p], router, ws, launch, beside=beside or in_turn)
 
     return step
 
@@ -122,8 +136,10 @@ def batch_of(spec: MoeSpec, num_tokens: int, skew: str, sets: "Sequence[ExpertWe
     """Return a batch of random tokens with logits for each weight set, the same for the same arguments."""
     import torch
 
+    from ..kernels.spec import TORCH_DTYPE
+
     generator = torch.Generator("cuda").manual_seed(1)
-    x_TD = torch.randn(num_tokens, spec.d_model, device="cuda", generator=generator).bfloat16()
+    x_TD = torch.randn(num_tokens, spec.d_model, device="cuda", generator=generator).to(TORCH_DTYPE[spec.dtype])
     logits_PTE = draw_logits(spec, num_tokens, len(sets), skew, seed=num_tokens)
     return Batch(spec=spec, x_TD=x_TD, logits_PTE=logits_PTE, sets=sets)
 

@@ -112,42 +112,60 @@ def sequential(batch: Batch) -> Contender:
     )
 
 
-def sequential_graph(batch: Batch) -> Contender:
-    """Return the same loop for the batch's own routing, so that a graph can hold it: its best case, of no other use."""
+Parts = Mapping[int, tuple[int, Callable[[], object]]]
+"""By expert: its rows, and the call that computes them."""
+
+
+def one_by_one(parts: Parts) -> None:
+    """Run the experts in order on the current stream."""
+    for _, part in parts.values():
+        part()
+
+
+def sequential_graph(batch: Batch, spread: Callable[[Parts], object] = one_by_one, *, live: bool = False) -> Contender:
+    """Return the same loop for the batch's own routing, so that a graph can hold it: its best case, of no other use.
+
+    `live`: for the routing of each call instead, which a graph cannot hold.
+    """
     import torch
 
     from ..kernels import reference
     from ..kernels.spec import RouterSpec
 
     router, top_k = RouterSpec.of(batch.spec), batch.spec.top_k
-    places_P = [_places(reference.route(logits_TE, router)[0]) for logits_TE in batch.logits_PTE]
+    places_P = [places_of(reference.route(logits_TE, router)[0]) for logits_TE in batch.logits_PTE]
 
     def step(p: int) -> "torch.Tensor":
-        _, weights_TK = reference.route(batch.logits_PTE[p], router)
+        ids_TK, weights_TK = reference.route(batch.logits_PTE[p], router)
+        places = places_of(ids_TK) if live else places_P[p]
         rows_ND = torch.empty(weights_TK.numel(), batch.spec.d_model, dtype=batch.x_TD.dtype, device=batch.x_TD.device)
-        for e, (place, token) in places_P[p].items():
+
+        def fill(e: int, place: "torch.Tensor", token: "torch.Tensor") -> None:
             rows_ND.index_copy_(0, place, reference.expert(batch.x_TD[token], batch.sets[p], e))
+
+        spread({e: (len(place), partial(fill, e, place, token)) for e, (place, token) in places.items()})
         return reference.combine(rows_ND.unflatten(0, (-1, top_k)), weights_TK)
 
-    return Contender(step=step)
+    return Contender(step=step, in_graph=not live)
 
 
-def expert_graphs(batch: Batch) -> Contender:
+def expert_graphs(batch: Batch, spread: Callable[[Parts], object] | None = None) -> Contender:
     """Return the paper's graphs (3.3, A.2): one for each expert of enough tokens, rows copied in, its output cloned."""
     import torch
 
     from ..kernels import reference
     from ..kernels.spec import RouterSpec
 
-    router, pool = RouterSpec.of(batch.spec), torch.cuda.graph_pool_handle()
+    # What a graph returns is cloned before another runs, so that all may share their memory unless they run at once.
+    router, pool = RouterSpec.of(batch.spec), None if spread else torch.cuda.graph_pool_handle()
     held: dict[tuple[int, int, int], tuple[Any, torch.Tensor, torch.Tensor]] = {}
 
     def captured(p: int, e: int, bucket: int) -> "tuple[Any, torch.Tensor, torch.Tensor]":
         rows_ND = torch.zeros(bucket, batch.spec.d_model, dtype=batch.x_TD.dtype, device=batch.x_TD.device)
         reference.expert(rows_ND, batch.sets[p], e)
         graph = torch.cuda.CUDAGraph()
-        # What a graph returns is cloned before another runs: all may share their memory.
-        with torch.cuda.graph(graph, pool=pool):
+        # Captured where it will run: nodes keep to the SMs of their stream.
+        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream() if spread else None):
             out_ND = reference.expert(rows_ND, batch.sets[p], e)
         return graph, rows_ND, out_ND
 
@@ -165,8 +183,12 @@ def expert_graphs(batch: Batch) -> Contender:
     def step(p: int) -> "torch.Tensor":
         ids_TK, weights_TK = reference.route(batch.logits_PTE[p], router)
         rows_ND = torch.empty(ids_TK.numel(), batch.spec.d_model, dtype=batch.x_TD.dtype, device=batch.x_TD.device)
-        for e, (place, token) in _places(ids_TK).items():
+
+        def fill(e: int, place: "torch.Tensor", token: "torch.Tensor") -> None:
             rows_ND[place] = expert(batch.x_TD[token], p, e)
+
+        parts = {e: (len(place), partial(fill, e, place, token)) for e, (place, token) in places_of(ids_TK).items()}
+        (spread or one_by_one)(parts)
         return reference.combine(rows_ND.unflatten(0, ids_TK.shape), weights_TK)
 
     # The warm-up: no replay that is timed captures.
@@ -175,7 +197,7 @@ def expert_graphs(batch: Batch) -> Contender:
     return Contender(step=step, in_graph=False)
 
 
-def _places(ids_TK: "torch.Tensor") -> dict[int, tuple["torch.Tensor", "torch.Tensor"]]:
+def places_of(ids_TK: "torch.Tensor") -> dict[int, tuple["torch.Tensor", "torch.Tensor"]]:
     """Return the places t * K + slot of each expert hit, and their tokens."""
     flat = ids_TK.flatten()
     places = {e: (flat == e).nonzero()[:, 0] for e in flat.unique().tolist()}

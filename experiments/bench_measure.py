@@ -7,8 +7,8 @@ one by one, and what outlasts a burst, is timed alone, replay after replay: in b
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..policies.contract import DeviceSpec
@@ -34,12 +34,13 @@ class Course:
     """How points are measured."""
 
     arms: tuple[str, ...]
-    """Of `ARMS` and of `PEERS`."""
+    """Of `table` and of `PEERS`."""
     regimes: tuple[Regime, ...]
     rounds: int
     energy: bool
     device: DeviceSpec
     """Whose ceilings give floors."""
+    table: Mapping[str, Callable[[Batch], Contender]] = field(default_factory=lambda: ARMS)
 
 
 @dataclass(slots=True)
@@ -61,8 +62,9 @@ def measure(
     work = Work.of(batch)
     floor_us = work.floor_us(course.device)
     num_sets = 1 if floor_us > LONG_LAYER_US else len(batch.sets)
-    names = [name for name in course.arms if name in ARMS]
-    arms, checked = prepare(batch, names, num_sets)
+    named = {name: course.table[name] for name in course.arms if name in course.table}
+    names = list(named)
+    arms, checked = prepare(batch, named, num_sets)
     common = {**asdict(point), "weight_sets": num_sets, **asdict(work), "floor_us": floor_us}
     rows: list[dict[str, Any]] = []
     for regime in course.regimes:
@@ -80,16 +82,18 @@ def measure(
     return rows
 
 
-def prepare(batch: Batch, names: Sequence[str], num_sets: int) -> tuple[dict[str, Captured], Found]:
+def prepare(
+    batch: Batch, arms: Mapping[str, Callable[[Batch], Contender]], num_sets: int
+) -> tuple[dict[str, Captured], Found]:
     """Return the arms that are right, ready to be timed, and what was found of each one."""
     import torch
 
     expected = _expected(batch)
     ready: dict[str, Captured] = {}
     found: Found = {}
-    for name in names:
+    for name, build in arms.items():
         try:
-            contender = ARMS[name](batch)
+            contender = build(batch)
             found[name] = {**contender.about, **agreement(contender, expected)}
             if found[name]["status"] == "ok":
                 # A capture cannot take back what is cached for other streams.

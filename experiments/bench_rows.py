@@ -15,7 +15,7 @@ from ..policies.contract import DeviceSpec
 from ..policies.cost import floor_ns
 from ..runtime.timer import quantiles
 from ..traces.models import load_model
-from ..traces.schema import DTYPE_BYTES, MoeSpec
+from ..traces.schema import DTYPE_BYTES, Dtype, MoeSpec
 from .bench_arms import Batch, batch_of, num_sets
 from .runs import provenance
 
@@ -32,11 +32,12 @@ class Point:
     kind: str
     skew: str
     tokens: int
+    dtype: Dtype = "bf16"
 
     @property
     def spec(self) -> MoeSpec:
         """Return the layer's shape."""
-        return replace(load_model(self.model), kind=self.kind, num_layers=1, dtype="bf16")
+        return replace(load_model(self.model), kind=self.kind, num_layers=1, dtype=self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,7 @@ class Work:
 
     hbm_bytes: float
     flops: float
+    dtype: Dtype
 
     @classmethod
     def of(cls, batch: Batch) -> "Work":
@@ -52,11 +54,11 @@ class Work:
         spec = batch.spec
         hit = [len(logits_TE.topk(spec.top_k, dim=1).indices.unique()) for logits_TE in batch.logits_PTE]
         rows, weights = len(batch.x_TD) * spec.top_k, spec.expert_bytes() // DTYPE_BYTES[spec.dtype]
-        return cls(hbm_bytes=statistics.mean(hit) * spec.expert_bytes(), flops=rows * 2 * weights)
+        return cls(hbm_bytes=statistics.mean(hit) * spec.expert_bytes(), flops=rows * 2 * weights, dtype=spec.dtype)
 
     def floor_us(self, device: DeviceSpec) -> float:
         """Return the least time on a device."""
-        return floor_ns(hbm_bytes=self.hbm_bytes, flops=self.flops, device=device, dtype="bf16") / 1000
+        return floor_ns(hbm_bytes=self.hbm_bytes, flops=self.flops, device=device, dtype=self.dtype) / 1000
 
 
 def in_us(name: str, samples_ns: Sequence[float]) -> dict[str, float]:
@@ -75,8 +77,8 @@ def cold_batches(points: Sequence[Point], seconds: float) -> Iterator[tuple[Poin
     for point in points:
         if time.monotonic() > end:
             return
-        if held != (point.model, point.kind):
-            held, sets = (point.model, point.kind), []
+        if held != (point.model, point.kind, point.dtype):
+            held, sets = (point.model, point.kind, point.dtype), []
             torch.cuda.empty_cache()
         spec, wanted = point.spec, num_sets(point.spec, point.tokens)
         sets += [random_weights(spec, "cuda", seed) for seed in range(len(sets), wanted)]

@@ -16,6 +16,7 @@ from . import (
     cli_mig,
     cli_pair,
     cli_record,
+    cli_reproduce,
     cli_trace,
     explore_cli,
     sweep_cli,
@@ -97,6 +98,7 @@ app.command(name="record")(cli_record.record)
 app.command(name="mig")(cli_mig.mig)
 app.command(name="tune")(cli_gpu.tune)
 app.command(name="bench")(cli_bench.bench)
+app.command(name="reproduce")(cli_reproduce.reproduce)
 app.command(name="profile")(cli_fidelity.profile)
 app.command(name="calibrate")(cli_fidelity.calibrate)
 app.command(name="fidelity")(cli_fidelity.fidelity)

@@ -34,6 +34,14 @@ def precompile(loads: Sequence[tuple[MoeSpec, int]]) -> None:
     on_all_cores(_compile, jobs, chunksize=4)
 
 
+def precompile_launches(loads: Iterable[tuple[MoeSpec, int, Any]]) -> None:
+    """Compile given launches of layers and their numbers of tokens on the current device."""
+    on_all_cores(_compile, {
+        (replace(spec, d_model=256, d_ff=(256,)), num_tokens, replace(launch, slices=_lone(launch))): None
+        for spec, num_tokens, launch in loads
+    }, chunksize=4)  # fmt: skip
+
+
 def on_all_cores(compile_one: Callable[[Any], None], jobs: Iterable[Any], *, chunksize: int) -> None:
     """Compile jobs in processes of their own."""
     context = multiprocessing.get_context("spawn")
@@ -51,13 +59,14 @@ def _lone(launch: Any) -> Any:
 def _compile(job: tuple[MoeSpec, int, Any]) -> None:
     import torch
     from triton import OutOfResources
+    from triton.errors import TritonError
 
     from ..kernels.weights import random_weights
     from .bench_arms import batch_of, our_step
 
     spec, num_tokens, launch = job
     batch = batch_of(spec, num_tokens, "uniform", [random_weights(spec, "cuda")])
-    # A tile that this device cannot hold is left out when launches are timed.
-    with contextlib.suppress(OutOfResources):
+    # What this device cannot hold or compile is said when it is timed.
+    with contextlib.suppress(OutOfResources, TritonError, ValueError, RuntimeError):
         our_step(batch, launch)(0)
     torch.cuda.synchronize()

@@ -194,8 +194,8 @@ def sliced(
     spec, experts = spec_of(model), experts_of(model)
     steering = None
     if policy is not None:
-        passes = _passes_on(next(experts[0].parameters()).device)
-        steering = Steering(policy, passes, _setup(spec, device, control or Control()), on_record=on_record)
+        passes = passes_on(next(experts[0].parameters()).device)
+        steering = Steering(policy, passes, setup_of(spec, device, control or Control()), on_record=on_record)
     runner, before = LayerRunner(how, steering), model.config._experts_implementation
     try:
         for layer, module in enumerate(experts):
@@ -212,7 +212,8 @@ def sliced(
             steering.close()
 
 
-def _setup(spec: MoeSpec, device: str, control: Control) -> Setup:
+def setup_of(spec: MoeSpec, device: str, control: Control) -> Setup:
+    """Return what a policy may know of a model that runs by itself on a device."""
     found = load_device(device)
     # A process sees one instance of MIG.
     mechanisms = frozenset(MECHANISMS) - {"mig"}
@@ -220,7 +221,8 @@ def _setup(spec: MoeSpec, device: str, control: Control) -> Setup:
     return Setup(device=found, model=spec, variants=variants, mechanisms=mechanisms, control=control)
 
 
-def _passes_on(device: torch.device) -> Passes:
+def passes_on(device: torch.device) -> Passes:
+    """Return the executor of a model's passes where its experts lie."""
     if device.type != "cuda":
         return HostPasses()
     from .cuda_passes import CudaPasses

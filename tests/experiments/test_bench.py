@@ -155,7 +155,8 @@ def test_the_arms_compute_the_layer(kind, renormalise):
         assert found["same_bits"] or not name.startswith("sequential")
 
 
-def test_graphs_of_experts_replay_on_rows_copied_in(monkeypatch):
+@pytest.mark.parametrize("spread", [None, bench_contenders.one_by_one])
+def test_graphs_of_experts_replay_on_rows_copied_in(spread, monkeypatch):
     from expertslice.kernels import reference
 
     captured = []
@@ -170,7 +171,9 @@ def test_graphs_of_experts_replay_on_rows_copied_in(monkeypatch):
             self.out.copy_(real(*self.arguments))
 
     @contextlib.contextmanager
-    def graph(held, pool):
+    def graph(held, *, pool, stream):
+        # Graphs that run at once share no memory, and keep to the stream that they were captured on.
+        assert (pool, stream) == (("pool", None) if spread is None else (None, "stream"))
         yield
         held.arguments, held.out = calls[-1]
 
@@ -181,10 +184,11 @@ def test_graphs_of_experts_replay_on_rows_copied_in(monkeypatch):
     calls, real = [], reference.expert
     monkeypatch.setattr(reference, "expert", expert)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Expert)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     batch = batch_on_cpu(num_tokens=120)
-    contender = ARMS["expert_graphs"](batch)
+    contender = bench_contenders.expert_graphs(batch, spread)
     expected, graphs = bench_measure._expected(batch), len(captured)
     assert 0 < graphs < 2 * SPEC.num_experts
     assert {len(one.arguments[0]) for one in captured} <= {32, 64, 128}
