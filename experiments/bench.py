@@ -4,7 +4,6 @@ Rows are appended to rows.jsonl as points finish; rows.parquet, manifest.json an
 end. A point that an earlier run measured is not measured again.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import distributions
@@ -19,7 +18,7 @@ from ..traces.schema import nearest
 from .bench_contenders import ARMS, OURS, device_name, tuned_path
 from .bench_measure import Course, measure
 from .bench_peers import PEERS, records
-from .bench_rows import Point, cold_batches, device_manifest, read_rows, write_parquet
+from .bench_rows import Point, cold_batches, device_manifest, read_rows, refuse_other_machine, write_parquet
 from .errors import StoppedError
 from .runs import to_json
 
@@ -74,15 +73,14 @@ def course_of(
     )
 
 
-def split_done(rows: Sequence[Row], points: Sequence[Point], course: Course) -> tuple[list[Row], list[Point]]:
-    """Return the rows to keep and the points to measure: those of which not every arm and regime is there."""
+def missing_of(points: Sequence[Point], rows: Sequence[Row], course: Course) -> list[Point]:
+    """Return the points to measure: those of which not every arm and regime is there."""
     # Peers are of bursts alone.
     wanted = {(arm, regime) for arm in course.arms for regime in course.regimes if arm in ARMS or regime == "burst"}
     held: dict[Point, set[tuple[str, str]]] = {}
     for row in rows:
         held.setdefault(_point_of(row), set()).add((row["arm"], row["regime"]))
-    missing = [point for point in points if not wanted <= held.get(point, set())]
-    return [row for row in rows if _point_of(row) not in missing], missing
+    return [point for point in points if not wanted <= held.get(point, set())]
 
 
 def _point_of(row: Row) -> Point:
@@ -114,12 +112,15 @@ def bench(
     end, path = time.monotonic() + seconds, folder / "rows.jsonl"
     if path.exists() and resume is None:
         raise ValueError(f"{folder} holds rows already; go on with --resume {path}, or give another --out")
-    kept, missing = split_done(read_rows(resume) if resume else [], points, course)
+    held = read_rows(resume) if resume else []
+    missing = missing_of(points, held, course)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     try:
         with EnergyMeter(0) as meter:
             manifest = {**about(course), **device_manifest(meter, commit), "resumed": resume is not None}
+            if resume:
+                refuse_other_machine(resume.parent, manifest)
+            write_rows(path, held)
             (folder / "manifest.json").write_text(to_json(manifest) + "\n", encoding="utf-8")
             precompile_searched(missing, course)
             _measure_all(missing, course, meter, path, end, say)
@@ -158,16 +159,23 @@ def precompile_searched(points: Sequence[Point], course: Course) -> None:
 def _measure_all(
     points: Sequence[Point], course: Course, meter: EnergyMeter, path: Path, end: float, say: Callable[[str], object]
 ) -> None:
-    idle = meter.idle() if course.energy and points else None
-    with path.open("a", encoding="utf-8") as file:
-        for point, batch in cold_batches(points, end - time.monotonic()):
-            rows = measure(point, batch, course, meter, idle)
-            # The next layer's weights need the room of this one's.
-            del batch
-            file.write("".join(to_json(row, indent=None) + "\n" for row in rows))
-            file.flush()
-            for row in rows:
-                say(line(row))
+    idle, held = meter.idle() if course.energy and points else None, read_rows(path)
+    for point, batch in cold_batches(points, end - time.monotonic()):
+        rows = measure(point, batch, course, meter, idle)
+        # The next layer's weights need the room of this one's.
+        del batch
+        # A point's rows of before last until there are new ones.
+        held = [*(row for row in held if _point_of(row) != point), *rows]
+        write_rows(path, held)
+        for row in rows:
+            say(line(row))
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Put rows into a file at once: a stop leaves the old ones or the new."""
+    new = path.with_suffix(".new")
+    new.write_text("".join(to_json(row, indent=None) + "\n" for row in rows), encoding="utf-8")
+    new.replace(path)
 
 
 def line(row: Row) -> str:

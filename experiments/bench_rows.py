@@ -17,8 +17,9 @@ from ..runtime.timer import quantiles
 from ..traces.models import load_model
 from ..traces.schema import DTYPE_BYTES, Dtype, MoeSpec
 from .bench_arms import Batch, batch_of, num_sets
-from .runs import provenance
+from .runs import provenance, to_json
 
+MACHINE = ("device", "driver", "torch", "triton")
 LONG_LAYER_US = 4000
 """One set: two would not fit a burst, and one exceeds L2 many times."""
 SEEDS = "weights: the set's number; tokens: 1; logits: the number of tokens"
@@ -101,6 +102,33 @@ def device_manifest(meter: Any, commit: str | None) -> dict[str, Any]:
         "driver": meter.nvml.nvmlSystemGetDriverVersion(),
         "before": asdict(meter.snapshot()),
     }
+
+
+def machine_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be the same where rows are put together: device, driver and versions; None: there is none."""
+    found = {**manifest["versions"], **manifest}
+    return {what: found.get(what) for what in MACHINE}
+
+
+def refuse_other_machine(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise ValueError where a folder's rows are of another machine than a manifest says."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return
+    held = json.loads(path.read_text(encoding="utf-8"))
+    before, now = machine_of(held if "versions" in held else held["runs"][-1]), machine_of(manifest)
+    for what, was in before.items():
+        if now[what] != was:
+            raise ValueError(f"{folder} holds rows of {what} {was!r}, this is {now[what]!r}; give another --out")
+
+
+def claim(folder: Path, run: dict[str, Any]) -> None:
+    """Add a call to a folder's manifest; ValueError where its rows are of another machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_other_machine(folder, run)
+    path = folder / "manifest.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    path.write_text(to_json({"device": run["device"], "runs": [*before, run]}) + "\n", encoding="utf-8")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

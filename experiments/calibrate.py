@@ -12,10 +12,9 @@ from ..policies.contract import ByTokens, Plan, Slice, SliceLayout
 from ..policies.data import load_variants
 from ..sim.calibrate import Measured
 from .bench import DEVICES
+from .bench_rows import machine_of
 from .design import Load
 from .device_model import DeviceModel, calibrate
-
-MACHINE = ("device", "driver", "torch", "triton")
 
 
 def from_profile(folder: Path, *, seed: int, say: Callable[[str], object]) -> DeviceModel:
@@ -36,12 +35,6 @@ def from_profile(folder: Path, *, seed: int, say: Callable[[str], object]) -> De
     held_out = [measured_of(row) for row in kept if row["held_out"]]
     about = {"profile": manifest["commit"], "profiled": manifest["seeds"]}
     return calibrate(known, device=name, machine=machine_of(manifest), held_out=held_out, seed=seed, about=about)
-
-
-def machine_of(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be the same where a device model is used on a GPU: device, driver and versions."""
-    found = {**manifest["versions"], **manifest}
-    return {what: found[what] for what in MACHINE}
 
 
 def read_profile(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -9,7 +9,6 @@ Shape letters: P weight sets, T tokens, E experts.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,12 @@ from ..policies.data import load_device, load_variants
 from ..policies.layouts import fits_together, max_ctas_per_sm, uniform_slice
 from ..policies.validate import validate
 from ..runtime.meter import EnergyMeter, MeterError
+from ..runtime.partition import Partitions
 from ..runtime.timer import capture, interleave
 from .bench import DEVICES
 from .bench_arms import Batch, batch_of, num_sets
 from .bench_contenders import device_name
-from .bench_rows import device_manifest, in_us, read_rows, write_parquet
-from .calibrate import machine_of
+from .bench_rows import device_manifest, in_us, read_rows, refuse_other_machine, write_parquet
 from .design import Load, loads, split_held_out
 from .errors import StoppedError
 from .profile_parts import bandwidth, costs, neighbours, power
@@ -94,27 +93,21 @@ def _way(name: str, *slices: Slice, bound: int | None = None) -> Way:
 
 
 class Streams:
-    """Streams of layouts, each partition created once and kept, since graphs hold streams."""
+    """Streams of layouts."""
 
     def __init__(self) -> None:
-        self._held, self._owned = dict[Any, Any](), ExitStack()
+        self._partitions = Partitions()
 
     def __call__(self, layout: SliceLayout) -> "Sequence[torch.cuda.Stream]":
         import torch
 
-        from ..runtime.partition import Partition
-
         if layout.slices[0].mechanism != "green_context":
             return [torch.cuda.Stream() for _ in layout.slices]
-        wanted = tuple(one.sm_count for one in layout.slices)
-        if wanted not in self._held:
-            split = self._owned.enter_context(Partition(wanted=wanted))
-            self._held[wanted] = [share.stream for share in split.shares]
-        return self._held[wanted]
+        return self._partitions(*(one.sm_count for one in layout.slices))
 
     def close(self) -> None:
         """Destroy the partitions."""
-        self._owned.close()
+        self._partitions.close()
 
 
 def layer_step(batch: Batch, ws: "Workspace", plan: Plan, setup: Setup, streams: Streams) -> Callable[[int], Any]:
@@ -236,7 +229,9 @@ def run_profile(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with EnergyMeter(0) as meter:
-            _claim(folder, {**device_manifest(meter, commit), "rounds": rounds})
+            manifest = {**device_manifest(meter, commit), "rounds": rounds}
+            refuse_other_machine(folder, manifest)
+            (folder / "manifest.json").write_text(to_json(manifest) + "\n", encoding="utf-8")
             setup = Setup(
                 device=device, model=next(loads()).spec, variants=variants, mechanisms=mechanisms, control=Control(),
                 seed=0,
@@ -248,19 +243,6 @@ def run_profile(
         raise ValueError(str(error)) from error
     except KeyboardInterrupt:
         raise StoppedError(f"stopped; finished groups are kept: go on with the same --out {folder}") from None
-
-
-def _claim(folder: Path, manifest: Row) -> None:
-    """Write the manifest; rows of another machine must not be added to."""
-    path = folder / "manifest.json"
-    if (folder / "rows.jsonl").exists() and path.exists():
-        before, now = machine_of(json.loads(path.read_text(encoding="utf-8"))), machine_of(manifest)
-        for what, was in before.items():
-            if now[what] != was:
-                raise ValueError(
-                    f"{folder} was profiled with {what} {was!r}, this is {now[what]!r}; give another --out"
-                )
-    path.write_text(to_json(manifest) + "\n", encoding="utf-8")
 
 
 def measure_groups(

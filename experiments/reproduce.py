@@ -5,7 +5,6 @@ for it; rows.parquet and manifest.json are those of `bench`, with an entry for e
 judged elsewhere (`claims.py`).
 """
 
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from ..runtime.meter import EnergyMeter, MeterError
 from ..traces.schema import Dtype, nearest
 from .bench import DEVICES
 from .bench_contenders import device_name, sm_count
-from .bench_rows import Point, cold_batches, device_manifest, read_rows, write_parquet
+from .bench_rows import Point, claim, cold_batches, device_manifest, read_rows, write_parquet
 from .errors import StoppedError
 from .pair_gpu import sensor
 from .reproduce_probes import PROBES, SIMULATED, Bench, simulated
@@ -109,7 +108,7 @@ def reproduce(target: str, folder: Path, *, seconds: float, commit: str | None, 
         say: takes a line about each row.
 
     Raises:
-        ValueError: no such target; the folder's rows are of another device; the GPU is busy, or cannot be read.
+        ValueError: no such target; the folder's rows are of another machine; the GPU is busy, or cannot be read.
         StoppedError: the user stopped it; finished tasks are kept.
     """
     end = time.monotonic() + seconds
@@ -120,8 +119,7 @@ def reproduce(target: str, folder: Path, *, seconds: float, commit: str | None, 
     try:
         with sensor(busy_ok=busy_ok) as read, EnergyMeter(0) as meter:
             run = {**device_manifest(meter, commit), **read(), "cpu": cpu_name()}
-            rows = held_rows(folder, run["device"])
-            todo = missing_of(wanted, rows)
+            todo = missing_of(wanted, held_rows(folder))
             claim(folder, {**run, "tasks": len(todo)})
             if todo:
                 precompile(todo)
@@ -148,29 +146,16 @@ def reproduce_simulated(target: str, folder: Path, *, say: Say) -> None:
     points = dict.fromkeys(task.point for task in tasks_of(target))
     wanted = tuple(Task(probe=SIMULATED, point=point) for point in points)
     run = {**provenance(), "device": SIMULATED}
-    todo = missing_of(wanted, held_rows(folder, SIMULATED))
+    todo = missing_of(wanted, held_rows(folder))
     claim(folder, {**run, "tasks": len(todo)})
     _append(folder, run["commit"], ((task, simulated(task.point)) for task in todo), say)
     finish(folder, wanted, say)
 
 
-def held_rows(folder: Path, device: str) -> list[Row]:
-    """Return a folder's rows; ValueError where they are of another device."""
+def held_rows(folder: Path) -> list[Row]:
+    """Return a folder's rows."""
     path = folder / "rows.jsonl"
-    if not path.exists():
-        return []
-    before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["device"]
-    if before != device:
-        raise ValueError(f"{folder} holds rows of {before!r}, this is {device!r}; give another --out")
-    return read_rows(path)
-
-
-def claim(folder: Path, run: Row) -> None:
-    """Add a call to the folder's manifest: what was asked, by which versions, and how the device was before it."""
-    path = folder / "manifest.json"
-    before = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json({"device": run["device"], "runs": [*before, run]}) + "\n", encoding="utf-8")
+    return read_rows(path) if path.exists() else []
 
 
 def precompile(todo: Sequence[Task]) -> None:
@@ -215,7 +200,7 @@ def line(task: Task, row: Row) -> str:
 
 def finish(folder: Path, wanted: Sequence[Task], say: Say) -> None:
     """Write a folder's rows as Parquet, and say what is still missing."""
-    rows = read_rows(folder / "rows.jsonl") if (folder / "rows.jsonl").exists() else []
+    rows = held_rows(folder)
     if not rows:
         raise ValueError(f"nothing was measured within --seconds; give more time ({folder} holds the manifest alone)")
     write_parquet(folder / "rows.parquet", rows)

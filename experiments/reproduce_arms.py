@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.partition import Partitions
 from .bench_arms import Batch, activated, our_step, torch_route
 from .bench_contenders import (
     ARMS,
@@ -27,7 +28,6 @@ from .bench_contenders import (
     sm_count,
     tuned_path,
 )
-from .slices_arms import Splits
 from .slices_load import beside
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ def pool() -> "tuple[torch.cuda.Stream, ...]":
 
 
 @cache
-def splits() -> Splits:
+def splits() -> Partitions:
     """Return the device's green contexts; they last as long as the process, for graphs hold their streams."""
-    return Splits(sm_count())
+    return Partitions()
 
 
 def on_streams(parts: Parts, streams: "Sequence[torch.cuda.Stream]", of: Mapping[int, int]) -> None:
@@ -94,7 +94,7 @@ def on_own_sms(batch: Batch) -> Callable[[Parts], None]:
     bound, hot_sms = hot_share(batch)
 
     def spread(parts: Parts) -> None:
-        streams = splits()(sm_count() - hot_sms)
+        streams = splits()(sm_count() - hot_sms, hot_sms)
         on_streams(parts, streams, {e: int(rows >= bound) for e, (rows, _) in parts.items()})
 
     return spread
@@ -149,7 +149,7 @@ def sliced(batch: Batch, kernels: str, graphs: str, slices: str, streams: str) -
     ws.plan.copy_(encode_plan(2, batch.spec.num_experts, rule))
 
     def apart(parts: Sequence[Callable[[], None]]) -> None:
-        held = splits()(own[0]) if slices == "SMs" else pool()[:2]
+        held = splits()(*own) if slices == "SMs" else pool()[:2]
         beside([lambda _, part=part: part() for part in parts], held)(0)
 
     return Contender(

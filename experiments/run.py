@@ -109,8 +109,7 @@ def _check_machine(device_model_path: Path) -> None:
     """Raise ValueError where a device model was not measured on this GPU."""
     from ..runtime.meter import EnergyMeter
     from . import device_model
-    from .bench_rows import device_manifest
-    from .calibrate import machine_of
+    from .bench_rows import device_manifest, machine_of
     from .cli_gpu import require_gpu
 
     require_gpu("run --on gpu")

@@ -27,12 +27,13 @@ from ..policies.cost import floor_ns
 from ..policies.data import load_device
 from ..policies.layouts import SMEM_RESERVED_BYTES
 from ..runtime.meter import EnergyMeter, MeterError
+from ..runtime.partition import Partitions
 from .bench import DEVICES
 from .bench_contenders import device_name
-from .bench_rows import device_manifest, read_rows, write_parquet
+from .bench_rows import device_manifest, read_rows, refuse_other_machine, write_parquet
 from .cli_gpu import require_gpu
 from .runs import to_json
-from .slices_arms import Row, Splits, duel, smem_bytes, tile_name, tiles, time_in_turn
+from .slices_arms import Row, duel, smem_bytes, tile_name, tiles, time_in_turn
 from .slices_beside import DECODE_ROWS, DENSE_ROWS, MIXES, launches_of, measure_mix
 from .slices_load import Load, Shape, Step, Streams, beside, in_turn, one_tile, precompile, quick, slices_of
 
@@ -50,6 +51,7 @@ SHAPES = (
     Shape(name="2048x768", d_model=2048, d_ff=768, num_experts=128, top_k=8, tokens=4096, zipf_s=1.0),
 )
 """One projection each. With `--layers` the whole layers of the same experts come after them."""
+REGIME = "burst: at most 20 ms busy, then at least 100 ms idle; graph replay; weights cold"
 COLD_SMS = (16, 32, 48, 64, 80)
 SMS_STEPS, LEAST_SMS = (-8, -4, 4, 8), 4
 ORDERS = ("expert", "heavy", "light")
@@ -90,7 +92,7 @@ class Arm:
         words = [self.how, str(self.sms or ""), *(tile_name(tile[0]) for tile in (self.cold, self.hot) if tile)]
         return " ".join(filter(None, (*words, f"<{self.bound}" if self.bound else "", self.order)))
 
-    def step(self, load: Load, sm_count: int, split: "Splits", shared: "Streams") -> Step:
+    def step(self, load: Load, sm_count: int, split: Partitions, shared: "Streams") -> Step:
         """Return what enqueues the load."""
         hot, num_hot = self.hot
         if self.cold is None:
@@ -98,7 +100,8 @@ class Arm:
             return in_turn(load, load.route(launch, tile_order=self.order))
         cold, num_cold = self.cold
         if self.how == "green":
-            grids, streams = (self.sms * num_cold, (sm_count - self.sms) * num_hot), split(self.sms)
+            rest = sm_count - self.sms
+            grids, streams = (self.sms * num_cold, rest * num_hot), split(self.sms, rest)
         elif self.how == "co-resident":
             grids, streams = (self.sms, sm_count), shared
         else:
@@ -222,7 +225,7 @@ def attempted(arm: Arm, load: Load, make: Callable[[Arm], Step], expected: "torc
     return row | ({"status": "ok", "step": step} if torch.equal(load.out, expected) else {"status": "wrong bits"})
 
 
-def measure(shape: Shape, seconds: float, rounds: int, split: Splits) -> list[Row]:
+def measure(shape: Shape, seconds: float, rounds: int, split: Partitions) -> list[Row]:
     """Return a row for each finalist and torch's product, then one that says what slicing gained."""
     import torch
 
@@ -287,7 +290,7 @@ def run_all(arguments: argparse.Namespace, say: Callable[[str], object]) -> None
             jobs += [(shape, one_tile(launch_of(1))) for launch_of in launches_of(rows).values()]
     precompile(jobs)
     say(f"compiled, {end - time.monotonic():.0f} s left")
-    split = Splits(torch.cuda.get_device_properties(0).multi_processor_count)
+    split = Partitions()
     measures = [partial(measure, s, arguments.search, arguments.rounds, split) for s in shapes]
     measures += [partial(measure_mix, m, arguments.rounds, split) for m in mixes]
     with path.open("a", encoding="utf-8") as file:
@@ -333,14 +336,13 @@ def _run(arguments: argparse.Namespace) -> None:
         sys.stdout.flush()
 
     with EnergyMeter(0) as meter:
-        manifest = {
-            **device_manifest(meter, arguments.commit),
-            "command": f"python -P -m expertslice.experiments.slices --seconds {arguments.seconds:.0f}",
-            "regime": "burst: at most 20 ms busy, then at least 100 ms idle; graph replay; weights cold",
-            "search_s": arguments.search,
-            "rounds": arguments.rounds,
-        }
-        (arguments.out / "manifest.json").write_text(to_json(manifest) + "\n", encoding="utf-8")
+        manifest = device_manifest(meter, arguments.commit)
+        refuse_other_machine(arguments.out, manifest)
+        path = arguments.out / "manifest.json"
+        held = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+        asked = {name: value for name, value in vars(arguments).items() if name not in ("out", "commit")}
+        run = {"commit": manifest["commit"], "asked": asked, "before": manifest.pop("before")}
+        path.write_text(to_json({**manifest, "regime": REGIME, "runs": [*held, run]}) + "\n", encoding="utf-8")
         run_all(arguments, say)
     rows = [json.loads(text) for text in (arguments.out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     write_parquet(arguments.out / "rows.parquet", rows)

@@ -8,8 +8,6 @@ from ..runtime.timer import capture, interleave, paired_ratio, quantiles
 from .bench_rows import in_us
 
 if TYPE_CHECKING:
-    import torch
-
     from ..kernels.spec import LaunchSpec
 
 LEAST_ROUNDS = 6
@@ -49,29 +47,6 @@ def smem_bytes(tile: "LaunchSpec") -> int:
 def tile_name(tile: "LaunchSpec") -> str:
     """Return a tile in a few letters."""
     return f"{tile.block_m}x{tile.block_n}x{tile.block_k}w{tile.num_warps}s{tile.num_stages}" + "p" * tile.pingpong
-
-
-class Splits:
-    """Green contexts of the device, so many SMs and the rest: each created once and kept, since graphs hold streams."""
-
-    def __init__(self, sm_count: int) -> None:
-        self._sm_count = sm_count
-        self._held: dict[int, tuple[torch.cuda.Stream, ...]] = {}
-        self._partitions: list[Any] = []
-
-    def __call__(self, sms: int) -> "tuple[torch.cuda.Stream, ...]":
-        from ..runtime.partition import Partition
-
-        if sms not in self._held:
-            partition = Partition(wanted=(sms, self._sm_count - sms)).__enter__()
-            self._partitions.append(partition)
-            self._held[sms] = tuple(share.stream for share in partition.shares)
-        return self._held[sms]
-
-    def close(self) -> None:
-        """Destroy them."""
-        for partition in reversed(self._partitions):
-            partition.__exit__()
 
 
 def time_in_turn(final: list[Row], num_sets: int, rounds: int, floor_us: float) -> list[Row]:

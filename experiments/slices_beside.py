@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..runtime.partition import Partitions
 from ..runtime.timer import BURST_IDLE_NS, Captured, capture, quantiles
-from .slices_arms import Row, Splits, duel, tile_name, tiles, time_in_turn
+from .slices_arms import Row, duel, tile_name, tiles, time_in_turn
 from .slices_load import Load, Shape, Step, Streams, beside, in_turn, one_tile, quick, slices_of
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _one_after_other(*steps: Step) -> Step:
     return step
 
 
-def ways(sm_count: int, split: "Splits") -> Iterator[Way]:
+def ways(sm_count: int, split: Partitions) -> Iterator[Way]:
     """Yield the controls, then bounded grids beside the dense product, then SM sets of their own."""
     import torch
 
@@ -189,7 +190,8 @@ def ways(sm_count: int, split: "Splits") -> Iterator[Way]:
     for sms in BOUNDED_SMS:
         yield way(name=f"bounded {sms}", side="sliced", sms=sms, streams=plain(-1, 0))
     for sms in DECODE_SMS:
-        yield Way(name=f"green {sms}", side="sliced", sms=sms, dense_sms=sm_count - sms, streams=partial(split, sms))
+        rest = sm_count - sms
+        yield Way(name=f"green {sms}", side="sliced", sms=sms, dense_sms=rest, streams=partial(split, sms, rest))
 
 
 def launches_of(block_m: int) -> dict[str, LaunchOf]:
@@ -225,7 +227,7 @@ def tune(parts: Parts, way: Way) -> Row:
     return best
 
 
-def measure_mix(mix: Mix, rounds: int, split: "Splits") -> list[Row]:
+def measure_mix(mix: Mix, rounds: int, split: Partitions) -> list[Row]:
     """Return a row for every way, each with its own best decode launch, then one that says what slicing gained."""
     import torch
 

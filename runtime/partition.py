@@ -127,6 +127,26 @@ class Partition:
         return found[0] if len(found) == 1 else tuple(found) if found else None
 
 
+class Partitions:
+    """Streams of partitions, each created once and kept, since graphs hold streams."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, ...], tuple[torch.cuda.Stream, ...]] = {}
+        self._owned = ExitStack()
+
+    def __call__(self, *wanted: int) -> "tuple[torch.cuda.Stream, ...]":
+        """Return a stream for each number of SMs; PartitionError as of `Partition`."""
+        if wanted not in self._held:
+            split = self._owned.enter_context(Partition(wanted=wanted))
+            self._held[wanted] = tuple(share.stream for share in split.shares)
+        return self._held[wanted]
+
+    def close(self) -> None:
+        """Destroy them, the newest first."""
+        self._held.clear()
+        self._owned.close()
+
+
 def _bindings() -> Any:
     try:
         from cuda.bindings import driver

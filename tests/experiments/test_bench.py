@@ -380,6 +380,31 @@ def test_a_run_goes_on_where_another_ended(device, tmp_path, capsys, monkeypatch
     assert (again[: len(held)], len(held), len(again)) == (held, 3 * 2, 4 * 2)
 
 
+def test_rows_stay_until_their_point_is_measured_again(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_plots, "draw", lambda folder: [])
+    path = tmp_path / "rows.jsonl"
+    common = ["bench", "small", "--tokens", "1,32", "--skew", "zipf", "--out", str(tmp_path)]
+    assert run([*common, "--arms", "sequential", "--seconds", "900"]) == 0
+    before = bench.read_rows(path)
+    # Time for one of two points, now with another arm.
+    more = ["--arms", "sequential,torch_grouped", "--resume", str(path), "--seconds", "150"]
+    assert run([*common, *more]) == 0
+    after = bench.read_rows(path)
+    assert [row for row in after if row["tokens"] == 32] == [row for row in before if row["tokens"] == 32]
+    assert [row["arm"] for row in after if row["tokens"] == 1] == ["sequential", "torch_grouped"]
+
+
+def test_rows_of_another_machine_are_not_gone_on_with(device, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_plots, "draw", lambda folder: [])
+    command = ["bench", "small", "--arms", "sequential", "--tokens", "1", "--out", str(tmp_path)]
+    assert run(command) == 0
+    path, held = tmp_path / "manifest.json", (tmp_path / "rows.jsonl").read_text()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"driver": "0.9"}))
+    assert run([*command, "--tokens", "1,32", "--resume", str(tmp_path / "rows.jsonl")]) == 2
+    assert "holds rows of driver '0.9', this is '1.2'" in capsys.readouterr().err
+    assert (tmp_path / "rows.jsonl").read_text() == held
+
+
 def test_a_run_without_a_pair_still_draws_what_it_has(device, tmp_path):
     options = ["--arms", "sequential", "--rounds", "2", "--tokens", "32", "--skew", "zipf", "--out", str(tmp_path)]
     assert run(["bench", "small", *options]) == 0
@@ -396,9 +421,9 @@ def test_points_that_lack_an_arm_are_measured_again():
         for arm, regime in itertools.product(options.arms, options.regimes)
         if arm != "vllm" or regime == "burst"
     ]
-    assert bench.split_done(rows, points, options) == (rows, [])
-    assert bench.split_done(rows[:-1], points, options) == (rows[:5], points[1:])
-    assert bench.split_done([], points, options) == ([], points)
+    assert bench.missing_of(points, rows, options) == []
+    assert bench.missing_of(points, rows[:-1], options) == points[1:]
+    assert bench.missing_of(points, [], options) == points
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

@@ -5,6 +5,7 @@ import itertools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,20 +32,6 @@ TILES = SMALL, replace(SMALL, name="32x32", block_m=32)
 DEVICE = replace(load_device("a100-sxm4-80gb"), sm_count=8, sm_partition_min=4, sm_partition_step=4)
 
 
-class Stream:
-    def __init__(self, priority=0):
-        pass
-
-    def wait_stream(self, _):
-        pass
-
-    def record_event(self):
-        pass
-
-    def wait_event(self, _):
-        pass
-
-
 class Quiet:
     def __getitem__(self, _):
         return lambda *_args, **_options: None
@@ -52,8 +39,8 @@ class Quiet:
 
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Mock)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(lanes, "stamp_kernel", Quiet())
@@ -77,7 +64,7 @@ def here(monkeypatch):
 def refused(layout):
     if layout.slices[0].mechanism == "green_context":
         raise PartitionError("no green contexts here")
-    return [Stream() for _ in layout.slices]
+    return [Mock() for _ in layout.slices]
 
 
 def test_a_load_is_measured_under_every_way_that_fits_with_the_bits_of_the_definition(here, monkeypatch):
@@ -122,7 +109,7 @@ def test_bandwidth_and_neighbours_are_rows_with_what_they_moved(here, monkeypatc
     assert all(row["per_s"] > 0 for row in rows)
     launched.clear()
     wide = []
-    rows = profile_parts.neighbours(device, lambda layout: wide.append(layout) or [Stream(), Stream()], 2)
+    rows = profile_parts.neighbours(device, lambda layout: wide.append(layout) or [Mock(), Mock()], 2)
     assert {tuple(one.sm_count for one in layout.slices) for layout in wide} == {
         (n, 128 - n) for n in profile_parts.APART_SMS
     }
@@ -153,7 +140,7 @@ def test_costs_name_what_cost_models_need(here, monkeypatch):
             return 0.01
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    rows = profile_parts.costs(lambda layout: [Stream() for _ in layout.slices])
+    rows = profile_parts.costs(lambda layout: [Mock() for _ in layout.slices])
     assert {row["arm"] for row in rows} >= {
         "graph node", "32 nodes on 4 branches", "kernel launch, host", "graph launch, host", "upload, waited for",
         "green context creation", "change of layout, both replays", "same layout twice, both replays",

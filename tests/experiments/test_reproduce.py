@@ -56,7 +56,7 @@ def host(monkeypatch):
     monkeypatch.setattr(reproduce_arms, "beside", beside)
     monkeypatch.setattr(reproduce_arms, "sm_count", lambda: 16)
     monkeypatch.setattr(reproduce_arms, "pool", lambda: tuple(range(reproduce_arms.NUM_STREAMS)))
-    monkeypatch.setattr(reproduce_arms, "splits", lambda: lambda sms: (f"{sms} SMs", f"{16 - sms} SMs"))
+    monkeypatch.setattr(reproduce_arms, "splits", lambda: lambda *sms: tuple(f"{n} SMs" for n in sms))
     return ran
 
 
@@ -360,7 +360,8 @@ def test_simulated_rows_need_no_gpu(tmp_path, monkeypatch):
     (["table1"], "busy", "add --busy-gpu"),
     (["table1"], "unknown", "nothing is known of 'Fake GPU'; reproduce runs on NVIDIA H100"),
     (["table1"], "none", "reproduce needs a CUDA device"),
-    (["table1"], "other", "holds rows of 'NVIDIA H200'"),
+    (["table1"], "other", "holds rows of device 'NVIDIA H200'"),
+    (["table1"], "older", "holds rows of torch '1.0'"),
     (["table1"], "meter", "measure elsewhere"),
     (["table1", "--seconds", "1"], None, "nothing was measured within --seconds"),
 ])  # fmt: skip
@@ -373,9 +374,11 @@ def test_a_mistake_is_one_sentence(arguments, change, sentence, device, tmp_path
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     elif change == "meter":
         monkeypatch.setattr(Meter, "broken", True)
-    elif change == "other":
+    elif change in ("other", "older"):
+        was = {"device": "NVIDIA H100 80GB HBM3", "driver": "1.2", "versions": {"torch": "1.0"}}
+        run_before = was | ({"device": "NVIDIA H200"} if change == "other" else {})
         (tmp_path / "rows.jsonl").write_text("")
-        (tmp_path / "manifest.json").write_text(json.dumps({"device": "NVIDIA H200", "runs": []}))
+        (tmp_path / "manifest.json").write_text(json.dumps({"device": run_before["device"], "runs": [run_before]}))
     assert run(["reproduce", *arguments, "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert sentence in said

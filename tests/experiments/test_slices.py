@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -24,26 +25,12 @@ SHAPE = Shape(name="s", d_model=16, d_ff=32, num_experts=4, top_k=2, tokens=40, 
 TILES = [(LaunchSpec(block_m=m, block_n=32, block_k=16, num_warps=4, num_stages=2, num_ctas=1), 2) for m in (16, 64)]
 
 
-class Stream:
-    def __init__(self, priority=0):
-        pass
-
-    def wait_stream(self, _):
-        pass
-
-    def record_event(self):
-        pass
-
-    def wait_event(self, _):
-        pass
-
-
 @pytest.fixture
 def here(monkeypatch):
     """Let both experiments run here, each replay slower than the one before."""
     times = itertools.count(100)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Mock)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=2))
@@ -71,11 +58,11 @@ def here(monkeypatch):
     monkeypatch.setattr(slices_load, "BOUNDS", (20,))
 
 
-def streams(_):
-    return [Stream(), Stream()]
+def streams(*_):
+    return [Mock(), Mock()]
 
 
-def refuse(_):
+def refuse(*_):
     raise PartitionError("no green contexts here")
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertslice.runtime import partition
-from expertslice.runtime.partition import Partition, PartitionError, allot
+from expertslice.runtime.partition import Partition, PartitionError, Partitions, allot
 
 
 class FakeDriver:
@@ -131,6 +131,19 @@ def test_other_counts_than_asked_are_refused_and_nothing_is_left():
         Partition(wanted=(32,), driver=driver),
     ):
         pass
+
+
+def test_partitions_are_created_once_and_all_destroyed(monkeypatch):
+    driver = FakeDriver()
+    monkeypatch.setattr(partition, "_bindings", lambda: driver)
+    held = Partitions()
+    first = held(32, 100)
+    assert len(first) == 2
+    assert held(32, 100) is first
+    assert held(16, 116) != first
+    assert driver.calls.count("cuGreenCtxCreate") == 4
+    held.close()
+    assert not driver.alive
 
 
 CREATING = (
