@@ -110,7 +110,7 @@ class Source:
 def sources(results: Path) -> list[Source]:
     """Return what lies in a folder of results: of `reproduce`, then committed runs of `bench`."""
     found = [_source(path.parent, "commit") for path in sorted((results / "paper").glob("*/rows.parquet"))]
-    return found + [_source(results / "speed" / name, "bench") for name in ("layers", "energy")]
+    return found + [_source(results / "speed" / name, "bench") for name in ("arms", "layers", "energy")]
 
 
 def _source(folder: Path, kind: str) -> Source:
