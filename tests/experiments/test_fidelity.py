@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from expertslice.experiments import design, device_model, fidelity
-from expertslice.experiments.bench_rows import write_parquet
+from expertslice.experiments.bench_rows import refuse_other_machine, write_parquet
 from expertslice.experiments.calibrate import measured_of
 from expertslice.experiments.cli import run
 from expertslice.experiments.fidelity_records import drawn_counts_LE, of_layer
-from expertslice.experiments.profile import _claim, measure_groups, ways
+from expertslice.experiments.profile import measure_groups, ways
 from expertslice.policies.contract import Setup, SliceLayout
 from expertslice.policies.cost import CostModel
 from expertslice.policies.data import load_device, load_variants
@@ -199,10 +199,11 @@ def test_a_profile_goes_on_with_what_is_missing_and_flags_throttling(tmp_path):
     assert [(row["group"], row["part"], row["throttled"]) for row in rows] == [
         ("costs", "costs", False), ("layers", "layers a", False), ("power", "power", True),
     ]  # fmt: skip
-    _claim(tmp_path, MANIFEST)
-    _claim(tmp_path, MANIFEST)
-    with pytest.raises(ValueError, match=r"was profiled with driver '580.1', this is '590'; give another --out"):
-        _claim(tmp_path, {**MANIFEST, "driver": "590"})
+    refuse_other_machine(tmp_path, MANIFEST)
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+    refuse_other_machine(tmp_path, MANIFEST)
+    with pytest.raises(ValueError, match=r"holds rows of driver '580.1', this is '590'; give another --out"):
+        refuse_other_machine(tmp_path, {**MANIFEST, "driver": "590"})
 
 
 def test_the_ranking_of_launches_counts_only_what_hardware_separates():
