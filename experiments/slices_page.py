@@ -43,7 +43,7 @@ def gains(rows: Sequence[Row]) -> list[Row]:
 def best_of(rows: Sequence[Row], gain: Row) -> Row:
     """Return the best arm's share of the other part that joined it, and what both parts did."""
     (best,) = [row for row in rows if row["name"] == gain["name"] and row["arm"] == gain["sliced"]]
-    held = {name: best[name] for name in ("join", "decode_us_q50", "decode_us_q95", "of_floor")}
+    held = {name: best[name] for name in ("join", "decode_us_q50", "decode_us_q99", "of_floor")}
     return held | {"dense_tflops": dense_tflops(best)}
 
 
@@ -65,13 +65,13 @@ def _frontier(rows: Sequence[Row]) -> Sketch:
         mine = [row for row in rows if row["name"] == name and row["arm"] != GAIN]
         for i, (kind, label) in enumerate((("green", "SM sets"), ("bounded", "bounded grids"), ("", "controls"))):
             some = [row for row in mine if _kind(row["arm"]) == kind]
-            points = [(dense_tflops(row), row["decode_us_q95"]) for row in some]
+            points = [(dense_tflops(row), row["decode_us_q99"]) for row in some]
             ax.plot(*zip(*points, strict=True), "os^"[i], ms=4, color=PALETTE[i], label=label)
             for row, point in zip(some, points, strict=True):
                 ax.annotate(row["arm"].removeprefix(kind), point, fontsize=6, xytext=(2, 2), textcoords="offset points")
         ax.set(title=name)
     figure.supxlabel("TFLOP/s of the dense product over the whole step", fontsize=9)
-    figure.supylabel("µs until the decode part is done, 95th percentile", fontsize=9)
+    figure.supylabel("µs until the decode part is done, 99th percentile", fontsize=9)
     all_axes.flat[0].legend()
     caption = "Numbers are the decode part's SMs: down and to the right is better, and no split is best at both."
     return figure, "frontier", "Decode beside a dense product", caption
