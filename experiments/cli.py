@@ -50,7 +50,6 @@ app = typer.Typer(
 
 @app.command()
 def whatif(
-    context: typer.Context,
     trace: shared.Trace = None,
     *,
     device: shared.Device = shared.DEVICE,
@@ -79,11 +78,12 @@ def whatif(
     no_report: shared.NoReport = False,
 ) -> None:
     """Rank slicing policies on a routing trace: which one, by how much, how sure, and why."""
+    arguments = locals()
     from .case import Options
     from .table import print_summary
     from .whatif import what_if
 
-    _, summary, folder = what_if(Options(**shared.given(context), report=not no_report))
+    _, summary, folder = what_if(Options(**shared.given(arguments), report=not no_report))
     if as_json:
         print_json({**summary, "folder": str(folder), "report": None if no_report else str(folder / "report.html")})
     else:

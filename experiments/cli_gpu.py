@@ -48,7 +48,6 @@ def doctor(*, as_json: AsJson = False) -> None:
 
 
 def run_trace(
-    context: typer.Context,
     trace: Trace = None,
     *,
     policies: Annotated[
@@ -72,9 +71,10 @@ def run_trace(
     as_json: AsJson = False,
 ) -> None:
     """Run policies on a trace's steps, on this GPU or reckoned on this host, and keep a record of every step."""
+    arguments = locals()
     from .run import RunOptions, run_trace
 
-    summary, folder = run_trace(RunOptions(**given(context)), say=(lambda _: None) if as_json else typer.echo)
+    summary, folder = run_trace(RunOptions(**given(arguments)), say=(lambda _: None) if as_json else typer.echo)
     if as_json:
         print_json({**summary, "folder": str(folder)})
     else:

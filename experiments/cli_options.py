@@ -25,7 +25,10 @@ DEVICE = "h100-sxm5-80gb"
 RUNS = Path("runs")
 
 
-def given(context: typer.Context) -> dict[str, Any]:
-    """Return the options that say what is run, without those that were left out."""
+def given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that say what is run, without those that were left out, of a command's `locals()`.
+
+    A context's own parameters would do, were they of the declared types in every version of typer.
+    """
     about_output, left_out = ("as_json", "no_report"), (None, [], ())
-    return {name: value for name, value in context.params.items() if name not in about_output and value not in left_out}
+    return {name: value for name, value in arguments.items() if name not in about_output and value not in left_out}

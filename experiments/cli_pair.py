@@ -10,7 +10,6 @@ from .cli_options import DEVICE, RUNS, AsJson, Device, Model, NoReport, Out, Seg
 
 
 def pair(
-    context: typer.Context,
     trace: Trace = None,
     *,
     policies: Annotated[
@@ -30,11 +29,12 @@ def pair(
     no_report: NoReport = False,
 ) -> None:
     """Run the same policies on a backend and in the simulator, in turn, and say how far the two agree."""
+    arguments = locals()
     from .pair import PairOptions
     from .pair import pair as run_pair
     from .pair_report import lines
 
-    options = PairOptions(**given(context), report=not no_report)
+    options = PairOptions(**given(arguments), report=not no_report)
     summary, folder = run_pair(options, say=(lambda _: None) if as_json else typer.echo)
     if as_json:
         print_json({**summary, "folder": str(folder)})

@@ -18,7 +18,9 @@ from torch import Tensor
 from ..traces.schema import MoeSpec
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike, NDArray
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter, which computes bf16 wrongly and knows no inline assembly."""
@@ -233,13 +235,29 @@ def encode_plan(
     if not 0 <= slice_ids.min() <= slice_ids.max() < num_slices:
         raise ValueError(f"plan: slice ids {np.unique(slice_ids).tolist()}; the layout has slices 0..{num_slices - 1}")
     words = np.zeros((*slice_ids.shape[:-1], plan_words(num_experts)), np.int32)
-    words[..., ORDER_AT.value] = TILE_ORDERS.index(tile_order)
-    words[..., NUM_BOUNDS_AT.value] = len(rule.bounds) if rule else -1
-    start = SLICE_IDS_AT.value if rule else PINNED_AT.value
-    words[..., start : start + count] = slice_ids
-    if rule:
-        words[BOUNDS_AT.value : BOUNDS_AT.value + len(rule.bounds)] = rule.bounds
+    fill_plan(words, rule.bounds if rule else None, slice_ids, tile_order=tile_order)
     return torch.from_numpy(words)
+
+
+def fill_plan(
+    words: "NDArray[np.int32]", bounds: "Sequence[int] | None", slice_ids: "ArrayLike", *, tile_order: str
+) -> None:
+    """Fill the words [..., W] of a plan that is known to be sound; what is not of it may hold anything.
+
+    Args:
+        words: on the host.
+        bounds: of a token rule; None: every expert has its slice.
+        slice_ids: one more than bounds, or those of experts [..., E].
+        tile_order: within each slice.
+    """
+    words[..., ORDER_AT.value] = TILE_ORDERS.index(tile_order)
+    if bounds is None:
+        words[..., NUM_BOUNDS_AT.value] = -1
+        words[..., PINNED_AT.value :] = slice_ids
+    else:
+        words[..., NUM_BOUNDS_AT.value] = len(bounds)
+        words[..., BOUNDS_AT.value : BOUNDS_AT.value + len(bounds)] = bounds
+        words[..., SLICE_IDS_AT.value : SLICE_IDS_AT.value + len(bounds) + 1] = slice_ids
 
 
 def plan_words(num_experts: int) -> int:

@@ -11,7 +11,7 @@ Shape letters: L MoE layers, E routed experts, S slices of a layout, H steps of 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
@@ -210,6 +210,12 @@ class ByTokens:
         return f"by_tokens{self.bounds}{self.slice_ids}".encode()
 
 
+@lru_cache
+def _text_of(layout: SliceLayout) -> str:
+    """Return a layout's canonical text: many plans share one."""
+    return repr(layout)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A layout and who runs where."""
@@ -223,7 +229,7 @@ class Plan:
     @cached_property
     def plan_id(self) -> str:
         """Return a name that equal plans share: a hash of their canonical bytes."""
-        text = repr((self.layout, self.tile_order, self.steal)).encode()
+        text = f"({_text_of(self.layout)}, {self.tile_order!r}, {self.steal!r})".encode()
         return hashlib.blake2b(text + self.placement.canonical_bytes(), digest_size=8).hexdigest()
 
 

@@ -76,7 +76,7 @@ class ControlState:
         """
         # A plan is a value: one that was checked stays sound, and most decisions keep it.
         if plan is not self._checked:
-            validate(plan, self._setup)
+            validate(plan, self._setup, checked=self._checked.layout if self._checked else None)
             self._checked = plan
         self._coming.append((self.deciding + self._setup.control.delay_steps, plan))
 

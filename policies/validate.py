@@ -43,15 +43,17 @@ class PlanError(ValueError):
     """A plan that the device cannot hold."""
 
 
-def validate(plan: Plan, setup: Setup) -> None:
-    """Check that the device of `setup` can hold the plan.
+def validate(plan: Plan, setup: Setup, *, checked: SliceLayout | None = None) -> None:
+    """Check that the device of `setup` can hold the plan; a layout that was `checked` there is not looked at again.
 
     The layout's part is remembered by value, so that a call per step costs microseconds.
 
     Raises:
         PlanError: naming what was given, what is allowed and what to do.
     """
-    problem = _layout_problem(plan.layout, setup.device, setup.variants, setup.mechanisms)
+    problem = None
+    if plan.layout is not checked:
+        problem = _layout_problem(plan.layout, setup.device, setup.variants, setup.mechanisms)
     if problem := problem or next(_of_plan(plan, setup), None):
         raise PlanError(problem)
 

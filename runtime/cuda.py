@@ -1,33 +1,31 @@
 """The executor on a GPU: steps as graphs, one for each layout and load, that any routing and plan replays.
 
-What a step needs goes up before its graph and counts come down after it, all enqueued: nothing waits for the device.
-Each slice stamps when it begins and ends, by the device's own timer.
+What a step needs goes up in one copy before its graph, which ends by storing counts and stamps where the host finds
+them: a step takes three calls of the driver, and nothing waits for the device. A step and each of its slices stamp when
+they begin and end, by the device's own timer.
 
-Shape letters: T tokens, L MoE layers, E experts, K top-k, S slices, D model, R steps in flight, W words of a plan,
-P places of other work, A what is asked of a launch.
+Shape letters: T tokens, L MoE layers, E experts, S slices, D model.
 """
 
 import contextlib
-import math
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 import triton
 
 from ..kernels.layer import moe_layer
-from ..kernels.spec import MAX_SLICES, LayerLaunch, RouterSpec
+from ..kernels.spec import LayerLaunch, RouterSpec
 from ..kernels.weights import random_weights
 from ..kernels.workspace import Workspace
 from ..policies.contract import EnergyWindow, Plan, Setup, SliceLayout
 from ..policies.layouts import one_slice_plan
 from ..traces.schema import I32, RoutedStep
+from .back import Back
 from .backend import MOST_AHEAD, Executor, ExecutorError, Finished, Launched
 from .energy import EnergyLog
 from .graphs import CAPTURE_RULES, Calls, CaptureRule, GraphCache
@@ -38,14 +36,14 @@ from .other import PLACES, OtherKernels, asked_LPA, places_of, slice_ids_of
 from .partition import Partition, PartitionError
 from .timer import sets_to_stay_cold
 from .upload import Upload
-from .workload import expert_ids_LTK, plan_words_LW, write_logits
+from .workload import expert_ids_LTK, fill_words
 
 IN_FLIGHT = MOST_AHEAD + 2
 GRAPH_BYTES = 4 << 30
-ANCHOR_NS = 2_000_000_000
-"""Events tell the time between them in single precision: later ones are told from a later one."""
-CLOCK_TRIES, HELD_CYCLES = 8, 1_000_000
+CLOCK_TRIES = 8
 Replay = Callable[[], object]
+Streams = tuple["torch.cuda.Stream | None", ...]
+"""Of slices; None: the one that the step is on."""
 Load = tuple[int, frozenset[int | None]]
 """A token bucket, and the slices that other work beside its experts names."""
 
@@ -64,9 +62,6 @@ class GraphKey:
 @dataclass(frozen=True, slots=True)
 class _Running:
     step: int
-    start: Any
-    end: Any
-    slot: int
     num_slices: int
 
 
@@ -147,26 +142,21 @@ class CudaExecutor(Executor):
         self._logits_LTE = torch.zeros(num_layers, tokens, num_experts, dtype=torch.bfloat16, device="cuda")
         self._other: OtherKernels | None = None
         self._next_chunk = 0
-        self._words: tuple[Plan, I32] | None = None
-        self._allocate_back(base.counts_E.repeat(num_layers, 1))
+        self._allocate_back(base.counts_E.numel())
         self._workspaces = [
-            replace(base, plan=self._upload.plans_LW[layer], counts_E=self._counts_LE[layer])
+            replace(base, plan=self._upload.plans_LW[layer], counts_E=self._back.counts_LE[layer])
             for layer in range(num_layers)
         ]
 
-    def _allocate_back(self, counts_LE: torch.Tensor) -> None:
-        """Allocate what comes back of each step: counts, and stamps of the slices."""
-        num_layers, self._counts_LE = len(counts_LE), counts_LE
-        self._stamps_LS2 = torch.zeros(num_layers, MAX_SLICES, 2, dtype=torch.int64, device="cuda")
-        self._counts_RLE = torch.zeros(IN_FLIGHT, *counts_LE.shape, dtype=torch.int32, pin_memory=True)
-        self._stamps_RLS2 = torch.zeros(IN_FLIGHT, num_layers, MAX_SLICES, 2, dtype=torch.int64, pin_memory=True)
+    def _allocate_back(self, num_experts: int) -> None:
+        """Allocate what comes back of each step."""
+        self._back = Back(IN_FLIGHT, self._setup.model.num_layers, num_experts)
         self._running: deque[_Running] = deque()
         self._rest: list[Finished] = []
-        self._ended: dict[int, Any] = {}
         self._num_launched = self._num_finished = 0
 
     def _prepare(self, layouts: Sequence[SliceLayout]) -> None:
-        self._streams: dict[SliceLayout, tuple[torch.cuda.Stream, ...]] = {}
+        self._streams: dict[SliceLayout, Streams] = {}
         self._refused: dict[SliceLayout, str] = {}
         self._graphs = GraphCache(self._graph_bytes, self._captured)
         self._calls = Calls[GraphKey](self._rule)
@@ -179,17 +169,19 @@ class CudaExecutor(Executor):
                 with contextlib.suppress(ExecutorError):
                     self._replay_of(key, bucket)
 
-    def _streams_of(self, layout: SliceLayout) -> tuple["torch.cuda.Stream", ...]:
+    def _streams_of(self, layout: SliceLayout) -> Streams:
         if layout not in self._streams:
             self._streams[layout] = self._new_streams(layout)
         return self._streams[layout]
 
-    def _new_streams(self, layout: SliceLayout) -> tuple["torch.cuda.Stream", ...]:
+    def _new_streams(self, layout: SliceLayout) -> Streams:
         priorities = tuple(one.stream_priority for one in layout.slices)
         mechanism = layout.slices[0].mechanism
         if mechanism == "mig":
             raise PartitionError("mig slices need a process for each instance; this executor is one, use another plan")
         if mechanism != "green_context":
+            if layout.num_slices == 1:
+                return (None,)
             return tuple(torch.cuda.Stream(priority=priority) for priority in priorities)
         wanted = tuple(one.sm_count for one in layout.slices)
         split = self._owned.enter_context(Partition(wanted=wanted, priorities=priorities))
@@ -200,19 +192,15 @@ class CudaExecutor(Executor):
         log = self._log = EnergyLog(EnergyMeter(0, clock_ns=time.perf_counter_ns)) if self._energy else None
         if log:
             log.measure_idle()
-        stamp, closest_ms = self._stamps_LS2[0, 0, 0], math.inf
-        # Where the host is late or other work has the device, event and stamp tell different times: all are enqueued
-        # while the device is held, and the closest of many counts.
+        closest_ns = None
+        # The host only ever sees a stamp too late: the least of many differences counts.
         for _ in range(CLOCK_TRIES):
-            torch.cuda._sleep(HELD_CYCLES)
-            before = _event()
-            stamp_kernel[(1,)](stamp)
-            after = _event()
+            stamp_kernel[(1,)](self._back.begin)
             torch.cuda.synchronize()
             now_ns = time.perf_counter_ns()
-            if (took_ms := before.elapsed_time(after)) < closest_ms:
-                closest_ms, self._anchor = took_ms, (after, 0)
-                self._zero_ns, self._timer_zero_ns = now_ns, int(stamp)
+            ahead_ns = now_ns - int(self._back.begin)
+            closest_ns = ahead_ns if closest_ns is None else min(closest_ns, ahead_ns)
+        self._zero_ns, self._timer_zero_ns = now_ns, now_ns - closest_ns
         if log:
             log.start(self._zero_ns)
 
@@ -229,39 +217,27 @@ class CudaExecutor(Executor):
         before_ns, captures = self.now_ns(), key not in self._graphs
         replay = self._replay_of(key, step.num_tokens)
         capture_ns = self.now_ns() - before_ns if captures and key in self._graphs else 0
-        slot = self._num_launched % IN_FLIGHT
-        self._send(step, plan, slot)
-        submit_ns, start = self.now_ns(), _event()
+        self._send(step, plan)
+        submit_ns = self.now_ns()
         replay()
-        self._bring_back(step, start, plan)
+        self._take_note(step, plan)
         return Launched(submit_ns=submit_ns, reconfigure_ns=0, capture_ns=capture_ns)
 
-    def _bring_back(self, step: RoutedStep, start: "torch.cuda.Event", plan: Plan) -> None:
-        """End a step, and enqueue the way back of its counts and stamps."""
-        slot, end = self._num_launched % IN_FLIGHT, _event()
-        self._counts_RLE[slot].copy_(self._counts_LE, non_blocking=True)
-        self._stamps_RLS2[slot].copy_(self._stamps_LS2, non_blocking=True)
-        self._ended[self._num_launched] = back = torch.cuda.Event()
-        back.record()
-        self._ended.pop(self._num_launched - IN_FLIGHT, None)
-        self._running.append(_Running(step.step, start, end, slot, plan.layout.num_slices))
+    def _take_note(self, step: RoutedStep, plan: Plan) -> None:
+        """Remember a step that was enqueued, with the way back of its counts and stamps."""
+        self._back.ends(self._num_launched % IN_FLIGHT)
+        self._running.append(_Running(step.step, plan.layout.num_slices))
         self._num_launched += 1
 
-    def _send(self, step: RoutedStep, plan: Plan, slot: int) -> None:
+    def _send(self, step: RoutedStep, plan: Plan) -> None:
         model, asked = self._setup.model, None
         if step.other_L and self._other:
             asked, ends = asked_LPA(step.other_L, model.num_layers, plan.layout.num_slices, self._next_chunk)
             self._next_chunk = ends % self._other.num_chunks
-        ids_LTK = self._upload.send(
-            slot, expert_ids_LTK(step, model.top_k), plan=plan, words_LW=lambda: self._words_of(plan), asked_LPA=asked
-        )
-        write_logits(self._logits_LTE[:, : step.num_tokens], ids_LTK.long())
-
-    def _words_of(self, plan: Plan) -> I32:
-        if self._words is None or self._words[0] is not plan:
-            model = self._setup.model
-            self._words = plan, plan_words_LW(plan, model.num_layers, model.num_experts).numpy()
-        return self._words[1]
+        self._upload.send(
+            self._num_launched % IN_FLIGHT, expert_ids_LTK(step, model.top_k), plan=plan,
+            fill=lambda words_LW: fill_words(words_LW, plan), asked_LPA=asked,
+        )  # fmt: skip
 
     def _replay_of(self, key: GraphKey, num_tokens: int) -> Replay:
         """Return what enqueues a step: its graph, or its kernels where the rule has no graph for it yet."""
@@ -287,9 +263,17 @@ class CudaExecutor(Executor):
             )
         sms = [one.sm_count for one in key.layout.slices]
         lanes = StreamLanes(
-            self._streams_of(key.layout), self._stamps_LS2, sms=sms, other=self._other, places=key.places
+            self._streams_of(key.layout), self._back.stamps_LS2, sms=sms, other=self._other, places=key.places
         )
-        return lambda: self._run_layers(launch, lanes, key.bucket)
+
+        def run() -> None:
+            self._upload.write_logits(self._logits_LTE, key.bucket, self._router.top_k)
+            stamp_kernel[(1,)](self._back.begin)
+            self._run_layers(launch, lanes, key.bucket)
+            stamp_kernel[(1,)](self._back.end)
+            self._back.bring(self._upload.slot)
+
+        return run
 
     def _captured(self, key: GraphKey) -> tuple[Replay, int]:
         """Capture a step; without room for its graph, let all others go and try again, else go without one."""
@@ -328,35 +312,30 @@ class CudaExecutor(Executor):
             )  # fmt: skip
 
     def counts_LE(self, index: int) -> I32:
-        self._ended[index].synchronize()
-        return self._counts_RLE[index % IN_FLIGHT].numpy().copy()
+        slot = index % IN_FLIGHT
+        self._back.is_there(slot, wait=True)
+        return self._back.counts(slot).copy()
 
     def finished(self, *, wait_for: int) -> list[Finished]:
         done, self._rest = self._rest, []
         while self._running:
-            back = self._ended[self._num_finished]
-            if self._num_finished <= wait_for:
-                back.synchronize()
-            elif not back.query():
+            slot = self._num_finished % IN_FLIGHT
+            if not self._back.is_there(slot, wait=self._num_finished <= wait_for):
                 break
-            done.append(self._times_of(self._running.popleft()))
+            done.append(self._times_of(self._running.popleft(), slot))
             self._num_finished += 1
         return done
 
-    def _times_of(self, run: _Running) -> Finished:
-        anchor, anchor_ns = self._anchor
-        start_ns = anchor_ns + round(anchor.elapsed_time(run.start) * 1e6)
-        end_ns = start_ns + round(run.start.elapsed_time(run.end) * 1e6)
-        if start_ns - anchor_ns > ANCHOR_NS:
-            self._anchor = run.start, start_ns
+    def _times_of(self, run: _Running, slot: int) -> Finished:
+        (start_ns, end_ns), stamps_LS2 = self._back.stamps(slot, run.num_slices)
+        start_ns, end_ns = int(start_ns) - self._timer_zero_ns, int(end_ns) - self._timer_zero_ns
         if self._log:
             self._log.ended(run.step, end_ns)
-        stamps_LS2 = self._stamps_RLS2[run.slot, :, : run.num_slices].numpy() - self._timer_zero_ns
         return Finished(
             start_ns=start_ns,
             end_ns=end_ns,
-            start_ns_LS=stamps_LS2[..., 0].astype(np.int64),
-            busy_ns_LS=(stamps_LS2[..., 1] - stamps_LS2[..., 0]).astype(np.int64),
+            start_ns_LS=stamps_LS2[..., 0] - self._timer_zero_ns,
+            busy_ns_LS=stamps_LS2[..., 1] - stamps_LS2[..., 0],
         )
 
     def power_w(self) -> float | None:
@@ -386,10 +365,3 @@ def _graph_of(run: Replay, stream: "torch.cuda.Stream") -> tuple[Replay, int]:
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
         run()
     return graph.replay, max(0, free_bytes - torch.cuda.mem_get_info()[0])
-
-
-def _event() -> "torch.cuda.Event":
-    """Return an event that tells the time of what has been enqueued."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event

@@ -58,6 +58,7 @@ class LayerRunner:
             raise ValueError(f"experts run by {how!r}; allowed are {' and '.join(get_args(How))}")
         self.how, self.steering = how, steering
         self._workspaces: dict[MoeSpec, Workspace] = {}
+        self._launches: dict[tuple[object, object], LayerLaunch] = {}
         self._plan_id, self._words_LW = "", torch.empty(0)
 
     def run(self, layer: int, call: LayerCall) -> tuple[Tensor, Tensor]:
@@ -72,10 +73,8 @@ class LayerRunner:
     def _kernels(self, layer: int, call: LayerCall, plan: Plan | None, beside: Beside) -> tuple[Tensor, Tensor, Tensor]:
         x_TD, spec = call.x_TD, call.weights.spec
         ws = self._workspace(spec, len(x_TD), x_TD.device)
-        if plan is None or self.steering is None:
-            launch = default_launch_on(x_TD.device, spec, len(x_TD))
-        else:
-            launch = launch_of(plan, self.steering.setup)
+        launch = self._launch(plan, spec, len(x_TD), x_TD.device)
+        if plan is not None:
             ws.plan.copy_(self._words(plan, x_TD.device)[layer])
         out_TD = moe_layer(
             x_TD, call.logits_TE, call.weights, call.router, ws, launch,
@@ -95,6 +94,15 @@ class LayerRunner:
             size = 1 << max(0, num_tokens - 1).bit_length()
             held = self._workspaces[spec] = Workspace.allocate(spec, size, device)
         return held
+
+    def _launch(self, plan: Plan | None, spec: MoeSpec, num_tokens: int, device: torch.device) -> LayerLaunch:
+        key = (spec, num_tokens) if plan is None else (plan.layout, plan.steal)
+        if key not in self._launches:
+            if plan is None or self.steering is None:
+                self._launches[key] = default_launch_on(device, spec, num_tokens)
+            else:
+                self._launches[key] = launch_of(plan, self.steering.setup)
+        return self._launches[key]
 
     def _words(self, plan: Plan, device: torch.device) -> Tensor:
         if plan.plan_id != self._plan_id:

@@ -129,22 +129,23 @@ def _spec_of_layer(module: Any, top_k: int) -> MoeSpec:
 
 
 def _weights_of(module: Any, spec: MoeSpec) -> ExpertWeights:
-    """Return a module's weights in place; those of gpt-oss as a copy in our layout, kept while they do not change."""
-    if not _is_clamped(module):
-        return ExpertWeights.stacked(spec, [module.gate_up_proj.detach(), module.down_proj.detach()])
-    tensors = (module.gate_up_proj, module.down_proj, module.gate_up_proj_bias, module.down_proj_bias)
+    """Return a module's weights, in place but for gpt-oss's copy in our layout; kept while they do not change."""
+    names = ("gate_up_proj", "down_proj", *(("gate_up_proj_bias", "down_proj_bias") if _is_clamped(module) else ()))
+    tensors = [getattr(module, name) for name in names]
     state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     held = module.__dict__.get("_expertslice_weights")
     if held is None or held[0] != state:
-        up, down, up_bias, down_bias = (tensor.detach() for tensor in tensors)
-        # Columns of gate and up alternate there.
-        rows = [torch.cat([x[..., ::2], x[..., 1::2]], dim=-1) for x in (up, up_bias)]
-        weights = [rows[0].transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()]
-        biases = [rows[1].contiguous(), down_bias.contiguous()]
-        held = module.__dict__["_expertslice_weights"] = (
-            state, ExpertWeights.stacked(spec, weights, biases, clamped=True),
-        )  # fmt: skip
+        make = _clamped_weights if _is_clamped(module) else ExpertWeights.stacked
+        held = module.__dict__["_expertslice_weights"] = state, make(spec, [tensor.detach() for tensor in tensors])
     return held[1]
+
+
+def _clamped_weights(spec: MoeSpec, tensors: list[Tensor]) -> ExpertWeights:
+    up, down, up_bias, down_bias = tensors
+    # Columns of gate and up alternate there.
+    rows = [torch.cat([x[..., ::2], x[..., 1::2]], dim=-1) for x in (up, up_bias)]
+    weights = [rows[0].transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()]
+    return ExpertWeights.stacked(spec, weights, [rows[1].contiguous(), down_bias.contiguous()], clamped=True)
 
 
 def _is_clamped(module: Any) -> bool:

@@ -24,18 +24,22 @@ def stamp_kernel(out_ptr):
 
 
 class StreamLanes:
-    """The lanes of one step; a slice's first stamp is taken before its other work."""
+    """The lanes of one step; a slice's first stamp is taken before its other work.
+
+    A slice without a stream, alone in its layout, runs on the current one.
+    """
 
     def __init__(
         self,
-        streams: Sequence["torch.cuda.Stream"],
+        streams: Sequence["torch.cuda.Stream | None"],
         stamps_LS2: torch.Tensor,
         *,
         sms: Sequence[int],
         other: "OtherKernels | None" = None,
         places: frozenset[int] = frozenset(),
     ) -> None:
-        self._streams, self._stamps_LS2, self._sms = streams, stamps_LS2, sms
+        self._streams, self._sms = streams, sms
+        self._stamps = [[stamp_S2.split(1) for stamp_S2 in stamps_S2[: len(streams)]] for stamps_S2 in stamps_LS2]
         self._other, self._places = other, places
         self.layer, self._begun = 0, False
 
@@ -48,17 +52,20 @@ class StreamLanes:
     def beside(self, parts: list[Callable[[], None]]) -> None:
         """Fork to a stream for each part, and join."""
         main = torch.cuda.current_stream()
+        own = [stream for stream in self._streams if stream is not None]
         # One event for all: torch hands out few streams, and where one is `main` no other may wait for its part.
-        forked = main.record_event()
+        forked = main.record_event() if own else None
         for slice_id, (part, stream) in enumerate(zip(parts, self._streams, strict=True)):
-            stream.wait_event(forked)
+            if stream is not None:
+                stream.wait_event(forked)
+            begin, end = self._stamps[self.layer][slice_id]
             with torch.cuda.stream(stream):
                 if not self._begun:
-                    stamp_kernel[(1,)](self._stamps_LS2[self.layer, slice_id, 0])
+                    stamp_kernel[(1,)](begin)
                     if self._other and 1 + slice_id in self._places:
                         self._other.launch(self.layer, 1 + slice_id, self._sms[slice_id])
                 part()
-                stamp_kernel[(1,)](self._stamps_LS2[self.layer, slice_id, 1])
-        for stream in self._streams:
+                stamp_kernel[(1,)](end)
+        for stream in own:
             main.wait_stream(stream)
         self._begun = True

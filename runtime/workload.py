@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..policies.contract import ByTokens, Plan
-from ..traces.schema import Ints, RoutedStep
+from ..traces.schema import I32, Ints, RoutedStep
 
 if TYPE_CHECKING:
     import torch
@@ -21,13 +21,13 @@ CHOSEN, STEP_DOWN, OTHERS = 8.0, 0.125, -8.0
 
 
 def expert_ids_LTK(step: RoutedStep, top_k: int) -> np.ndarray:
-    """Return the experts of every token, int64: the trace's, or drawn so that the counts are the trace's.
+    """Return the experts of every token: the trace's, as a view, or drawn so that the counts are the trace's.
 
     Raises:
         ValueError: no batch of the step's tokens can have its counts.
     """
     if step.expert_ids_TLK is not None:
-        return np.ascontiguousarray(np.moveaxis(np.asarray(step.expert_ids_TLK, dtype=np.int64), 1, 0))
+        return step.expert_ids_TLK.transpose(1, 0, 2)
     return np.stack([ids_of_counts_TK(counts_E, step.num_tokens, top_k, step.step) for counts_E in step.counts_LE])
 
 
@@ -59,12 +59,23 @@ def _values_K(top_k: int, device: "torch.device", dtype: "torch.dtype") -> "torc
     return CHOSEN - STEP_DOWN * torch.arange(top_k, device=device, dtype=dtype)
 
 
+def fill_words(words_LW: I32, plan: Plan) -> None:
+    """Fill a plan's int32 words for every layer, on the host; the plan is known to be sound."""
+    from ..kernels.spec import fill_plan
+
+    placement = plan.placement
+    if isinstance(placement, ByTokens):
+        fill_plan(words_LW, placement.bounds, placement.slice_ids, tile_order=plan.tile_order)
+    else:
+        fill_plan(words_LW, None, placement.slice_of_expert_LE, tile_order=plan.tile_order)
+
+
 def plan_words_LW(plan: Plan, num_layers: int, num_experts: int) -> "torch.Tensor":
     """Return a plan as int32 words for every layer, on the host."""
-    from ..kernels.spec import TokenRule, encode_plan
+    import torch
 
-    placement, num_slices = plan.placement, plan.layout.num_slices
-    if isinstance(placement, ByTokens):
-        rule = TokenRule(bounds=placement.bounds, slice_ids=placement.slice_ids)
-        return encode_plan(num_slices, num_experts, rule, tile_order=plan.tile_order).expand(num_layers, -1)
-    return encode_plan(num_slices, num_experts, placement.slice_of_expert_LE, tile_order=plan.tile_order)
+    from ..kernels.spec import plan_words
+
+    words_LW = np.zeros((num_layers, plan_words(num_experts)), dtype=np.int32)
+    fill_words(words_LW, plan)
+    return torch.from_numpy(words_LW)

@@ -13,14 +13,21 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from expertslice.kernels.ahead import kernel_source, resources
+from expertslice.runtime.back import BLOCK, back_kernel
 from expertslice.runtime.lanes import stamp_kernel
 from expertslice.runtime.other import CHUNK_WORDS, NUM_WARPS, TILE, other_kernel
+from expertslice.runtime.upload import logits_kernel
 
 m, n, k = TILE["bf16"]
 constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "CHUNK": CHUNK_WORDS}
 types = {"tile_ptr": "*bf16", "sink_ptr": "*fp32", "asked_ptr": "*i64"}
 sources = {"other": kernel_source(other_kernel, constants, types),
            "stamp": kernel_source(stamp_kernel, {}, {"out_ptr": "*i64"})}
+constants = {"K": 8, "BLOCK_T": 16, "BLOCK_E": 128, "CHOSEN": 8.0, "STEP_DOWN": 0.125, "OTHERS": -8.0}
+types = {"ids_ptr": "*i16", "num_tokens_ptr": "*i32", "logits_ptr": "*bf16"}
+sources["logits"] = kernel_source(logits_kernel, constants, types)
+types = {f"{name}{out}_ptr": kind for name, kind in (("counts", "*i32"), ("stamps", "*i64")) for out in ("", "_out")}
+sources["back"] = kernel_source(back_kernel, {"BLOCK": BLOCK}, types | {"slot_ptr": "*i32"})
 found = {}
 for name, source in sources.items():
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": NUM_WARPS}).asm["ptx"]
@@ -31,7 +38,7 @@ json.dump(found, sys.stdout)
 
 
 @pytest.mark.slow
-def test_other_work_and_stamps_compile_as_they_should():
+def test_other_work_stamps_and_the_ways_of_steps_compile_as_they_should():
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     links = Path(__file__).parents[2] / ".links"
@@ -46,3 +53,4 @@ def test_other_work_and_stamps_compile_as_they_should():
     # Two CTAs share an SM: one reads, the other multiplies.
     assert 2 * (other["smem"] + 1024) <= 233_472
     assert "%globaltimer" in found["stamp"]["ptx"]
+    assert (found["logits"]["stack"], found["back"]["stack"]) == (0, 0)
