@@ -26,10 +26,14 @@ from ..policies.registry import make_policy
 from ..runtime.hf import sliced
 from ..runtime.meter import EnergyMeter, MeterError
 from ..runtime.recorder import Recorder
+from ..runtime.timer import paired_ratio
 from ..traces.models import preset_config
 from .runs import RunFolder, provenance, to_json
 
 Arm = Callable[[], AbstractContextManager[Any]]
+PLAIN, RECORDED = "default", "default, recorded"
+LEAST_ROUNDS = 12
+"""For an interval of what recording costs."""
 
 
 def build(name: str, num_layers: int, device: str, **sizes: int) -> Any:
@@ -65,7 +69,7 @@ def arms_of(model: Any, policies: list[str], device: str, how: Any) -> dict[str,
     arms["expertslice"] = lambda: sliced(model, how=how)
     for policy in policies:
         arms[f"expertslice, {policy}"] = lambda p=policy: sliced(model, make_policy(p), how=how, device=device)
-    return arms | {"default": nullcontext, "default, recorded": recorded}
+    return arms | {PLAIN: nullcontext, RECORDED: recorded}
 
 
 def rounds(
@@ -105,6 +109,14 @@ def rounds(
     return rows
 
 
+def add_recording_cost(rows: list[dict[str, Any]]) -> None:
+    """Add to the row of recording how much longer it took than the same without, where rounds suffice."""
+    by_arm = {row["arm"]: row for row in rows}
+    samples = [by_arm[name]["ms"] for name in (RECORDED, PLAIN) if name in by_arm]
+    if len(samples) == 2 and len(samples[0]) >= LEAST_ROUNDS:
+        by_arm[RECORDED]["over_default"] = asdict(paired_ratio(*(ms[: len(ms) // 2 * 2] for ms in samples)))
+
+
 def add_energy(model: Any, arms: dict[str, Arm], rows: list[dict[str, Any]], prompts_BS: torch.Tensor) -> None:
     """Add to each row the energy of a short generation of 8 tokens, repeated for seconds."""
     mask = torch.ones_like(prompts_BS)
@@ -133,6 +145,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--policy", action="append")
+    parser.add_argument("--arm", action="append", help="only this one, by the name it has in rows; may be repeated")
     parser.add_argument("--device", default="h100-sxm5-80gb", help="what policies are told")
     parser.add_argument("--no-energy", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs"))
@@ -141,6 +154,9 @@ def main() -> None:
         "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "vocab_size": 64})  # fmt: skip
     model = build(args.model, args.layers, where, **sizes)
     arms = arms_of(model, args.policy or ["static", "hot_cold"], args.device, how)
+    if unknown := set(args.arm or ()) - set(arms):
+        parser.error(f"no arm {sorted(unknown)[0]!r}; there are {', '.join(arms)}")
+    arms = {name: arm for name, arm in arms.items() if not args.arm or name in args.arm}
     named = torch.cuda.get_device_name() if where == "cuda" else "no GPU: a trial of the program, no measurement"
     folder = RunFolder(
         args.out, "generate", {**provenance(), "torch": torch.__version__, "device": named, **vars(args)}
@@ -151,6 +167,7 @@ def main() -> None:
         found = rounds(model, arms, prompts_BS, args.new_tokens, args.rounds)
         if where == "cuda" and not args.no_energy:
             add_energy(model, arms, found, prompts_BS)
+        add_recording_cost(found)
         rows += found
         folder.write_text("rows.json", to_json(rows))
         for row in found:

@@ -23,7 +23,10 @@ def facts(folder: Path) -> dict[str, Any]:
     products, again, beside = (
         pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("products", "again", "beside")
     )
-    told = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("soak", "graphs", "other_work")}
+    told = {
+        name: json.loads((folder / f"{name}.json").read_text())
+        for name in ("soak", "graphs", "other_work", "profiling")
+    }
     later = {row["name"]: row for row in gains(again)}
     return {
         "about": json.loads((folder / "manifest.json").read_text()),
