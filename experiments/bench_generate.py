@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..policies.registry import make_policy
@@ -32,8 +33,7 @@ from .runs import RunFolder, provenance, to_json
 
 Arm = Callable[[], AbstractContextManager[Any]]
 PLAIN, RECORDED = "default", "default, recorded"
-LEAST_ROUNDS = 12
-"""For an interval of what recording costs."""
+BLOCK_PASSES = 20
 
 
 def build(name: str, num_layers: int, device: str, **sizes: int) -> Any:
@@ -109,12 +109,34 @@ def rounds(
     return rows
 
 
-def add_recording_cost(rows: list[dict[str, Any]]) -> None:
-    """Add to the row of recording how much longer it took than the same without, where rounds suffice."""
-    by_arm = {row["arm"]: row for row in rows}
-    samples = [by_arm[name]["ms"] for name in (RECORDED, PLAIN) if name in by_arm]
-    if len(samples) == 2 and len(samples[0]) >= LEAST_ROUNDS:
-        by_arm[RECORDED]["over_default"] = asdict(paired_ratio(*(ms[: len(ms) // 2 * 2] for ms in samples)))
+def recording_cost(model: Any, batch: int, blocks: int, path: Path) -> dict[str, Any]:
+    """Return what recording adds to forward passes of one token a sequence: passes with and without it, in turn.
+
+    Each block is so many passes of either kind, and the ratio of their times is paired block by block: a pass waits for
+    the device, and its time covers hooks and, every few seconds, the way to disk.
+    """
+    took_ms: dict[str, list[float]] = {PLAIN: [], RECORDED: []}
+    tokens_BS = torch.randint(0, model.config.vocab_size, (batch, 1), device=model.device)
+
+    def timed() -> float:
+        begin_ns = time.perf_counter_ns()
+        model(input_ids=tokens_BS, use_cache=False)
+        if tokens_BS.is_cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter_ns() - begin_ns) / 1e6
+
+    with torch.no_grad(), Recorder(path) as recorder:
+        for turn in range(-BLOCK_PASSES, blocks * BLOCK_PASSES):
+            for name in (PLAIN, RECORDED) if turn % 2 == 0 else (RECORDED, PLAIN):
+                with recorder.attached(model) if name == RECORDED else nullcontext():
+                    found_ms = timed()
+                # The first block warms up.
+                if turn >= 0:
+                    took_ms[name].append(found_ms)
+    blocks_ms = {name: np.reshape(ms, (blocks, BLOCK_PASSES)).sum(axis=1).tolist() for name, ms in took_ms.items()}
+    row = {"arm": RECORDED, "batch": batch, "passes": blocks * BLOCK_PASSES}
+    row |= {f"{name} ms_median": statistics.median(ms) for name, ms in took_ms.items()}
+    return row | {"over_default": asdict(paired_ratio(blocks_ms[RECORDED], blocks_ms[PLAIN]))}
 
 
 def add_energy(model: Any, arms: dict[str, Arm], rows: list[dict[str, Any]], prompts_BS: torch.Tensor) -> None:
@@ -148,6 +170,7 @@ def main() -> None:
     parser.add_argument("--arm", action="append", help="only this one, by the name it has in rows; may be repeated")
     parser.add_argument("--device", default="h100-sxm5-80gb", help="what policies are told")
     parser.add_argument("--no-energy", action="store_true")
+    parser.add_argument("--recording", type=int, default=0, help="only what recording costs, over so many even blocks")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
     where, how, sizes = ("cuda", "kernels", {}) if torch.cuda.is_available() else ("cpu", "reference", {
@@ -163,11 +186,16 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for batch in args.batch or [1, 32]:
+        if args.recording:
+            with tempfile.TemporaryDirectory() as held:
+                rows.append(recording_cost(model, batch, args.recording, Path(held) / "t.parquet"))
+            folder.write_text("rows.json", to_json(rows))
+            sys.stdout.write(f"batch {batch:4} {rows[-1]['over_default']}\n")
+            continue
         prompts_BS = torch.randint(0, model.config.vocab_size, (batch, args.prompt), device=where)
         found = rounds(model, arms, prompts_BS, args.new_tokens, args.rounds)
         if where == "cuda" and not args.no_energy:
             add_energy(model, arms, found, prompts_BS)
-        add_recording_cost(found)
         rows += found
         folder.write_text("rows.json", to_json(rows))
         for row in found:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ..kernels.launches import PINGPONG, TILES, default_launch, rows_per_expert
+from ..kernels.launches import FP32_TILES, PINGPONG, TILES, default_launch, rows_per_expert
 from ..kernels.spec import LaunchSpec, LayerLaunch, SliceLaunch
 from ..traces.schema import MoeSpec
 
@@ -46,8 +46,11 @@ def heights(rows: float) -> tuple[int, ...]:
 def tiles_for(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LaunchSpec]:
     """Return the tiles worth trying for a load, each by pointers, by descriptors, and pipelined across tiles."""
     _, rows = rows_per_expert(spec, num_tokens)
-    spread = [replace(tile, num_ctas=sm_count * n) for height in heights(rows) for tile, n in TILES[height]]
-    return [replace(tile, **way) for tile in spread for way in WAYS]
+    fp32 = spec.dtype == "fp32"
+    tiles = FP32_TILES if fp32 else TILES
+    spread = [replace(tile, num_ctas=sm_count * n) for height in heights(rows) for tile, n in tiles.get(height, ())]
+    # Without matrix instructions operands wait in registers, and those that come by descriptors spill.
+    return [replace(tile, **way) for tile in spread for way in (WAYS[:1] if fp32 else WAYS)]
 
 
 def gathered_tiles(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LaunchSpec]:
@@ -134,7 +137,10 @@ def search(
 def starts(spec: MoeSpec, num_tokens: int, sm_count: int) -> list[LayerLaunch]:
     """Return the modelled launch, then each tile for both products, by the loads that suit its height."""
     modelled = default_launch(spec, num_tokens, sm_count=sm_count)
-    tiles = [t for t in tiles_for(spec, num_tokens, sm_count) if t.flatten == t.descriptors == (t.block_m >= 64)]
+    fp32 = spec.dtype == "fp32"
+    tiles = [
+        t for t in tiles_for(spec, num_tokens, sm_count) if t.flatten == t.descriptors == (t.block_m >= 64 and not fp32)
+    ]
     return [modelled, *(unsliced(tile, tile) for tile in tiles)]
 
 

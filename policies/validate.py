@@ -87,7 +87,8 @@ def _of_pinned(pinned: Pinned, num_slices: int, shape: tuple[int, int]) -> Itera
         yield f"plan pins experts of shape {list(ids_LE.shape)}; the model has [layers, experts] {list(shape)}"
     if ids_LE.dtype != np.int16:
         yield f"plan pins experts as {ids_LE.dtype}; convert them to int16"
-    if int(ids_LE.min()) < 0 or int(ids_LE.max()) >= num_slices:
+    # In two's complement what is below 0 lies above every slice: one pass finds both.
+    if ids_LE.dtype == np.int16 and int(ids_LE.view(np.uint16).max()) >= num_slices:
         layer, expert = np.argwhere((ids_LE < 0) | (ids_LE >= num_slices))[0]
         yield (
             f"plan puts expert {expert} of layer {layer} on slice {ids_LE[layer, expert]}; "

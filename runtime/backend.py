@@ -100,7 +100,7 @@ class Executor(ABC):
 @dataclass(frozen=True, slots=True)
 class _Running:
     step: RoutedStep
-    plan_id: str
+    plan: Plan
     bucket: int
     launched: Launched
     control_stall_ns: int
@@ -184,7 +184,7 @@ class RuntimeBackend:
             if self.num_fallbacks == 1:
                 warnings.warn(f"step {step.step}: {error}; running unsliced", stacklevel=2)
             launched = self.executor.launch(step, plan, bucket)
-        self._running.append(_Running(step, plan.plan_id, bucket, launched, self._stall_ns, fallback))
+        self._running.append(_Running(step, plan, bucket, launched, self._stall_ns, fallback))
         self._stall_ns = 0
 
     def drain(self, *, wait: bool = False) -> list[StepRecord]:
@@ -201,7 +201,7 @@ class RuntimeBackend:
             needs = self._needs.of(run.step)
             self._newest = StepRecord(
                 step=run.step.step,
-                plan_id=run.plan_id,
+                plan_id=run.plan.plan_id,
                 bucket=run.bucket,
                 **{one.name: getattr(run.launched, one.name) for one in fields(Launched)},
                 **{one.name: getattr(done, one.name) for one in fields(Finished)},

@@ -150,7 +150,7 @@ class CudaExecutor(Executor):
 
     def _allocate_back(self, num_experts: int) -> None:
         """Allocate what comes back of each step."""
-        self._back = Back(IN_FLIGHT, self._setup.model.num_layers, num_experts)
+        self._back = Back(IN_FLIGHT + 1, self._setup.model.num_layers, num_experts)
         self._running: deque[_Running] = deque()
         self._rest: list[Finished] = []
         self._num_launched = self._num_finished = 0
@@ -281,7 +281,8 @@ class CudaExecutor(Executor):
         main = torch.cuda.Stream()
         main.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(main):
-            # Kernels compile and tile sizes are copied before the capture.
+            # Kernels compile and tile sizes are copied before the capture; no step's slot is filled from what is there.
+            self._upload.slot.fill_(IN_FLIGHT)
             run()
         torch.cuda.current_stream().wait_stream(main)
         for last in (False, True):

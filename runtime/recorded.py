@@ -19,7 +19,7 @@ from ..traces.trace import UNKNOWN, RoutingTrace, StepTable, id_dtype
 from .doctor import installed
 from .marks import Marks
 from .ring import IdRing
-from .rows import PassRows
+from .rows import PassRows, SequencePass
 
 LIBRARIES = ("expertslice", "torch", "transformers")
 Chosen = tuple[Tensor, Tensor | None]
@@ -30,7 +30,7 @@ Chosen = tuple[Tensor, Tensor | None]
 class RecordedPass:
     """One pass, still on the device."""
 
-    rows: PassRows
+    rows: PassRows | SequencePass
     start_ns: int
     chosen_L: list[Chosen] | None
     """None: a replay's, in the ring."""
@@ -55,7 +55,7 @@ def ids_of(passes: Sequence[RecordedPass], ring: IdRing | None) -> Ints:
     """Return the ids of all passes in order [T, L, K], waiting for the device."""
     kept = [one.chosen_L for one in passes if one.chosen_L is not None]
     kept_TLK = np.asarray(chosen_of(kept).int().cpu()) if kept else None
-    num_replayed = sum(len(one.rows.keep_T) for one in passes if one.chosen_L is None)
+    num_replayed = sum(one.rows.num_rows for one in passes if one.chosen_L is None)
     if not num_replayed or ring is None:
         assert kept_TLK is not None
         return kept_TLK
@@ -64,7 +64,7 @@ def ids_of(passes: Sequence[RecordedPass], ring: IdRing | None) -> Ints:
         replayed = one.chosen_L is None
         source = ring_TLK if replayed or kept_TLK is None else kept_TLK
         begin = at[replayed]
-        at[replayed] += len(one.rows.keep_T)
+        at[replayed] += one.rows.num_rows
         pieces.append(source[begin : at[replayed]])
     return np.concatenate(pieces)
 
@@ -80,11 +80,12 @@ def trace_of(
     times: bool,
 ) -> RoutingTrace:
     """Return passes as a trace, padding left out."""
-    keep_T = np.concatenate([one.rows.keep_T for one in passes])
-    tokens_S = [int(one.rows.keep_T.sum()) for one in passes]
+    rows_S = [one.rows.rows() for one in passes]
+    keep_T = np.concatenate([rows.keep_T for rows in rows_S])
+    tokens_S = [int(rows.keep_T.sum()) for rows in rows_S]
     step_T = np.repeat(np.arange(len(passes)), tokens_S)
     columns: dict[str, Ints] = {
-        name: np.concatenate([getattr(one.rows, name) for one in passes])[keep_T]
+        name: np.concatenate([getattr(rows, name) for rows in rows_S])[keep_T]
         for name in ("request_id_T", "position_T", "phase_T")
     }
     phase_T = columns["phase_T"].astype(np.uint8)

@@ -28,7 +28,7 @@ from .hf import experts_of
 from .marks import Marks
 from .recorded import Chosen, RecordedPass, chosen_of, config_of, ids_of, is_ours, name_of, provenance_of, trace_of
 from .ring import IdRing
-from .rows import PassRows, SequenceRows
+from .rows import PassRows, SequencePass, SequenceRows
 
 NOBODY_SAID = "requests and positions are not known: each pass stands as one request"
 TIMES_SAID = "times are of the model as it ran, launches included"
@@ -70,7 +70,7 @@ class Recorder:
         self._segments: dict[str, int] = {}
         self._handles: list[Any] = []
         self._passes: list[RecordedPass] = []
-        self._chosen_L: list[Chosen | None] = []
+        self._chosen_L: list[tuple[Any, ...] | None] = []
         self._notes: dict[str, None] = {}
         self._rows: PassRows | None = None
         self._sequences = SequenceRows()
@@ -100,14 +100,14 @@ class Recorder:
             raise ValueError("a recorder takes one model; make another recorder for the next")
         self._layers: list[Any] = [m for m in model.modules() if is_ours(m)] or experts_of(model)
         self._device, self._model = next(self._layers[0].parameters()).device, model
+        self._chosen_L = [None] * len(self._layers)
         self._marks = None
         for layer, module in enumerate(self._layers):
             if is_ours(module):
                 module.on_ids = partial(self._own_layer, layer)
             else:
-                self._handles.append(
-                    module.register_forward_pre_hook(partial(self._guarded, self._layer, layer), with_kwargs=True)
-                )
+                # A hook on every layer would take a good part of what recording may cost.
+                module.forward = partial(self._tapped, layer, module.forward)
             if self._times:
                 self._handles.append(module.register_forward_pre_hook(partial(self._mark, 2 * layer)))
                 self._handles.append(module.register_forward_hook(partial(self._mark, 2 * layer + 1)))
@@ -140,12 +140,12 @@ class Recorder:
         self._end()
 
     def _called(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        rows = self._rows
+        rows: PassRows | SequencePass | None = self._rows
         if rows is None and not self._captures():
             rows = self._sequences.of(args, kwargs)
         self._begin(rows)
 
-    def _begin(self, rows: PassRows | None) -> None:
+    def _begin(self, rows: PassRows | SequencePass | None) -> None:
         self._chosen_L = [None] * len(self._layers)
         self._start_ns = time.perf_counter_ns()
         self._marks = Marks(self._device, len(self._layers)) if self._times and not self._captures() else None
@@ -155,13 +155,10 @@ class Recorder:
         if self._marks is not None:
             self._marks.mark(place)
 
-    def _layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        ids, weights = [*args, *kwargs.values()][1:3]
-        if getattr(ids, "ndim", 0) != 2 or ids.shape != getattr(weights, "shape", None):
-            raise TraceError(
-                f"{type(module).__name__} is not called with expert ids [tokens, k]; it cannot be recorded"
-            )
-        self._chosen_L[layer] = ids, weights
+    def _tapped(self, layer: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a layer, keeping the ids and weights that it is given, which are looked at when the pass ends."""
+        self._chosen_L[layer] = tuple([*args, *kwargs.values()][1:3])
+        return forward(*args, **kwargs)
 
     def _own_layer(self, layer: int, ids_TK: Tensor) -> None:
         # The next layer writes its ids there.
@@ -192,7 +189,7 @@ class Recorder:
         missing = [layer for layer, chosen in enumerate(self._chosen_L) if chosen is None]
         if missing:
             raise TraceError(f"layers {missing} did not run in a pass; record a model that runs all its MoE layers")
-        chosen_L = [chosen for chosen in self._chosen_L if chosen is not None]
+        chosen_L = [self._checked(layer, chosen) for layer, chosen in enumerate(self._chosen_L)]
         num_tokens, top_k = chosen_L[0][0].shape
         if self._captures():
             self._put(chosen_L, num_tokens)
@@ -200,11 +197,19 @@ class Recorder:
         if self._ring is None:
             self._ring = IdRing(len(chosen_L), top_k, num_rows=self._ring_rows, device=self._device)
         rows = self._given
-        if rows is None or len(rows.keep_T) != num_tokens:
+        if rows is None or rows.num_rows != num_tokens:
             self._notes[NOBODY_SAID] = None
             rows = PassRows.of_one_request(self._next_request, num_tokens)
             self._next_request += 1
         self._counted(rows, self._start_ns, chosen_L)
+
+    def _checked(self, layer: int, chosen: Any) -> Chosen:
+        ids, weights = chosen if len(chosen) == 2 else (None, None)
+        if getattr(ids, "ndim", 0) != 2 or (weights is not None and ids.shape != getattr(weights, "shape", None)):
+            raise TraceError(
+                f"{type(self._layers[layer]).__name__} is not called with expert ids [tokens, k]; it cannot be recorded"
+            )
+        return ids, weights
 
     def _put(self, chosen_L: list[Chosen], num_tokens: int) -> None:
         """Let each replay put what it chooses into the ring."""
@@ -217,7 +222,7 @@ class Recorder:
             )
         self._ring.put(chosen_of([chosen_L]))
 
-    def _counted(self, rows: PassRows, start_ns: int, chosen_L: list[Chosen] | None) -> None:
+    def _counted(self, rows: PassRows | SequencePass, start_ns: int, chosen_L: list[Chosen] | None) -> None:
         """Take note of a pass; of a replay, whose ids are in the ring, without them."""
         self._passes.append(
             RecordedPass(
@@ -230,7 +235,7 @@ class Recorder:
             )
         )
         self._marks = None
-        self._pending += len(rows.keep_T)
+        self._pending += rows.num_rows
         late = time.perf_counter_ns() - self._flushed_ns > self._flush_s * 1e9
         if late or self._pending > self._ring_rows // 2:
             self._drain()
@@ -271,6 +276,8 @@ class Recorder:
         for module in getattr(self, "_layers", ()):
             if is_ours(module):
                 module.on_ids = None
+            else:
+                module.__dict__.pop("forward", None)
 
     def close(self, *, notes: str | None = None) -> None:
         """Write the trace.

@@ -216,6 +216,18 @@ def test_steps_under_changing_plans_have_the_bits_of_the_definition(world):
     assert on.close() == []
 
 
+def test_a_capture_leaves_what_is_on_its_way_back_alone(world):
+    on = backend()
+    on.open(SETUP, ())
+    steps = sorted(draw_steps(8), key=lambda step: -step.num_tokens)
+    assert steps[0].num_tokens > 8 > 2 * steps[-1].num_tokens
+    for i, step in enumerate((steps[0], steps[-1])):
+        on.submit(replace(step, step=i))
+    assert world.captured == 2
+    on._check_counts(0)
+    on._check_counts(1)
+
+
 def test_graphs_that_memory_has_no_room_for_are_launched_kernel_by_kernel(idle_world):
     idle_world.full = 3
     on = backend()

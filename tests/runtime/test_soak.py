@@ -138,8 +138,8 @@ def test_steps_of_random_plans_leave_nothing_behind_and_do_not_slow_down():
     steps = [random_step(i, rng) for i in range(64)]
     probe, probe_ns, before = random_step(0, np.random.default_rng(9)), [], None
     # The device's clock wanders by more than what is looked for: a product of fixed size tells by how much.
-    a, b = (torch.randn(2048, 2048, device="cuda").bfloat16() for _ in range(2))
-    reference, reference_ns = capture(lambda _, out=torch.empty_like(a): torch.mm(a, b, out=out), 1), []
+    a, b, out = (torch.randn(2048, 2048, device="cuda").bfloat16() for _ in range(3))
+    reference, reference_ns = capture(lambda _: torch.mm(a, b, out=out), 1), []
     for plan, step in {key_of(on, *one): one for one in itertools.product(plans, [probe, *steps])}.values():
         on.apply(plan)
         on.submit(step)
