@@ -33,7 +33,7 @@ from .runs import RunFolder, provenance, to_json
 
 Arm = Callable[[], AbstractContextManager[Any]]
 PLAIN, RECORDED = "default", "default, recorded"
-BLOCK_PASSES = 20
+BLOCK_PASSES = 10
 
 
 def build(name: str, num_layers: int, device: str, **sizes: int) -> Any:
@@ -112,8 +112,8 @@ def rounds(
 def recording_cost(model: Any, batch: int, blocks: int, path: Path) -> dict[str, Any]:
     """Return what recording adds to forward passes of one token a sequence: passes with and without it, in turn.
 
-    Each block is so many passes of either kind, and the ratio of their times is paired block by block: a pass waits for
-    the device, and its time covers hooks and, every few seconds, the way to disk.
+    Each block is so many passes of either kind, after one that warms up, and the ratio of their times is paired block
+    by block: a pass waits for the device, and its time covers hooks and, every few seconds, the way to disk.
     """
     took_ms: dict[str, list[float]] = {PLAIN: [], RECORDED: []}
     tokens_BS = torch.randint(0, model.config.vocab_size, (batch, 1), device=model.device)
@@ -126,13 +126,12 @@ def recording_cost(model: Any, batch: int, blocks: int, path: Path) -> dict[str,
         return (time.perf_counter_ns() - begin_ns) / 1e6
 
     with torch.no_grad(), Recorder(path) as recorder:
-        for turn in range(-BLOCK_PASSES, blocks * BLOCK_PASSES):
-            for name in (PLAIN, RECORDED) if turn % 2 == 0 else (RECORDED, PLAIN):
+        for block in range(-1, blocks):
+            for name in (PLAIN, RECORDED) if block % 2 == 0 else (RECORDED, PLAIN):
                 with recorder.attached(model) if name == RECORDED else nullcontext():
-                    found_ms = timed()
+                    _, *found_ms = [timed() for _ in range(1 + BLOCK_PASSES)]
                 # The first block warms up.
-                if turn >= 0:
-                    took_ms[name].append(found_ms)
+                took_ms[name] += found_ms if block >= 0 else []
     blocks_ms = {name: np.reshape(ms, (blocks, BLOCK_PASSES)).sum(axis=1).tolist() for name, ms in took_ms.items()}
     row = {"arm": RECORDED, "batch": batch, "passes": blocks * BLOCK_PASSES}
     row |= {f"{name} ms_median": statistics.median(ms) for name, ms in took_ms.items()}

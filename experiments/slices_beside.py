@@ -1,11 +1,13 @@
 """Decode experts beside a dense product of another layer: work that no single launch can express, on a GPU.
 
 Every arm tries the same launches of the decode part, then with its best one the matrix library's dense product and our
-own on exactly the SMs that it has, and keeps the best. SM sets of their own may then take a share of the other part,
-once theirs has ended. All arms are timed in turn at last, and the stamps of both parts give the frontier: how long
-decode takes against the rate that the dense product keeps.
+own on exactly the SMs that it has, and keeps the best. Co-resident parts are bounded grids that share every SM, so that
+their launches are chosen as pairs: what one takes of an SM the other has not. SM sets of their own may then take a
+share of the other part, once theirs has ended. All arms are timed in turn at last, and the stamps of both parts give
+the frontier: how long decode takes against the rate that the dense product keeps.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -149,6 +151,8 @@ class Way:
     """Of the decode part's grid."""
     dense_sms: int
     streams: "Callable[[], Streams] | None"
+    joint: bool = False
+    """Launches of both parts are chosen together, ours on either side: for parts that share every SM."""
 
     def step(self, parts: Parts, decode_of: LaunchOf, dense_of: LaunchOf | None, join: float = 0.0) -> Step:
         """Return the step under launches of both parts.
@@ -189,6 +193,9 @@ def ways(sm_count: int, split: Partitions) -> Iterator[Way]:
     yield way(name="one after the other", side="unsliced", sms=sm_count, streams=None)
     for name, priorities in (("plain streams", (0, 0)), ("decode first", (-1, 0)), ("dense first", (0, -1))):
         yield way(name=name, side="unsliced", sms=sm_count, streams=plain(*priorities))
+    for name, priorities in (("decode first", (-1, 0)), ("dense first", (0, -1))):
+        streams = plain(*priorities)
+        yield way(name=f"co-resident, {name}", side="sliced", sms=sm_count, streams=streams, joint=True)
     for sms in BOUNDED_SMS:
         yield way(name=f"bounded {sms}", side="sliced", sms=sms, streams=plain(-1, 0))
     for sms in DECODE_SMS:
@@ -209,7 +216,8 @@ def launches_of(block_m: int) -> dict[str, LaunchOf]:
 def tune(parts: Parts, way: Way) -> Row:
     """Return a way's row with its best launches of both parts; without a step where the device has no such way."""
     best: Row = {"arm": way.name, "side": way.side, "quick_us": float("inf"), "join": 0.0}
-    decode, dense = launches_of(DECODE_ROWS), {LIBRARY: None, **launches_of(DENSE_ROWS)}
+    decode, own = launches_of(DECODE_ROWS), launches_of(DENSE_ROWS)
+    dense = {LIBRARY: None, **own}
 
     def attempt(decode_name: str, dense_name: str, join: float = 0.0) -> None:
         make = partial(way.step, parts, decode[decode_name], dense[dense_name], join)
@@ -218,10 +226,10 @@ def tune(parts: Parts, way: Way) -> Row:
             names = {"decode_launch": decode_name, "dense_launch": dense_name, "join": join}
             best.update({"quick_us": one[0] / 1000, "step": one[1], **names})
 
-    for name in decode:
-        attempt(name, LIBRARY)
-    if "step" in best:
-        for name in launches_of(DENSE_ROWS):
+    for pair in itertools.product(decode, own if way.joint else (LIBRARY,)):
+        attempt(*pair)
+    if "step" in best and not way.joint:
+        for name in own:
             attempt(best["decode_launch"], name)
         if way.name.startswith("green"):
             for join in JOINS:

@@ -15,7 +15,8 @@ from .kernels_page import page_of
 from .plotting import PALETTE, Sketch, axes, finish, styled
 
 Row = dict[str, Any]
-GAIN = "gain"
+GAIN, SMS = "gain", 132
+KINDS = (("green", "SM sets"), ("bounded", "bounded grids"), ("co-resident", "sharing SMs"), ("", "controls"))
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -28,7 +29,10 @@ def facts(folder: Path) -> dict[str, Any]:
         for name in ("soak", "graphs", "other_work", "profiling")
     }
     later = {row["name"]: row for row in gains(again)}
+    both = [row["unsliced"] for row in gains(products)]
     return {
+        "two_tiles": sum(arm.startswith(("in turn", "dependent")) for arm in both),
+        "meeting": meeting(beside),
         "about": json.loads((folder / "manifest.json").read_text()),
         "products": [row | {"again": later.get(row["name"])} for row in gains(products)],
         "torch_us": {row["name"]: row["us_q50"] for row in products if row["side"] == "torch"},
@@ -50,6 +54,21 @@ def best_of(rows: Sequence[Row], gain: Row) -> Row:
     return held | {"dense_tflops": dense_tflops(best)}
 
 
+def meeting(rows: Sequence[Row]) -> Row:
+    """Return the parts that ran most evenly beside each other, and how much longer than apart they took.
+
+    Of splits that leave decode two thirds of the SMs or more: as many as memory needs.
+    """
+    split = [row | {"sms": int(row["arm"].split()[1])} for row in rows if row["arm"].startswith("green")]
+    split = [row for row in split if not row["join"] and 3 * row["sms"] >= 2 * SMS]
+    row = min(split, key=lambda row: abs(row["decode_us_q50"] / row["dense_us_q50"] - 1))
+    shares = SMS / (SMS - row["sms"])
+    return {
+        "name": row["name"], "arm": row["arm"], "decode_over": row["decode_us_q50"] / row["decode_alone_us"],
+        "dense_over": row["dense_us_q50"] / (row["dense_alone_us"] * shares),
+    }  # fmt: skip
+
+
 def dense_tflops(row: Row) -> float:
     """Return the rate of the dense product over the whole step, however long it took itself."""
     return 2 * row["m"] * row["n"] * row["k"] / row["us_q50"] / 1e6
@@ -66,10 +85,12 @@ def _frontier(rows: Sequence[Row]) -> Sketch:
     figure, all_axes = axes(5.6, nrows=2, ncols=2)
     for ax, name in zip(all_axes.flat, names, strict=True):
         mine = [row for row in rows if row["name"] == name and row["arm"] != GAIN]
-        for i, (kind, label) in enumerate((("green", "SM sets"), ("bounded", "bounded grids"), ("", "controls"))):
+        for i, (kind, label) in enumerate(KINDS):
             some = [row for row in mine if _kind(row["arm"]) == kind]
+            if not some:
+                continue
             points = [(dense_tflops(row), row["decode_us_q99"]) for row in some]
-            ax.plot(*zip(*points, strict=True), "os^"[i], ms=4, color=PALETTE[i], label=label)
+            ax.plot(*zip(*points, strict=True), "osD^"[i], ms=4, color=PALETTE[i], label=label)
             for row, point in zip(some, points, strict=True):
                 ax.annotate(row["arm"].removeprefix(kind), point, fontsize=6, xytext=(2, 2), textcoords="offset points")
         ax.set(title=name)
@@ -81,8 +102,8 @@ def _frontier(rows: Sequence[Row]) -> Sketch:
 
 
 def _kind(arm: str) -> str:
-    word = arm.split(maxsplit=1)[0]
-    return word if word in ("green", "bounded") else ""
+    word = arm.replace(",", " ").split(maxsplit=1)[0]
+    return next((kind for kind, _ in KINDS if word == kind), "")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def examine(
         nvml.nvmlShutdown()
 
 
+@cache
 def installed(name: str) -> str | None:
     """Return the version of a distribution; None: it is missing."""
     try:

@@ -11,6 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+import pyarrow as pa
+
 from .check import TraceError, check_trace
 from .store import PARTS, StoredTrace, group_rows, open_trace, write_blocks
 from .trace import RoutingTrace, concat
@@ -28,6 +31,8 @@ class TraceAppender:
         Raises:
             TraceError: Something stands at the path, an unfinished recording is there, or another recorder is at work.
         """
+        # Its first array makes pyarrow look for pandas for half a second: not while a model runs.
+        pa.array(np.zeros(1))
         self.path = Path(path)
         self.num_steps = 0
         self._folder = self.path.with_name(self.path.name + PARTS)
