@@ -22,8 +22,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from .table import plain_table
 
     table = plain_table(title)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for i, column in enumerate(columns):
+        # The first one is a name to be typed again: in one piece.
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=i == 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console = Console(highlight=False)

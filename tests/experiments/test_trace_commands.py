@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from expertslice.experiments import fitted
+from expertslice.experiments.inputs import library_paths
+from expertslice.experiments.runs import sha256_of
 from expertslice.traces.schema import MoeSpec
 from expertslice.traces.spec import zipf_spec
 from expertslice.traces.statistics import gini
@@ -139,3 +141,23 @@ def test_a_model_of_ones_own_is_asked_about_with_fitted_routing(
     assert list((tmp_path / "cache" / "expertslice").iterdir())
     monkeypatch.setattr(fitted, "fit", lambda source: pytest.fail("the fit was not remembered"))
     assert expertslice("whatif", "--model", config_path, "--fit-routing", trace_path, *quick)[0] == 0
+
+
+def test_the_traces_that_ship_are_what_their_manifests_say(expertslice):
+    code, out, err = expertslice("trace", "list", "--json")
+    assert code == 0, err
+    listed, paths = {row["trace"]: row for row in json.loads(out)}, library_paths()
+    assert set(listed) == set(paths)
+    assert len(paths) >= 5
+    assert sum(path.stat().st_size for path in next(iter(paths.values())).parent.iterdir()) <= 12e6
+    manifests = {name: path.with_suffix(".manifest.json") for name, path in paths.items()}
+    told = {name: json.loads(path.read_text()) for name, path in manifests.items() if path.exists()}
+    assert set(paths) - set(told) == {"ours-moe-32e4k"}
+    for name, facts in told.items():
+        trace = open_trace(paths[name])
+        for field in ("num_steps", "num_tokens", "num_layers", "num_experts", "top_k"):
+            assert facts[field] == getattr(trace, field), (name, field)
+        assert facts["sha256"] == sha256_of(paths[name])
+        assert facts["recorded"]["device"].startswith("NVIDIA")
+        assert ("random weights" in trace.provenance.model) == name.endswith("-random")
+        assert listed[name]["tokens"] == trace.num_tokens
