@@ -97,10 +97,11 @@ def reading(row: Mapping[str, Any] | None) -> str:
 
 
 def cell(found: Sequence[tuple[str, Found | str]], unit: str) -> str:
-    """Return a cell of the table: a line for each case."""
-    if found and all(one == NOT_YET for _, one in found):
+    """Return a cell of the table: a line for each case that has a value; the verdict says how many have none."""
+    held = [(label, one) for label, one in found if one != NOT_YET]
+    if found and not held:
         return NOT_YET
-    return "<br>".join(f"{label}: {shown(one, unit)}" for label, one in found) or "–"
+    return "<br>".join(f"{label}: {shown(one, unit)}" for label, one in held) or "–"
 
 
 def shown(found: Found | str, unit: str) -> str:
