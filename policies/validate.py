@@ -35,6 +35,7 @@ from .contract import (
 from .layouts import SMEM_RESERVED_BYTES, max_ctas_per_sm
 from .mig import illegality, profile_of
 
+TILE_ORDERS = get_args(TileOrder)
 STREAM_PRIORITIES = range(-5, 1)
 """What CUDA offers; lower is served first."""
 
@@ -60,7 +61,7 @@ def validate(plan: Plan, setup: Setup, *, checked: SliceLayout | None = None) ->
 
 def _of_plan(plan: Plan, setup: Setup) -> Iterator[str]:
     num_slices = plan.layout.num_slices
-    if plan.tile_order not in get_args(TileOrder):
+    if plan.tile_order not in TILE_ORDERS:
         yield f"plan has tile order {plan.tile_order!r}; use expert, heavy or light"
     if plan.steal and plan.layout.mig:
         yield "plan lets slices steal across MIG instances, which share no memory; set steal=False"
@@ -88,7 +89,7 @@ def _of_pinned(pinned: Pinned, num_slices: int, shape: tuple[int, int]) -> Itera
     if ids_LE.dtype != np.int16:
         yield f"plan pins experts as {ids_LE.dtype}; convert them to int16"
     # In two's complement what is below 0 lies above every slice: one pass finds both.
-    if ids_LE.dtype == np.int16 and int(ids_LE.view(np.uint16).max()) >= num_slices:
+    if ids_LE.dtype == np.int16 and np.maximum.reduce(ids_LE.view(np.uint16), axis=None) >= num_slices:
         layer, expert = np.argwhere((ids_LE < 0) | (ids_LE >= num_slices))[0]
         yield (
             f"plan puts expert {expert} of layer {layer} on slice {ids_LE[layer, expert]}; "

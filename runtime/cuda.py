@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import triton
@@ -48,15 +49,22 @@ Load = tuple[int, frozenset[int | None]]
 """A token bucket, and the slices that other work beside its experts names."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GraphKey:
-    """What a graph is captured for."""
+    """What a graph is captured for; hashed once, since a step looks for its graph several times."""
 
     layout: SliceLayout
     steal: bool
     bucket: int
     places: frozenset[int]
     """Where other work runs."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.layout, self.steal, self.bucket, self.places))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @dataclass(frozen=True, slots=True)
