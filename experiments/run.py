@@ -202,7 +202,7 @@ def _run(
             took_ns.append(record.end_ns - record.start_ns)
             append(record)
             if watch:
-                watch.profiler.finished(record)
+                watch.finished(record)
 
         try:
             with stoppable(watch.steps(steps) if watch else steps) as taken:

@@ -105,13 +105,15 @@ class Profiler:
         }
 
 
-def table(profile: dict[str, Any], utilisation: dict[str, float | None]) -> list[str]:
-    """Return a profile in a few lines."""
+def table(profile: dict[str, Any]) -> list[str]:
+    """Return a profile in a few lines, with what counters told beside it."""
     counts = ", ".join(f"{n} {name}" for name, n in profile["experts"].items())
     tokens = np.asarray(profile["tokens_per_s_LE"])
     lines = [f"experts: {counts}; tokens/s of one: median {np.median(tokens):,.0f}, most {tokens.max(initial=0):,.0f}"]
     for layout in profile["layouts"]:
-        busy = ", ".join(f"{s['mechanism']} {s['sm_count']} SMs {s['busy_share']:.0%}" for s in layout["slices"])
+        busy = ", ".join(
+            f"{s['mechanism']} {s['sm_count']} SMs, {s['up']}, {s['busy_share']:.0%}" for s in layout["slices"]
+        )
         lines.append(f"{layout['steps']} steps, busy: {busy}")
     advice = profile["recommended"]
     if advice["slices"] == 1:
@@ -121,6 +123,8 @@ def table(profile: dict[str, Any], utilisation: dict[str, float | None]) -> list
             f"recommended: {advice['cold_sms']} SMs for experts below {advice['bound_tokens']} tokens, "
             f"{advice['hot_sms']} for the others"
         )
-    if known := {name: value for name, value in utilisation.items() if value is not None}:
+    if known := {name: value for name, value in profile["utilisation"].items() if value is not None}:
         lines.append("utilisation: " + ", ".join(f"{name} {value:.0%}" for name, value in known.items()))
+    else:
+        lines.append(f"utilisation: not known, {profile['utilisation_reason']}")
     return lines

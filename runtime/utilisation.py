@@ -1,5 +1,6 @@
 """How busy SMs, tensor units and DRAM were over a stretch of time, by NVML's GPM counters: two samples, no daemon."""
 
+import time
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -11,16 +12,15 @@ METRICS = {
     "tensor units": "NVML_GPM_METRIC_ANY_TENSOR_UTIL",
     "DRAM": "NVML_GPM_METRIC_DRAM_BW_UTIL",
 }
+LEAST_NS = 100_000_000
+"""Of a stretch of time that counters can tell of."""
 
 
 class Utilisation:
-    """Samples a device from entering on; what it does not tell is None, and `reason` says why where it tells nothing.
-
-    A stretch shorter than a tenth of a second says little.
-    """
+    """Samples a device from `begin` on; what it does not tell is None, and `reason` says why where it tells nothing."""
 
     def __init__(self, meter: EnergyMeter) -> None:
-        self._meter, self._owned = meter, ExitStack()
+        self._meter, self._owned, self._begun_ns = meter, ExitStack(), 0
         self.reason: str | None = None
 
     def __enter__(self) -> Self:
@@ -31,12 +31,25 @@ class Utilisation:
                 self.reason = "utilisation counters need Hopper or newer"
                 return self
             self._samples = [self._allocated(nvml) for _ in range(2)]
-            nvml.nvmlGpmSampleGet(self._meter.handle, self._samples[0])
         except (MeterError, ImportError) as error:
             self.reason = str(error)
         except self._meter.nvml.NVMLError as error:
             self.reason = f"utilisation counters cannot be read: {error}"
+        self.begin()
         return self
+
+    def begin(self) -> None:
+        """Begin the stretch of time anew; entering began it."""
+        self._sample(0)
+        self._begun_ns = time.perf_counter_ns()
+
+    def _sample(self, which: int) -> None:
+        if self.reason:
+            return
+        try:
+            self._meter.nvml.nvmlGpmSampleGet(self._meter.handle, self._samples[which])
+        except self._meter.nvml.NVMLError as error:
+            self.reason = f"utilisation counters cannot be read: {error}"
 
     def _allocated(self, nvml: Any) -> Any:
         sample = nvml.nvmlGpmSampleAlloc()
@@ -47,13 +60,16 @@ class Utilisation:
         self._owned.close()
 
     def read(self) -> dict[str, float | None]:
-        """Return the mean share of each since entering."""
+        """Return the mean share of each since the stretch began."""
         nothing: dict[str, float | None] = dict.fromkeys(METRICS)
+        took_ns = time.perf_counter_ns() - self._begun_ns
+        self._sample(1)
+        if not self.reason and took_ns < LEAST_NS:
+            self.reason = f"steps of {took_ns / 1e6:.0f} ms in all; utilisation counters take {LEAST_NS / 1e6:.0f} ms"
         if self.reason:
             return nothing
         nvml = self._meter.nvml
         try:
-            nvml.nvmlGpmSampleGet(self._meter.handle, self._samples[1])
             asked = nvml.c_nvmlGpmMetricsGet_t()
             asked.version, asked.numMetrics = nvml.NVML_GPM_METRICS_GET_VERSION, len(METRICS)
             asked.sample1, asked.sample2 = self._samples

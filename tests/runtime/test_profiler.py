@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expertslice.experiments.watch import Watch
 from expertslice.policies.contract import ByTokens, Plan, Setup, SliceLayout, StepRecord
 from expertslice.policies.data import load_device, load_variants
 from expertslice.policies.layouts import fallback_plan, uniform_slice
+from expertslice.runtime import utilisation
 from expertslice.runtime.meter import EnergyMeter
 from expertslice.runtime.profiler import Profiler, table
 from expertslice.runtime.utilisation import METRICS, Utilisation
@@ -53,7 +55,7 @@ def test_rates_classes_and_sm_time_are_those_of_the_run():
     assert [s["busy_share"] for s in one["slices"] + two["slices"]] == [0.9, 0.5, 0.25]
     assert [s["sm_ns"] for s in two["slices"]] == [500 * 32, 250 * 96]
     assert 0 < found["recommended"]["cold_sms"] < 132
-    text = "\n".join(table(found, {"SMs": 0.5, "DRAM": None}))
+    text = "\n".join(table(found | {"utilisation": {"SMs": 0.5, "DRAM": None}}))
     assert "1 idle, 1 cold, 1 hot" in text
     assert "utilisation: SMs 50%" in text
     assert "DRAM" not in text
@@ -63,7 +65,7 @@ def test_without_both_kinds_one_slice_is_recommended():
     assert profiled([1, 1, 1]).profile()["recommended"] == {"slices": 1, "why": "all experts are cold"}
     empty = Profiler(SETUP).profile()
     assert empty["recommended"]["why"] == "all experts are idle"
-    assert table(empty, {})
+    assert "not known, no GPU" in table(empty | {"utilisation": {}, "utilisation_reason": "no GPU"})[-1]
 
 
 @given(st.integers(1, 200), st.integers(300, 100_000))
@@ -124,10 +126,13 @@ class Gpm:
             metric.nvmlReturn = 3 if metric.metricId == 10 else 0
 
 
-def test_utilisation_is_what_lies_between_two_samples():
+def test_utilisation_is_what_lies_between_two_samples(monkeypatch):
+    monkeypatch.setattr(utilisation, "LEAST_NS", 0)
     nvml = Gpm()
     with Utilisation(EnergyMeter("GPU-1", nvml=nvml)) as used:
         found = used.read()
+        used.begin()
+        assert used.read() == found
     assert found == {"SMs": 0.02, "occupancy": 0.03, "tensor units": 0.05, "DRAM": None}
     assert (nvml.held, nvml.shut) == ([], 1)
 
@@ -136,12 +141,56 @@ def test_utilisation_is_what_lies_between_two_samples():
     ("options", "why"),
     [({"supported": False}, "need Hopper"), ({"fails": 0}, "insufficient"), ({"fails": 1}, "insufficient")],
 )
-def test_counters_that_cannot_be_read_are_none_with_a_reason(options, why):
+def test_counters_that_cannot_be_read_are_none_with_a_reason(options, why, monkeypatch):
+    monkeypatch.setattr(utilisation, "LEAST_NS", 0)
     nvml = Gpm(**options)
     with Utilisation(EnergyMeter("GPU-1", nvml=nvml)) as used:
         assert set(used.read().values()) == {None}
     assert why in used.reason
     assert (nvml.held, nvml.shut) == ([], 1)
+
+
+def test_a_stretch_too_short_for_counters_is_said_to_be():
+    with Utilisation(EnergyMeter("GPU-1", nvml=Gpm())) as used:
+        assert set(used.read().values()) == {None}
+    assert "counters take 100 ms" in used.reason
+
+
+def test_counters_tell_of_the_steps_alone():
+    """From the first step's submission to the last one's record, without opening and closing."""
+    clock = iter(range(100))
+    seen = []
+
+    class Counters:
+        reason = None
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def begin(self):
+            seen.append(("begin", next(clock)))
+
+        def read(self):
+            seen.append(("read", next(clock)))
+            return {"SMs": 0.5}
+
+    watch, plan = Watch(SETUP, counters=False), fallback_plan(SETUP)
+    watch._counters = Counters()
+    counts_LE = np.full((MODEL.num_layers, MODEL.num_experts), 2, dtype=np.int32)
+    given = [RoutedStep(step=i, phase="decode", counts_LE=counts_LE, num_tokens=8) for i in range(3)]
+    next(clock)
+    with watch:
+        watch.decided(None, plan)
+        for _ in watch.steps(iter(given)):
+            next(clock)
+        for step in range(len(given)):
+            watch.finished(record(step, plan, 10 * step, 10 * step + 5, [1]))
+        next(clock)
+    assert seen == [("begin", 1), ("read", 5)]
+    assert watch.lines()[-1] == "utilisation: SMs 50%"
 
 
 def test_experts_of_fp32_turn_hot_later():

@@ -297,7 +297,7 @@ def test_what_profiling_costs():
 
         def on_record(record):
             if watch:
-                watch.profiler.finished(record)
+                watch.finished(record)
             took_ns.append(record.end_ns - record.start_ns)
             ended_ns.append(time.perf_counter_ns())
 
