@@ -129,7 +129,9 @@ def as_ints(value: object, name: str, ndim: int) -> I64:
 
 def as_floats(value: object, name: str) -> F64:
     """Return a finite floating-point array."""
-    array = np.asarray(value, dtype=np.float64)
+    # What no number can be made of is told below, not by a warning.
+    with np.errstate(invalid="ignore"):
+        array = np.asarray(value, dtype=np.float64)
     if not np.isfinite(array).all():
         raise TraceError(
             f"{name} holds NaN or infinity at {np.argwhere(~np.isfinite(array))[0].tolist()}; record again"
