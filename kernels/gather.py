@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .spec import INTERPRET
+from .spec import INTERPRET, power_of_2_from
 
 if TYPE_CHECKING:
     from .workspace import Workspace
@@ -43,9 +43,9 @@ def gather(x_TD: Tensor, ws: "Workspace", *, dependent: bool = False) -> Tensor:
     """Return the workspace's rows [N, D], filled with each expert's tokens, expert by expert."""
     num_rows, d_model = x_TD.shape[0] * ws.spec.top_k, x_TD.shape[1]
     dependent = dependent and not INTERPRET.value
-    gather_kernel[(triton.cdiv(num_rows, ROWS),)](
+    gather_kernel[(-(-num_rows // ROWS),)](
         x_TD, ws.row_slot_N, ws.offsets_E1, ws.gathered_ND, d_model, ws.spec.num_experts, ws.spec.top_k,
         ws.gathered_ND.stride(0), DEPENDENT=dependent, ROWS=ROWS,
-        BLOCK_D=min(COLUMNS, triton.next_power_of_2(d_model)), launch_pdl=dependent,
+        BLOCK_D=min(COLUMNS, power_of_2_from(d_model)), launch_pdl=dependent,
     )  # fmt: skip
     return ws.gathered_ND

@@ -10,7 +10,6 @@ of row tiles, C row tiles, W words of a plan.
 from dataclasses import dataclass, field
 
 import torch
-import triton
 from torch import Tensor
 
 from ..traces.schema import MoeSpec
@@ -84,7 +83,7 @@ class Workspace:
         capacity = tile_capacity(num_rows, spec.num_experts, SMALLEST_BLOCK_M)
         if max_tokens < 0 or capacity > MAX_TILES:
             raise ValueError(f"workspace for {max_tokens} tokens; give 0 to {MAX_TILES // spec.top_k * 15} or so")
-        block_e, num_blocks = padded_experts(spec.num_experts), triton.cdiv(max(1, max_tokens), MIN_BLOCK_TOKENS)
+        block_e, num_blocks = padded_experts(spec.num_experts), -(-max(1, max_tokens) // MIN_BLOCK_TOKENS)
         dtype = TORCH_DTYPE[spec.dtype]
 
         def ints(*shape: int) -> Tensor:
@@ -121,6 +120,7 @@ class Workspace:
 
     def tile_sizes(self, launch: LayerLaunch) -> Tensor:
         """Return a launch's tile sizes on the device; the first call copies them, so make one before capturing."""
-        if launch not in self.sizes:
-            self.sizes[launch] = encode_tiles(launch).to(self.plan.device)
-        return self.sizes[launch]
+        found = self.sizes.get(launch)
+        if found is None:
+            found = self.sizes[launch] = encode_tiles(launch).to(self.plan.device)
+        return found
