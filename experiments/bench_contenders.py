@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..kernels.spec import LayerLaunch
 
-OURS, GROUPED = "ours", "torch_grouped_graph"
+OURS, GROUPED, EAGER_GROUPED = "ours", "torch_grouped_graph", "torch_grouped"
 SEARCH_S = 12.0
 OUR_REL_DIFFERENCE = 2e-3
 """Of ours from the sequential definition, where the matrix library does not walk K in order."""
@@ -231,7 +231,7 @@ ARMS: dict[str, Callable[[Batch], Contender]] = {
     "sequential": sequential,
     "sequential_graph": sequential_graph,
     "expert_graphs": expert_graphs,
-    "torch_grouped": partial(grouped, in_graph=False),
+    EAGER_GROUPED: partial(grouped, in_graph=False),
     GROUPED: grouped,
     "torch_grouped_compiled": grouped_compiled,
     **{f"hf_{name}": partial(hf, implementation=name) for name in ("eager", "grouped_mm", "batched_mm")},

@@ -15,11 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow.parquet as pq
 
-from .bench_contenders import GROUPED
+from .bench_contenders import EAGER_GROUPED, GROUPED
 from .bench_peers import PEERS
 
 H100 = "NVIDIA H100 80GB HBM3"
-UNSLICED = (GROUPED, "torch_grouped_compiled", "hf_grouped_mm", "hf_batched_mm")
+UNSLICED = (GROUPED, EAGER_GROUPED, "torch_grouped_compiled", "hf_grouped_mm", "hf_batched_mm")
 """Peers that run here; those on record are known by their times over ours alone."""
 NOT_YET = "not measured yet"
 VERSUS = ("ratio", "saving")

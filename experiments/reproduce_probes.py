@@ -20,7 +20,7 @@ from ..runtime.timer import Captured, capture, interleave
 from ..runtime.utilisation import Utilisation
 from ..traces.schema import DTYPE_BYTES, RoutedStep
 from .bench_arms import Batch
-from .bench_contenders import GROUPED, OURS, expert_graphs, sequential
+from .bench_contenders import EAGER_GROUPED, GROUPED, OURS, expert_graphs, sequential
 from .bench_measure import Course, energy, measure, prepare
 from .bench_peers import PEERS
 from .bench_rows import LONG_LAYER_US, Point, Work, in_us
@@ -36,7 +36,7 @@ ROUNDS = 8
 HF = ("hf_eager", "hf_grouped_mm", "hf_batched_mm")
 COMPILED = "torch_grouped_compiled"
 LOOPS = ("sequential", "sequential_graph", FASTMOE, TUTEL)
-UNDER_LOAD = (OURS, "sequential", FASTMOE, TUTEL, GROUPED)
+UNDER_LOAD = (OURS, "sequential", FASTMOE, TUTEL)
 SIMULATED_LAYERS, SIMULATED_STEPS, WARM_STEPS = 16, 60, 2
 """Layers alike in a step; the first steps run before the policy's first plan takes effect."""
 
@@ -57,13 +57,18 @@ def arms(point: Point, batch: Batch, bench: Bench) -> list[Row]:
     swiglu = (*HF, *PEERS) if point.kind == "swiglu" else ()
     # Compiling takes longer than all else that is measured of a point.
     compiled = (COMPILED,) if (point.dtype, point.tokens, point.skew) == ("bf16", 256, "uniform") else ()
-    names = (OURS, "ours_paper", *LOOPS, GROUPED, *compiled, *swiglu)
+    names = (OURS, "ours_paper", *LOOPS, grouped_by_torch(point), *compiled, *swiglu)
     return _in_bursts(names, point, batch, bench)
+
+
+def grouped_by_torch(point: Point) -> str:
+    """Return the arm that is torch's grouped product: captured where it can be, and in fp32 it asks the host."""
+    return EAGER_GROUPED if point.dtype == "fp32" else GROUPED
 
 
 def factorial(point: Point, batch: Batch, bench: Bench) -> list[Row]:
     """Return times in bursts of every combination of kernels, graphs, slices and streams."""
-    return _in_bursts((OURS, GROUPED, *cells()), point, batch, bench)
+    return _in_bursts((OURS, grouped_by_torch(point), *cells()), point, batch, bench)
 
 
 def _in_bursts(names: Sequence[str], point: Point, batch: Batch, bench: Bench) -> list[Row]:
@@ -77,9 +82,10 @@ def load(point: Point, batch: Batch, bench: Bench) -> list[Row]:
     """Return energy, power and what is busy, by NVML's counters, while an arm runs without pause for seconds."""
     floor_us = Work.of(batch).floor_us(bench.device)
     sets = 1 if floor_us > LONG_LAYER_US else len(batch.sets)
-    ready, found = prepare(batch, {name: TABLE[name] for name in UNDER_LOAD}, sets)
+    names = (*UNDER_LOAD, grouped_by_torch(point))
+    ready, found = prepare(batch, {name: TABLE[name] for name in names}, sets)
     rows: list[Row] = []
-    for name in UNDER_LOAD:
+    for name in names:
         row: Row = {"arm": name, "floor_us": floor_us, **found[name]}
         if name in ready:
             row |= under_load(ready[name], point.tokens, bench)

@@ -226,7 +226,7 @@ def clocks(host, monkeypatch):
 
 def test_under_load_an_arm_has_energy_and_what_is_busy(clocks):
     rows = {row["arm"]: row for row in reproduce_probes.load(POINT, batch_on_cpu(), bench_of(Meter()))}
-    assert set(rows) == set(reproduce_probes.UNDER_LOAD)
+    assert set(rows) == {*reproduce_probes.UNDER_LOAD, reproduce_probes.grouped_by_torch(POINT)}
     assert rows["ours"]["energy_per_token_uj"] == pytest.approx(2000 / 256)
     assert (rows["ours"]["busy_sms"], rows["ours"]["busy_dram"]) == (0.9, 0.5)
     assert rows[TUTEL]["useful_share"] == pytest.approx(rows[TUTEL]["floor_us"] / 100)
