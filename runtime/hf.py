@@ -132,7 +132,8 @@ def _weights_of(module: Any, spec: MoeSpec) -> ExpertWeights:
     """Return a module's weights, in place but for gpt-oss's copy in our layout; kept while they do not change."""
     names = ("gate_up_proj", "down_proj", *(("gate_up_proj_bias", "down_proj_bias") if _is_clamped(module) else ()))
     tensors = [getattr(module, name) for name in names]
-    state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    # Tensors made for inference alone do not count their changes.
+    state = tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
     held = module.__dict__.get("_expertslice_weights")
     if held is None or held[0] != state:
         make = _clamped_weights if _is_clamped(module) else ExpertWeights.stacked

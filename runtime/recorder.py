@@ -69,6 +69,8 @@ class Recorder:
         self._domains: dict[str, int] = {}
         self._segments: dict[str, int] = {}
         self._handles: list[Any] = []
+        self._forwards: dict[int, Any] = {}
+        """What others had put in the place of layers' own `forward`, or None."""
         self._passes: list[RecordedPass] = []
         self._chosen_L: list[tuple[Any, ...] | None] = []
         self._notes: dict[str, None] = {}
@@ -107,6 +109,7 @@ class Recorder:
                 module.on_ids = partial(self._own_layer, layer)
             else:
                 # A hook on every layer would take a good part of what recording may cost.
+                self._forwards[layer] = module.__dict__.get("forward")
                 module.forward = partial(self._tapped, layer, module.forward)
             if self._times:
                 self._handles.append(module.register_forward_pre_hook(partial(self._mark, 2 * layer)))
@@ -276,8 +279,11 @@ class Recorder:
         for module in getattr(self, "_layers", ()):
             if is_ours(module):
                 module.on_ids = None
-            else:
-                module.__dict__.pop("forward", None)
+        for layer, before in self._forwards.items():
+            del self._layers[layer].forward
+            if before is not None:
+                self._layers[layer].forward = before
+        self._forwards.clear()
 
     def close(self, *, notes: str | None = None) -> None:
         """Write the trace.

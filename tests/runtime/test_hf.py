@@ -54,6 +54,16 @@ def test_weights_that_change_are_seen(tiny_model):
     assert not torch.equal(changed, first)
 
 
+def test_a_model_made_for_inference_alone_runs(tiny_model):
+    with torch.inference_mode():
+        model = tiny_model("Qwen3Moe")
+        tokens = torch.randint(0, 40, (2, 5))
+        eager = model(tokens).logits
+        with sliced(model, how="reference"):
+            ours = model(tokens).logits
+    torch.testing.assert_close(ours, eager)
+
+
 def test_the_implementation_is_found_by_its_name_alone(tiny_model):
     model = tiny_model("Mixtral")
     eager = model(tokens()).logits

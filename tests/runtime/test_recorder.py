@@ -15,7 +15,7 @@ from torch import nn
 
 from expertslice.kernels.spec import RouterSpec
 from expertslice.runtime.experts import LayerRunner
-from expertslice.runtime.hf import sliced
+from expertslice.runtime.hf import experts_of, sliced
 from expertslice.runtime.moe import MoeLayer
 from expertslice.runtime.recorder import Recorder
 from expertslice.runtime.ring import IdRing
@@ -103,6 +103,26 @@ def test_what_is_recorded_is_what_the_routers_logits_choose(tiny_model, tmp_path
     assert (trace.step_table.other_ns_SL > 0).all()
     spec = load_model(str(tmp_path / "t.config.json"))
     assert (spec.num_layers, spec.num_experts, spec.top_k) == (num_layers, trace.num_experts, trace.top_k)
+
+
+def test_what_others_put_in_a_layers_place_stays_there(tiny_model, tmp_path):
+    model, seen = tiny_model("Olmoe"), []
+    first, *others = experts_of(model)
+    own = first.forward
+
+    def wrapped(*args, **kwargs):
+        seen.append(len(args[0]))
+        return own(*args, **kwargs)
+
+    first.forward = wrapped
+    with Recorder(tmp_path / "t.parquet") as recorder:
+        recorder.attach(model)
+        model(torch.randint(0, 40, (1, 7)))
+    assert first.forward is wrapped
+    assert all("forward" not in vars(module) for module in others)
+    model(torch.randint(0, 40, (1, 3)))
+    assert seen == [7, 3]
+    assert read(tmp_path / "t.parquet").num_tokens == 7
 
 
 def test_the_same_trace_comes_out_of_eager_and_out_of_our_experts(tiny_model, tmp_path):
