@@ -18,7 +18,7 @@ import numpy as np
 
 from ..policies.contract import MECHANISMS, ByTokens, Control, Plan, Setup, Slice, SliceLayout
 from ..policies.data import load_device, load_variants
-from ..policies.layouts import fits_together, max_ctas_per_sm, uniform_slice
+from ..policies.layouts import fits_together, max_ctas_per_sm, one_slice_plan, uniform_slice
 from ..policies.validate import validate
 from ..runtime.meter import EnergyMeter, MeterError
 from ..runtime.partition import Partitions
@@ -29,6 +29,7 @@ from .bench_contenders import device_name
 from .bench_rows import device_manifest, in_us, read_rows, refuse_other_machine, write_parquet
 from .design import Load, loads, split_held_out
 from .errors import StoppedError
+from .precompile import precompile_launches
 from .profile_parts import bandwidth, costs, neighbours, power
 from .runs import to_json
 
@@ -98,11 +99,12 @@ class Streams:
     def __init__(self) -> None:
         self._partitions = Partitions()
 
-    def __call__(self, layout: SliceLayout) -> "Sequence[torch.cuda.Stream]":
+    def __call__(self, layout: SliceLayout) -> "Sequence[torch.cuda.Stream | None]":
+        """Return a stream for each slice, or None for the current one: as the executor does."""
         import torch
 
         if layout.slices[0].mechanism != "green_context":
-            return [torch.cuda.Stream() for _ in layout.slices]
+            return [torch.cuda.Stream() for _ in layout.slices] if layout.num_slices > 1 else [None]
         return self._partitions(*(one.sm_count for one in layout.slices))
 
     def close(self) -> None:
@@ -206,6 +208,19 @@ def groups(setup: Setup, meter: EnergyMeter, streams: Streams, rounds: int) -> G
     yield "power", partial(power, setup.device, meter)
 
 
+def compile_ahead(setup: Setup) -> None:
+    """Compile on all cores what the loads run: a tile's kernels serve all of them, routing is of experts and tokens."""
+    from ..runtime.layers import launch_of
+
+    launches = [launch_of(one_slice_plan(SliceLayout(slices=(uniform_slice("shared", 1, tile),))), setup)
+                for tile in TILES]  # fmt: skip
+    found = list(loads())
+    precompile_launches([
+        *((found[0].spec, found[0].tokens, launch) for launch in launches),
+        *((load.spec, load.tokens, launches[0]) for load in found),
+    ])  # fmt: skip
+
+
 def _release() -> None:
     import torch
 
@@ -236,6 +251,7 @@ def run_profile(
                 device=device, model=next(loads()).spec, variants=variants, mechanisms=mechanisms, control=Control(),
                 seed=0,
             )  # fmt: skip
+            compile_ahead(setup)
             streams = Streams()
             measure_groups(folder, groups(setup, meter, streams, rounds), meter, seconds, only, say)
             streams.close()

@@ -20,8 +20,9 @@ from expertslice.experiments.design import Load  # noqa: E402
 from expertslice.kernels import reference  # noqa: E402
 from expertslice.kernels.spec import RouterSpec  # noqa: E402
 from expertslice.kernels.weights import random_weights  # noqa: E402
-from expertslice.policies.contract import Setup, TileVariant  # noqa: E402
-from expertslice.policies.data import load_device  # noqa: E402
+from expertslice.policies.contract import Setup, SliceLayout, TileVariant  # noqa: E402
+from expertslice.policies.data import load_device, load_variants  # noqa: E402
+from expertslice.policies.layouts import uniform_slice  # noqa: E402
 from expertslice.runtime import lanes  # noqa: E402
 from expertslice.runtime.partition import PartitionError  # noqa: E402
 
@@ -161,3 +162,23 @@ def test_power_is_measured_on_half_and_on_all_sms(here, monkeypatch):
         *(f"{w} {n}" for w in ("read", "multiply", "both") for n in (66, 132)),
     ]
     assert rows[1]["sustained_us"] == 2000.0
+
+
+def test_all_tiles_and_routings_of_a_profile_are_compiled_ahead(monkeypatch):
+    asked = []
+    monkeypatch.setattr(profile, "precompile_launches", asked.extend)
+    device = load_device("h100-sxm5-80gb")
+    profile.compile_ahead(Setup(device=device, model=next(design.loads()).spec, variants=load_variants(90)))
+    tiles = {(launch.slices[0].up.block_m, launch.slices[0].up.block_n) for _, _, launch in asked}
+    assert tiles == {tuple(map(int, name.split("x")[:2])) for name in profile.TILES}
+    loads = list(design.loads())
+    assert {(spec.num_experts, tokens) for spec, tokens, _ in asked} >= {
+        (load.spec.num_experts, load.tokens) for load in loads
+    }
+
+
+def test_one_slice_runs_where_the_step_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", Mock)
+    one, two = (SliceLayout(slices=tuple(uniform_slice("shared", 4, "16x32") for _ in range(n))) for n in (1, 2))
+    assert profile.Streams()(one) == [None]
+    assert len(profile.Streams()(two)) == 2
