@@ -108,11 +108,10 @@ def pair(options: PairOptions, say: Callable[[str], object]) -> tuple[dict[str, 
     """
     case = _prepare(options)
     about = _about(options, case)
-    make = executors(options.where, steps_of(case), seed=options.seed)
     folder = RunFolder(options.out, "pair", {**provenance(), **about})
     found, reason = Found(), ""
     try:
-        with _sensor(options) as look:
+        with executors(options.where, steps_of(case), seed=options.seed) as make, _sensor(options) as look:
             say("simulator: every policy decides")
             _simulate(case, folder.path, found)
             _take_turns(case, make, options.rounds, look, folder.path, found, say)
@@ -213,10 +212,8 @@ def _take_turns(
         for name, policy in order[:: -1 if number % 2 else 1]:
             before, path = look(), folder / f"backend-{file_name(name)}-{number}.parquet"
             with stoppable(steps_of(case)) as steps:
-                # Held by no name here: the next block needs the memory of this one's weights.
-                done[name] = _collected(
-                    policy, RuntimeBackend(make(), bucket_of=next_power_of_two), steps, case.world.setup(), path
-                )
+                backend = RuntimeBackend(make(), bucket_of=next_power_of_two)
+                done[name] = _collected(policy, backend, steps, case.world.setup(), path)
             done[name].readings = [reading for reading in (before, look()) if reading]
             mean_us = done[name].outcome.times()[SETTLE_STEPS:].mean() / 1000
             say(f"round {number + 1} of {rounds}: {name:14} {mean_us:.1f} us a step")

@@ -57,7 +57,6 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
         _check_machine(options.device_model)
     setup = case.world.setup()
     steps = partial(steps_of, case)
-    executor = executors(options.where, steps(), seed=options.seed, capture=options.capture)
     about = {
         "trace": case.opened.plain(),
         "model": asdict(case.world.model),
@@ -70,16 +69,17 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
     folder = RunFolder(options.out, "run", {**provenance(), **about, "options": asdict(case.options)})
     summary: dict[str, Any] = {}
     try:
-        for name, policy in case.policies.items():
-            watch = Watch(setup, counters=options.where == "gpu") if options.profile else None
-            summary[name] = _run(policy, executor(), steps(), setup, folder, name, watch)
-            folder.write_json("summary.json", {**about, "policies": summary})
-            say(line(name, summary[name]))
-            if watch:
-                folder.write_json(f"{file_name(name)}.profile.json", watch.found)
-                say("\n".join(f"  {text}" for text in watch.lines()))
-            if summary[name]["stopped"]:
-                break
+        with executors(options.where, steps(), seed=options.seed, capture=options.capture) as executor:
+            for name, policy in case.policies.items():
+                watch = Watch(setup, counters=options.where == "gpu") if options.profile else None
+                summary[name] = _run(policy, executor(), steps(), setup, folder, name, watch)
+                folder.write_json("summary.json", {**about, "policies": summary})
+                say(line(name, summary[name]))
+                if watch:
+                    folder.write_json(f"{file_name(name)}.profile.json", watch.found)
+                    say("\n".join(f"  {text}" for text in watch.lines()))
+                if summary[name]["stopped"]:
+                    break
     except ExecutorError as error:
         kept = folder.keep_partial(str(error))
         raise ValueError(f"{error}{f'; what had finished is kept in {kept}' if kept else ''}") from error
@@ -117,14 +117,20 @@ def _check_machine(device_model_path: Path) -> None:
         device_model.load(device_model_path).check_machine(machine_of(device_manifest(meter, None)))
 
 
+@contextmanager
 def executors(
     where: Where, steps: Iterator[RoutedStep], *, seed: int, capture: Capture = "all"
-) -> Callable[[], Executor]:
-    """Return what makes executors for steps like these; ValueError where a GPU is asked for and there is none."""
+) -> Generator[Callable[[], Executor]]:
+    """Yield what gives an executor for steps like these: on a GPU one for all runs, whose graphs and weights stay.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
     if where == "host":
         from ..runtime.host import HostExecutor
 
-        return HostExecutor
+        yield HostExecutor
+        return
     from .cli_gpu import require_gpu
 
     require_gpu("--on gpu")
@@ -134,7 +140,11 @@ def executors(
 
     loads = {(next_power_of_two(step.num_tokens), slice_ids_of(step.other_L)) for step in steps}
     most, rule = max((bucket for bucket, _ in loads), default=1), CAPTURE_RULES[capture]
-    return lambda: CudaExecutor(max_tokens=most, loads=loads, rule=rule, seed=seed)
+    executor = CudaExecutor(max_tokens=most, loads=loads, rule=rule, seed=seed, keep=True)
+    try:
+        yield lambda: executor
+    finally:
+        executor.release()
 
 
 def steps_of(case: Case) -> Iterator[RoutedStep]:

@@ -85,9 +85,15 @@ class CudaExecutor(Executor):
         graph_bytes: int = GRAPH_BYTES,
         energy: bool = True,
         seed: int = 0,
+        keep: bool = False,
     ) -> None:
-        """Loads are those captured before step 0, where the rule says so; any other is captured when it comes."""
-        self._max_tokens, self._graph_bytes, self._seed = max_tokens, graph_bytes, seed
+        """Loads are those captured before step 0, where the rule says so; any other is captured when it comes.
+
+        With `keep` weights, contexts and graphs stay from one run to the next of the same model, until `release`.
+        """
+        self._max_tokens, self._graph_bytes, self._seed, self._keep = max_tokens, graph_bytes, seed, keep
+        self._held_for: tuple[object, ...] | None = None
+        self._owned = ExitStack()
         self._loads, self._rule, self._energy = dict.fromkeys(loads), rule, energy
         self.num_eager = 0
         """Graphs that memory had no room for: their steps are launched kernel by kernel."""
@@ -104,21 +110,33 @@ class CudaExecutor(Executor):
                 f"control: counts seen {setup.control.count_lag_steps} steps late; this executor keeps those of the "
                 f"last {MOST_AHEAD}, lower count_lag_steps"
             )
-        self._setup, self._owned = setup, ExitStack()
+        self._setup, wanted = setup, (setup.model, setup.device, setup.variants)
         self._check_device()
         try:
-            self._allocate()
+            if self._held_for != wanted:
+                self.release()
+                self._allocate()
+                self._streams: dict[SliceLayout, Streams] = {}
+                self._refused: dict[SliceLayout, str] = {}
+                self._graphs = GraphCache(self._graph_bytes, self._captured)
+                self._held_for = wanted
+            self._begin_run()
             self._prepare(layouts)
             self._start_clock()
         except torch.OutOfMemoryError as error:
-            self._owned.close()
+            self.release()
             raise ValueError(
                 f"{setup.model.name!r} with {self._max_tokens} tokens does not fit this GPU's memory; choose a smaller "
                 "model, fewer tokens a step, or free the GPU"
             ) from error
         except BaseException:
-            self._owned.close()
+            self.release()
             raise
+
+    def _begin_run(self) -> None:
+        self._running: deque[_Running] = deque()
+        self._rest: list[Finished] = []
+        self._num_launched = self._num_finished = self._next_chunk = 0
 
     def _check_device(self) -> None:
         held, device = torch.cuda.get_device_properties(0), self._setup.device
@@ -149,7 +167,6 @@ class CudaExecutor(Executor):
         )  # fmt: skip
         self._logits_LTE = torch.zeros(num_layers, tokens, num_experts, dtype=torch.bfloat16, device="cuda")
         self._other: OtherKernels | None = None
-        self._next_chunk = 0
         self._allocate_back(base.counts_E.numel())
         self._workspaces = [
             replace(base, plan=self._upload.plans_LW[layer], counts_E=self._back.counts_LE[layer])
@@ -159,16 +176,11 @@ class CudaExecutor(Executor):
     def _allocate_back(self, num_experts: int) -> None:
         """Allocate what comes back of each step."""
         self._back = Back(IN_FLIGHT + 1, self._setup.model.num_layers, num_experts)
-        self._running: deque[_Running] = deque()
-        self._rest: list[Finished] = []
-        self._num_launched = self._num_finished = 0
 
     def _prepare(self, layouts: Sequence[SliceLayout]) -> None:
-        self._streams: dict[SliceLayout, Streams] = {}
-        self._refused: dict[SliceLayout, str] = {}
-        self._graphs = GraphCache(self._graph_bytes, self._captured)
         self._calls = Calls[GraphKey](self._rule)
         if self._rule.least_calls:
+            self._graphs.clear()
             return
         for layout in layouts:
             for bucket, slice_ids in self._loads:
@@ -352,15 +364,23 @@ class CudaExecutor(Executor):
         return self._log.windows.power_w if self._log else None
 
     def close(self) -> list[EnergyWindow]:
-        """Wait for the device and let go of graphs and contexts; finished steps can still be asked for."""
+        """Wait for the device, and let go of what is not kept; finished steps can still be asked for."""
         try:
             torch.cuda.synchronize()
             # What was under way when a run was stopped belongs to the last energy window.
             self._rest = self.finished(wait_for=self._num_launched)
             return self._log.close() if self._log else []
         finally:
+            if not self._keep:
+                self.release()
+
+    def release(self) -> None:
+        """Wait for the device, and let go of graphs and contexts."""
+        if self._held_for is not None:
+            torch.cuda.synchronize()
+            self._held_for = None
             self._graphs.clear()
-            self._owned.close()
+        self._owned.close()
 
 
 def _graph_of(run: Replay, stream: "torch.cuda.Stream") -> tuple[Replay, int]:

@@ -228,6 +228,33 @@ def test_a_capture_leaves_what_is_on_its_way_back_alone(world):
     on._check_counts(1)
 
 
+def test_what_is_kept_serves_the_next_run_and_gives_the_same_bits(world):
+    executor = cuda.CudaExecutor(max_tokens=16, loads=[(16, frozenset())], energy=False, keep=True)
+    outs, captured = [], []
+    for plan in (fallback_plan(SETUP), *plans()):
+        on, records = RuntimeBackend(executor, bucket_of=lambda _: 16), []
+        on.open(SETUP, (plan.layout,))
+        for step in draw_steps(4):
+            on.apply(plan)
+            on.submit(step)
+        records += on.drain(wait=True)
+        assert [record.step for record in records] == list(range(4))
+        on._check_counts(3)
+        on.close()
+        outs.append(executor._workspaces[1].out_TD[: step.num_tokens].clone())
+        captured.append(world.captured)
+    # Unsliced, unsliced again, two slices, and these stealing from each other.
+    assert captured == [1, 1, 2, 3]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    held = executor._weights
+    executor.open(replace(SETUP, seed=5), ())
+    assert executor._weights is held
+    executor.open(replace(SETUP, model=replace(MODEL, num_layers=3)), ())
+    assert executor._weights is not held
+    executor.release()
+    assert len(executor._graphs) == 0
+
+
 def test_graphs_that_memory_has_no_room_for_are_launched_kernel_by_kernel(idle_world):
     idle_world.full = 3
     on = backend()
