@@ -119,8 +119,7 @@ def layer_step(batch: Batch, ws: "Workspace", plan: Plan, setup: Setup, streams:
     from ..kernels.layer import moe_layer
     from ..kernels.spec import MAX_SLICES, RouterSpec
     from ..runtime.lanes import StreamLanes
-    from ..runtime.layers import launch_of
-    from ..runtime.workload import plan_words_LW
+    from ..runtime.layers import launch_of, plan_words_LW
 
     device, launch, router = batch.x_TD.device, launch_of(plan, setup), RouterSpec.of(batch.spec)
     own = replace(ws, plan=plan_words_LW(plan, 1, batch.spec.num_experts)[0].to(device))

@@ -52,9 +52,8 @@ def validate(plan: Plan, setup: Setup, *, checked: SliceLayout | None = None) ->
     Raises:
         PlanError: naming what was given, what is allowed and what to do.
     """
-    problem = None
-    if plan.layout is not checked:
-        problem = _layout_problem(plan.layout, setup.device, setup.variants, setup.mechanisms)
+    known = plan.layout is checked
+    problem = None if known else _layout_problem(plan.layout, setup.device, setup.variants, setup.mechanisms)
     if problem := problem or next(_of_plan(plan, setup), None):
         raise PlanError(problem)
 

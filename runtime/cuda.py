@@ -31,13 +31,13 @@ from .backend import MOST_AHEAD, Executor, ExecutorError, Finished, Launched
 from .energy import EnergyLog
 from .graphs import CAPTURE_RULES, Calls, CaptureRule, GraphCache
 from .lanes import StreamLanes, stamp_kernel
-from .layers import launch_of
+from .layers import fill_words, launch_of
 from .meter import EnergyMeter
 from .other import PLACES, OtherKernels, asked_LPA, places_of, slice_ids_of
 from .partition import Partition, PartitionError
 from .timer import sets_to_stay_cold
 from .upload import Upload
-from .workload import expert_ids_LTK, fill_words
+from .workload import expert_ids_LTK
 
 IN_FLIGHT = MOST_AHEAD + 2
 GRAPH_BYTES = 4 << 30

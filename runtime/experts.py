@@ -22,8 +22,7 @@ from ..kernels.weights import ExpertWeights
 from ..kernels.workspace import Workspace
 from ..policies.contract import Plan
 from ..traces.schema import MoeSpec
-from .layers import launch_of
-from .workload import plan_words_LW
+from .layers import launch_of, plan_words_LW
 
 if TYPE_CHECKING:
     from .passes import Steering

@@ -1,9 +1,16 @@
-"""How a layer's kernels are launched for a plan."""
+"""How a layer's kernels are launched for a plan, and the words that tell them the plan.
+
+Shape letters: L MoE layers, W words of a plan.
+"""
 
 from collections.abc import Mapping
 
-from ..kernels.spec import LaunchSpec, LayerLaunch, SliceLaunch
-from ..policies.contract import EXCLUSIVE, Plan, Setup
+import numpy as np
+import torch
+
+from ..kernels.spec import LaunchSpec, LayerLaunch, SliceLaunch, fill_plan, plan_words
+from ..policies.contract import EXCLUSIVE, ByTokens, Plan, Setup
+from ..traces.schema import I32
 
 HOPPER = 90
 TILE = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
@@ -33,3 +40,19 @@ def launch_of(plan: Plan, setup: Setup) -> LayerLaunch:
         for one in plan.layout.slices
     )
     return LayerLaunch(slices=slices, steal=plan.steal)
+
+
+def fill_words(words_LW: I32, plan: Plan) -> None:
+    """Fill a plan's int32 words for every layer, on the host; the plan is known to be sound."""
+    placement = plan.placement
+    if isinstance(placement, ByTokens):
+        fill_plan(words_LW, placement.bounds, placement.slice_ids, tile_order=plan.tile_order)
+    else:
+        fill_plan(words_LW, None, placement.slice_of_expert_LE, tile_order=plan.tile_order)
+
+
+def plan_words_LW(plan: Plan, num_layers: int, num_experts: int) -> torch.Tensor:
+    """Return a plan as int32 words for every layer, on the host."""
+    words_LW = np.zeros((num_layers, plan_words(num_experts)), dtype=np.int32)
+    fill_words(words_LW, plan)
+    return torch.from_numpy(words_LW)

@@ -1,8 +1,8 @@
-"""What a trace's steps put on a device: the experts of tokens, logits that choose them, and plans as words.
+"""What a trace's steps put on a device: the experts of tokens, and logits that choose them.
 
 A trace of counts alone gets experts drawn for it.
 
-Shape letters: T tokens, L MoE layers, E experts, K top-k, W words of a plan.
+Shape letters: T tokens, L MoE layers, E experts, K top-k.
 """
 
 from functools import lru_cache
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..policies.contract import ByTokens, Plan
-from ..traces.schema import I32, Ints, RoutedStep
+from ..traces.schema import Ints, RoutedStep
 
 if TYPE_CHECKING:
     import torch
@@ -57,25 +56,3 @@ def _values_K(top_k: int, device: "torch.device", dtype: "torch.dtype") -> "torc
     import torch
 
     return CHOSEN - STEP_DOWN * torch.arange(top_k, device=device, dtype=dtype)
-
-
-def fill_words(words_LW: I32, plan: Plan) -> None:
-    """Fill a plan's int32 words for every layer, on the host; the plan is known to be sound."""
-    from ..kernels.spec import fill_plan
-
-    placement = plan.placement
-    if isinstance(placement, ByTokens):
-        fill_plan(words_LW, placement.bounds, placement.slice_ids, tile_order=plan.tile_order)
-    else:
-        fill_plan(words_LW, None, placement.slice_of_expert_LE, tile_order=plan.tile_order)
-
-
-def plan_words_LW(plan: Plan, num_layers: int, num_experts: int) -> "torch.Tensor":
-    """Return a plan as int32 words for every layer, on the host."""
-    import torch
-
-    from ..kernels.spec import plan_words
-
-    words_LW = np.zeros((num_layers, plan_words(num_experts)), dtype=np.int32)
-    fill_words(words_LW, plan)
-    return torch.from_numpy(words_LW)

@@ -13,8 +13,8 @@ from expertslice.kernels.weights import random_weights
 from expertslice.kernels.workspace import Workspace
 from expertslice.policies.contract import ByTokens, Pinned, Plan, Setup, Slice, SliceLayout, TileVariant
 from expertslice.policies.data import load_device
-from expertslice.runtime.layers import launch_of
-from expertslice.runtime.workload import ids_of_counts_TK, plan_words_LW, write_logits
+from expertslice.runtime.layers import launch_of, plan_words_LW
+from expertslice.runtime.workload import ids_of_counts_TK, write_logits
 from expertslice.traces.schema import MoeSpec
 
 MODEL = MoeSpec(name="t", num_layers=1, num_experts=5, top_k=2, d_model=40, d_ff=(24,), dtype="bf16")

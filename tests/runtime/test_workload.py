@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from expertslice.kernels import reference
 from expertslice.kernels.spec import RouterSpec, TokenRule, encode_plan
 from expertslice.policies.contract import ByTokens, Pinned, Plan, Slice, SliceLayout
-from expertslice.runtime.workload import expert_ids_LTK, ids_of_counts_TK, plan_words_LW, write_logits
+from expertslice.runtime.layers import plan_words_LW
+from expertslice.runtime.workload import expert_ids_LTK, ids_of_counts_TK, write_logits
 from expertslice.traces.schema import RoutedStep
 
 
