@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.graphs import CAPTURE_RULES
-from ..traces.schema import MoeSpec
+from ..traces.schema import MoeSpec, next_power_of_two
 from .bench_arms import Batch, clock_of, describe, our_step, torch_grouped
 from .bench_hf import hugging_face
 
@@ -172,7 +172,7 @@ def expert_graphs(batch: Batch, spread: Callable[[Parts], object] | None = None)
     def expert(x_ND: "torch.Tensor", p: int, e: int) -> "torch.Tensor":
         if len(x_ND) < CAPTURE_RULES["paper"].least_tokens:
             return reference.expert(x_ND, batch.sets[p], e)
-        key = p, e, 1 << (len(x_ND) - 1).bit_length()
+        key = p, e, next_power_of_two(len(x_ND))
         if key not in held:
             held[key] = captured(*key)
         graph, rows_ND, out_ND = held[key]

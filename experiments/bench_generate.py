@@ -33,7 +33,7 @@ from .runs import RunFolder, provenance, to_json
 
 Arm = Callable[[], AbstractContextManager[Any]]
 PLAIN, RECORDED = "default", "default, recorded"
-BLOCK_PASSES = 10
+BLOCK_PASSES, LEAST_BLOCKS = 10, 12
 
 
 def build(name: str, num_layers: int, device: str, **sizes: int) -> Any:
@@ -166,22 +166,20 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--policy", action="append")
-    parser.add_argument("--arm", action="append", help="only this one, by the name it has in rows; may be repeated")
     parser.add_argument("--device", default="h100-sxm5-80gb", help="what policies are told")
     parser.add_argument("--no-energy", action="store_true")
     parser.add_argument("--recording", type=int, default=0, help="only what recording costs, over so many even blocks")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
+    if args.recording and (args.recording < LEAST_BLOCKS or args.recording % 2):
+        parser.error(f"--recording {args.recording}: give an even number of blocks, {LEAST_BLOCKS} or more")
     where, how, sizes = ("cuda", "kernels", {}) if torch.cuda.is_available() else ("cpu", "reference", {
         "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "vocab_size": 64})  # fmt: skip
     model = build(args.model, args.layers, where, **sizes)
     arms = arms_of(model, args.policy or ["static", "hot_cold"], args.device, how)
-    if unknown := set(args.arm or ()) - set(arms):
-        parser.error(f"no arm {sorted(unknown)[0]!r}; there are {', '.join(arms)}")
-    arms = {name: arm for name, arm in arms.items() if not args.arm or name in args.arm}
     named = torch.cuda.get_device_name() if where == "cuda" else "no GPU: a trial of the program, no measurement"
     folder = RunFolder(
-        args.out, "generate", {**provenance(), "torch": torch.__version__, "device": named, **vars(args)}
+        args.out, "generate", {**provenance(), "torch": torch.__version__, "device": named, "asked": vars(args)}
     )
     rows: list[dict[str, Any]] = []
     for batch in args.batch or [1, 32]:

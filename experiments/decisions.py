@@ -19,8 +19,8 @@ from ..policies.loop import deployable_control, drive
 from ..policies.oracle import candidate_plans
 from ..runtime.backend import RuntimeBackend
 from ..runtime.host import HostExecutor
-from ..sim.backend import SimBackend, next_power_of_two
-from ..traces.schema import RoutedStep, nearest
+from ..sim.backend import SimBackend
+from ..traces.schema import RoutedStep, nearest, next_power_of_two
 from .case import Case, Options, prepare
 from .ranking import REFERENCE, slice_words
 from .records import read_records

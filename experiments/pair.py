@@ -18,7 +18,8 @@ from ..policies.contract import Observation, Plan, Policy, Setup, SliceLayout, S
 from ..policies.layouts import fallback_plan
 from ..policies.loop import PolicyError, declared_layouts
 from ..runtime.backend import Executor, ExecutorError, RuntimeBackend
-from ..sim.backend import SimBackend, next_power_of_two
+from ..sim.backend import SimBackend
+from ..traces.schema import next_power_of_two
 from . import paired
 from .case import Case, Options
 from .errors import StoppedError

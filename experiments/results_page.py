@@ -70,7 +70,8 @@ def source_line(source: Source) -> str:
         for run in runs if "driver" in run
     )  # fmt: skip
     mixed = " (of several versions: see the column `commit`)" if max(len(commits), len(versions)) > 1 else ""
-    return f"{source.device}: {'; '.join([*versions, 'commit ' + ', '.join(one[:7] for one in commits)])}{mixed}"
+    notes = "".join(f"; {run['note']}" for run in runs if "note" in run)
+    return f"{source.device}: {'; '.join([*versions, 'commit ' + ', '.join(one[:7] for one in commits)])}{mixed}{notes}"
 
 
 def table_of(held: Sequence[Source], probe: str) -> dict[Any, Mapping[str, Any]]:

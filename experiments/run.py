@@ -19,8 +19,7 @@ import numpy as np
 from ..policies.contract import MECHANISMS, Policy, Setup, StepRecord
 from ..policies.loop import drive
 from ..runtime.backend import Executor, ExecutorError, RuntimeBackend
-from ..sim.backend import next_power_of_two
-from ..traces.schema import RoutedStep
+from ..traces.schema import RoutedStep, next_power_of_two
 from .case import Case, Options, prepare
 from .errors import StoppedError
 from .records import writing

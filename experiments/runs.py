@@ -120,13 +120,20 @@ def _plain(value: Any) -> Any:
 def provenance() -> dict[str, Any]:
     """Return the command and the software behind a run."""
     return {
-        "command": shlex.join(["expertslice", *sys.argv[1:]]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
         "version": __version__,
         **_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in LIBRARIES},
     }
+
+
+def _program() -> list[str]:
+    """Return how this program was called: as the command line, or as one of our modules."""
+    spec = sys.modules["__main__"].__spec__
+    name = spec.name if spec else ""
+    return ["python", "-m", name] if name.startswith("expertslice.") else ["expertslice"]
 
 
 def _version(library: str) -> str | None:

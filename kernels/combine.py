@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..traces.schema import next_power_of_two
 from .grouped import round_to
 from .routing import live_tokens
-from .spec import INTERPRET, power_of_2_from
+from .spec import INTERPRET
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -44,7 +45,7 @@ def combine(
     if num_rows == 0:
         return
     dependent = dependent and not INTERPRET.value
-    block_d = min(1024, power_of_2_from(d_model))
+    block_d = min(1024, next_power_of_two(d_model))
     combine_kernel[(num_rows, -(-d_model // block_d))](
         rows_ND, weights_TK, out_TD, num_tokens, num_rows, d_model, rows_ND.stride(0),
         TOP_K=weights_TK.shape[1], PADDED=num_tokens is not None, DEPENDENT=dependent, BLOCK_D=block_d,

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .spec import INTERPRET, power_of_2_from
+from ..traces.schema import next_power_of_two
+from .spec import INTERPRET
 
 if TYPE_CHECKING:
     from .workspace import Workspace
@@ -46,6 +47,6 @@ def gather(x_TD: Tensor, ws: "Workspace", *, dependent: bool = False) -> Tensor:
     gather_kernel[(-(-num_rows // ROWS),)](
         x_TD, ws.row_slot_N, ws.offsets_E1, ws.gathered_ND, d_model, ws.spec.num_experts, ws.spec.top_k,
         ws.gathered_ND.stride(0), DEPENDENT=dependent, ROWS=ROWS,
-        BLOCK_D=min(COLUMNS, power_of_2_from(d_model)), launch_pdl=dependent,
+        BLOCK_D=min(COLUMNS, next_power_of_two(d_model)), launch_pdl=dependent,
     )  # fmt: skip
     return ws.gathered_ND

@@ -31,7 +31,7 @@ TILES = _tiles({
 })  # fmt: skip
 FP32_TILES = _tiles({16: ((128, 32, 8, 3, 2), (64, 32, 4, 3, 3)), 64: ((64, 32, 4, 3, 2),)})
 """For products without matrix instructions: registers hold the operands too, and wider tiles spill. The fastest of
-22 on an H100 at 1, 32, 256 and 2048 tokens of the paper's configurations."""
+22 on an H100, on the paper's larger two configurations (docs/results/speed/fp32_tiles.json)."""
 
 PINGPONG = tuple(
     LaunchSpec(block_m=64, block_n=n, block_k=k, num_warps=4, num_stages=s, num_ctas=1, pingpong=True)

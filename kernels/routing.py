@@ -17,9 +17,10 @@ from torch import Tensor
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..traces.schema import next_power_of_two
 from .choice import choose, weigh
 from .queues import build_queues, load_plan
-from .spec import INTERPRET, SMALLEST_BLOCK_M, LayerLaunch, RouterSpec, power_of_2_from
+from .spec import INTERPRET, SMALLEST_BLOCK_M, LayerLaunch, RouterSpec
 
 if TYPE_CHECKING:
     from .workspace import Workspace
@@ -218,7 +219,7 @@ def place_kernel(
 
 def padded_experts(num_experts: int) -> int:
     """Return the columns of a block of scores."""
-    return max(16, power_of_2_from(num_experts))
+    return max(16, next_power_of_two(num_experts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +237,7 @@ class Blocking:
 @lru_cache(maxsize=4096)
 def blocking(num_rows: int, num_experts: int) -> Blocking:
     """Return how a batch is cut into blocks of tokens."""
-    block_e, padded = padded_experts(num_experts), power_of_2_from(max(1, num_rows))
+    block_e, padded = padded_experts(num_experts), next_power_of_two(max(1, num_rows))
     one_launch = num_rows <= MASK_TOKENS
     if one_launch:
         # A row of 64 scores fills a warp by two a lane: reductions over whole warps are single instructions.
@@ -266,12 +267,12 @@ def route(
     num_rows, block_e = logits_TE.shape[0], padded_experts(router.num_experts)
     cut = blocking(num_rows, router.num_experts)
     dependent = launch.dependent and not INTERPRET.value
-    tokens_placed = power_of_2_from(max(1, num_rows)) if cut.one_launch else cut.block_t
+    tokens_placed = next_power_of_two(max(1, num_rows)) if cut.one_launch else cut.block_t
     shared = {
         "DEPENDENT": dependent, "CHAINED": ws.chains and not cut.one_launch, "NUM_LISTS": launch.num_lists,
         "NUM_EXPERTS": router.num_experts, "TOP_K": router.top_k, "SOFTMAX": router.score == "softmax",
         "RENORMALISE": router.renormalise, "SCALE": router.scale, "BT": cut.block_t, "BE": block_e,
-        "BN": tokens_placed * power_of_2_from(router.top_k),
+        "BN": tokens_placed * next_power_of_two(router.top_k),
         "BJ": max(1, tokens_placed // SMALLEST_BLOCK_M if cut.one_launch else ENTRIES // block_e),
         "enable_fp_fusion": False,
     }  # fmt: skip
@@ -291,7 +292,7 @@ def route(
     place_kernel[(cut.num_blocks + QUEUE_PARTS,)](
         logits_TE, *plan, *rows, *queues, *blocks,
         num_rows, len(launch.slices), cut.num_blocks, ws.capacity, block_pitch, NUM_PARTS=QUEUE_PARTS,
-        BK=power_of_2_from(router.top_k),
-        BB=min(max(16, power_of_2_from(cut.num_blocks)), COUNTS_AT_ONCE // block_e),
+        BK=next_power_of_two(router.top_k),
+        BB=min(max(16, next_power_of_two(cut.num_blocks)), COUNTS_AT_ONCE // block_e),
         num_warps=min(PLACE_WARPS, cut.num_warps), launch_pdl=ws.chains, **shared,
     )  # fmt: skip

@@ -48,14 +48,6 @@ BLOCK_N_AT = tl.constexpr(2 * MAX_SLICES)
 SLICES = tl.constexpr(MAX_SLICES)
 
 
-def power_of_2_from(number: int) -> int:
-    """Return the least power of two that is no less than a positive number.
-
-    Triton's own, being also of kernels, takes the host microseconds; a layer asks for ten.
-    """
-    return 1 << (number - 1).bit_length()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSpec:
     """One compiled tile and its grid: `num_ctas` persistent CTAs drain a slice's queue."""

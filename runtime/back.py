@@ -39,6 +39,7 @@ class Back:
         self.stamps_LS2 = self._stamps[2:].view(num_layers, MAX_SLICES, 2)
         self._counts_RLE = torch.zeros(num_steps, num_layers, num_experts, dtype=torch.int32, pin_memory=True)
         self._stamps_R = torch.zeros(num_steps, num_stamps, dtype=torch.int64, pin_memory=True)
+        self._host = self._counts_RLE.numpy(), self._stamps_R.numpy()
         self._ended_R: list[torch.cuda.Event] = [torch.cuda.Event() for _ in range(num_steps)]
 
     def bring(self, slot: torch.Tensor) -> None:
@@ -61,9 +62,9 @@ class Back:
 
     def counts(self, slot: int) -> I32:
         """Return the counts [L, E] of a filled slot; they change when the slot is filled again."""
-        return self._counts_RLE[slot].numpy()
+        return self._host[0][slot]
 
     def stamps(self, slot: int, num_slices: int) -> tuple[I64, I64]:
         """Return when a filled slot's step began and ended [2], and its slices [L, S, 2], by the device's timer."""
-        stamps = self._stamps_R[slot].numpy()
+        stamps = self._host[1][slot]
         return stamps[:2].copy(), stamps[2:].reshape(*self.stamps_LS2.shape)[:, :num_slices].copy()

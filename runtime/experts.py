@@ -21,7 +21,7 @@ from ..kernels.tuned import launch_for
 from ..kernels.weights import ExpertWeights
 from ..kernels.workspace import Workspace
 from ..policies.contract import Plan
-from ..traces.schema import MoeSpec
+from ..traces.schema import MoeSpec, next_power_of_two
 from .layers import launch_of, plan_words_LW
 
 if TYPE_CHECKING:
@@ -90,8 +90,7 @@ class LayerRunner:
             )
         held = self._workspaces.get(spec)
         if held is None or held.max_tokens < num_tokens:
-            size = 1 << max(0, num_tokens - 1).bit_length()
-            held = self._workspaces[spec] = Workspace.allocate(spec, size, device)
+            held = self._workspaces[spec] = Workspace.allocate(spec, next_power_of_two(num_tokens), device)
         return held
 
     def _launch(self, plan: Plan | None, spec: MoeSpec, num_tokens: int, device: torch.device) -> LayerLaunch:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..traces.schema import I32, I64
+from ..traces.schema import I32, I64, next_power_of_two
 from .workload import CHOSEN, OTHERS, STEP_DOWN
 
 ALIGN_BYTES = 16
@@ -89,9 +89,9 @@ class Upload:
     def write_logits(self, logits_LTE: torch.Tensor, bucket: int, top_k: int) -> None:
         """Enqueue logits with which routing chooses the ids of whatever step is there, of at most `bucket` tokens."""
         num_layers, max_tokens, num_experts = logits_LTE.shape
-        block_e = triton.next_power_of_2(num_experts)
+        block_e = next_power_of_two(num_experts)
         block_t = max(1, LOGITS_BLOCK // block_e)
-        logits_kernel[triton.cdiv(bucket, block_t), num_layers](
+        logits_kernel[-(-bucket // block_t), num_layers](
             self.ids_N, self.num_tokens, logits_LTE, max_tokens, num_experts, K=top_k, BLOCK_T=block_t, BLOCK_E=block_e,
             CHOSEN=CHOSEN, STEP_DOWN=STEP_DOWN, OTHERS=OTHERS,
         )  # fmt: skip

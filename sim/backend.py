@@ -17,17 +17,12 @@ from ..policies.contract import EnergyWindow, Observation, Plan, Setup, SliceLay
 from ..policies.control import ControlState, Graphs
 from ..policies.cost import CostModel
 from ..policies.layouts import fallback_plan
-from ..traces.schema import RoutedStep
+from ..traces.schema import RoutedStep, next_power_of_two
 from .device import Device, Launch
 from .queues import Stream
 
 MAX_AHEAD = 64
 """Steps launched and not finished; a full launch queue makes the host wait."""
-
-
-def next_power_of_two(num_tokens: int) -> int:
-    """Return the default token bucket: the least power of two that holds the tokens; 1 for an empty step."""
-    return 1 << max(0, num_tokens - 1).bit_length()
 
 
 class SimBackend:

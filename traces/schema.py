@@ -33,6 +33,11 @@ DTYPE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "mixed")
 
 
+def next_power_of_two(number: int) -> int:
+    """Return the least power of two that holds a number, 1 for none: the default token bucket, and sides of blocks."""
+    return 1 << max(0, number - 1).bit_length()
+
+
 def nearest(kind: str, given: str, known: Iterable[str]) -> str:
     """Return the sentence that refuses an unknown name and suggests the nearest one."""
     names = sorted(known)

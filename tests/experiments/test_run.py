@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -14,6 +14,7 @@ import pytest
 from expertslice.experiments import run as experiments_run
 from expertslice.experiments.cli import run
 from expertslice.experiments.records import read_records
+from expertslice.experiments.runs import provenance
 from expertslice.policies.layouts import fallback_plan
 
 
@@ -197,3 +198,17 @@ def test_what_cannot_run_is_one_sentence_and_leaves_nothing(go, arguments, sente
     assert sentence in said
     assert said.count("\n") == 1
     assert folder is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "command"),
+    [
+        (None, "expertslice a 'b c'"),
+        ("pytest.__main__", "expertslice a 'b c'"),
+        ("expertslice.experiments.slices", "python -m expertslice.experiments.slices a 'b c'"),
+    ],
+)
+def test_a_record_says_how_its_program_was_called(monkeypatch, spec, command):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name=spec) if spec else None)
+    monkeypatch.setattr(sys, "argv", ["x", "a", "b c"])
+    assert provenance()["command"] == command

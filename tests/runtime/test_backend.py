@@ -16,8 +16,8 @@ from expertslice.policies.loop import drive
 from expertslice.policies.registry import make_policy
 from expertslice.runtime.backend import MOST_AHEAD, ExecutorError, RuntimeBackend
 from expertslice.runtime.host import HostExecutor
-from expertslice.sim.backend import SimBackend, next_power_of_two
-from expertslice.traces.schema import MoeSpec, RoutedStep
+from expertslice.sim.backend import SimBackend
+from expertslice.traces.schema import MoeSpec, RoutedStep, next_power_of_two
 
 DEVICE = load_device("h100-sxm5-80gb")
 MODEL = MoeSpec(name="test", num_layers=3, num_experts=16, top_k=4, d_model=1024, d_ff=(2048,))

@@ -23,8 +23,8 @@ from expertslice.policies.registry import make_policy
 from expertslice.runtime.backend import ExecutorError, RuntimeBackend
 from expertslice.runtime.cuda import CudaExecutor
 from expertslice.runtime.layers import launch_of
-from expertslice.sim.backend import SimBackend, next_power_of_two
-from expertslice.traces.schema import MoeSpec, OtherWork, RoutedStep
+from expertslice.sim.backend import SimBackend
+from expertslice.traces.schema import MoeSpec, OtherWork, RoutedStep, next_power_of_two
 
 pytestmark = [
     pytest.mark.gpu,

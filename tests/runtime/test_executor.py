@@ -20,8 +20,7 @@ from expertslice.runtime import back, cuda, lanes, other, upload
 from expertslice.runtime.backend import ExecutorError, RuntimeBackend
 from expertslice.runtime.graphs import CaptureRule
 from expertslice.runtime.workload import write_logits
-from expertslice.sim.backend import next_power_of_two
-from expertslice.traces.schema import MoeSpec, OtherWork, RoutedStep
+from expertslice.traces.schema import MoeSpec, OtherWork, RoutedStep, next_power_of_two
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, it is tried itself")
 MODEL = MoeSpec(name="t", num_layers=2, num_experts=4, top_k=2, d_model=16, d_ff=(16,))
