@@ -10,6 +10,7 @@ Shape letters: B sequences, S positions.
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from .runs import RunFolder, provenance, to_json
 
 Arm = Callable[[], AbstractContextManager[Any]]
 PLAIN, RECORDED = "default", "default, recorded"
-BLOCK_PASSES, LEAST_BLOCKS = 10, 12
+BLOCK_PASSES, LEAST_BLOCKS, WARM_UP = 2, 12, 4
 
 
 def build(name: str, num_layers: int, device: str, **sizes: int) -> Any:
@@ -112,11 +113,14 @@ def rounds(
 def recording_cost(model: Any, batch: int, blocks: int, path: Path) -> dict[str, Any]:
     """Return what recording adds to forward passes of one token a sequence: passes with and without it, in turn.
 
-    Each block is so many passes of either kind, after one that warms up, and the ratio of their times is paired block
-    by block: a pass waits for the device, and its time covers hooks and, every few seconds, the way to disk.
+    Each block is two passes of either kind, and the ratio of their times is paired block by block, so that the host's
+    slower spells fall on both. A pass waits for the device; its time covers hooks and the way to disk. Collecting the
+    model's own objects is left out: it takes milliseconds and comes at random.
     """
     took_ms: dict[str, list[float]] = {PLAIN: [], RECORDED: []}
     tokens_BS = torch.randint(0, model.config.vocab_size, (batch, 1), device=model.device)
+    gc.collect()
+    gc.freeze()
 
     def timed() -> float:
         begin_ns = time.perf_counter_ns()
@@ -126,15 +130,16 @@ def recording_cost(model: Any, batch: int, blocks: int, path: Path) -> dict[str,
         return (time.perf_counter_ns() - begin_ns) / 1e6
 
     with torch.no_grad(), Recorder(path) as recorder:
-        for block in range(-1, blocks):
+        for block in range(-WARM_UP, blocks):
             for name in (PLAIN, RECORDED) if block % 2 == 0 else (RECORDED, PLAIN):
                 with recorder.attached(model) if name == RECORDED else nullcontext():
-                    _, *found_ms = [timed() for _ in range(1 + BLOCK_PASSES)]
-                # The first block warms up.
+                    found_ms = [timed() for _ in range(BLOCK_PASSES)]
+                # The first blocks warm up.
                 took_ms[name] += found_ms if block >= 0 else []
     blocks_ms = {name: np.reshape(ms, (blocks, BLOCK_PASSES)).sum(axis=1).tolist() for name, ms in took_ms.items()}
     row = {"arm": RECORDED, "batch": batch, "passes": blocks * BLOCK_PASSES}
-    row |= {f"{name} ms_median": statistics.median(ms) for name, ms in took_ms.items()}
+    for name, ms in took_ms.items():
+        row |= {f"{name} ms_median": statistics.median(ms), f"{name} ms_q95": float(np.quantile(ms, 0.95))}
     return row | {"over_default": asdict(paired_ratio(blocks_ms[RECORDED], blocks_ms[PLAIN]))}
 
 

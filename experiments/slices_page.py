@@ -36,7 +36,8 @@ def facts(folder: Path) -> dict[str, Any]:
         "about": json.loads((folder / "manifest.json").read_text()),
         "products": [row | {"again": later.get(row["name"])} for row in gains(products)],
         "torch_us": {row["name"]: row["us_q50"] for row in products if row["side"] == "torch"},
-        "mixes": [row | best_of(beside, row) for row in gains(beside)],
+        "mixes": [row | best_of(beside, row) | {"room": row["unsliced_us"] / row["floor_us"]} for row in gains(beside)],
+        "shared": shared(beside),
         "changes": json.loads((folder / "plan_changes.json").read_text()),
         **told,
     }
@@ -67,6 +68,15 @@ def meeting(rows: Sequence[Row]) -> Row:
         "name": row["name"], "arm": row["arm"], "decode_over": row["decode_us_q50"] / row["decode_alone_us"],
         "dense_over": row["dense_us_q50"] / (row["dense_alone_us"] * shares),
     }  # fmt: skip
+
+
+def shared(rows: Sequence[Row]) -> list[float]:
+    """Return the time of each mix's best control over that of its best arm in which both parts share every SM."""
+    found = []
+    for gain in gains(rows):
+        here = [row for row in rows if row["name"] == gain["name"] and row["arm"].startswith("co-resident")]
+        found.append(gain["unsliced_us"] / min(row["us_q50"] for row in here))
+    return found
 
 
 def dense_tflops(row: Row) -> float:

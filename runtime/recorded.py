@@ -51,22 +51,45 @@ def chosen_of(passes: Sequence[list[Chosen]]) -> Tensor:
     return ids_TLK.gather(-1, weights_TLK.argsort(dim=-1, descending=True, stable=True))
 
 
-def ids_of(passes: Sequence[RecordedPass], ring: IdRing | None) -> Ints:
-    """Return the ids of all passes in order [T, L, K], waiting for the device."""
+@dataclass(frozen=True, slots=True)
+class IdsOnTheWay:
+    """Ids of passes [T, L, K], which the device brings to the host."""
+
+    ids_TLK: Tensor
+    arrived: torch.cuda.Event | None
+
+    def wait(self) -> Ints:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.ids_TLK.numpy()
+
+
+def ids_of(passes: Sequence[RecordedPass], ring: IdRing | None) -> IdsOnTheWay:
+    """Ask for the ids of all passes in order; nothing waits."""
     kept = [one.chosen_L for one in passes if one.chosen_L is not None]
-    kept_TLK = np.asarray(chosen_of(kept).int().cpu()) if kept else None
+    kept_TLK = chosen_of(kept).int() if kept else None
     num_replayed = sum(one.rows.num_rows for one in passes if one.chosen_L is None)
     if not num_replayed or ring is None:
         assert kept_TLK is not None
-        return kept_TLK
-    ring_TLK, pieces, at = ring.fetch(num_replayed), list[Ints](), [0, 0]
+        return _sent(kept_TLK)
+    ring_TLK, pieces, at = ring.fetch(num_replayed), list[Tensor](), [0, 0]
     for one in passes:
         replayed = one.chosen_L is None
         source = ring_TLK if replayed or kept_TLK is None else kept_TLK
         begin = at[replayed]
         at[replayed] += one.rows.num_rows
         pieces.append(source[begin : at[replayed]])
-    return np.concatenate(pieces)
+    return _sent(torch.cat(pieces))
+
+
+def _sent(ids_TLK: Tensor) -> IdsOnTheWay:
+    if not ids_TLK.is_cuda:
+        return IdsOnTheWay(ids_TLK, None)
+    host_TLK = torch.empty(ids_TLK.shape, dtype=ids_TLK.dtype, pin_memory=True)
+    host_TLK.copy_(ids_TLK, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return IdsOnTheWay(host_TLK, arrived)
 
 
 def trace_of(

@@ -11,6 +11,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..traces.store import PARTS
 from ..traces.trace import UNKNOWN
 from .hf import experts_of
 from .marks import Marks
-from .recorded import Chosen, RecordedPass, chosen_of, config_of, ids_of, is_ours, name_of, provenance_of, trace_of
+from .recorded import Chosen, IdsOnTheWay, RecordedPass, chosen_of, config_of, ids_of, is_ours, name_of, provenance_of, trace_of
 from .ring import IdRing
 from .rows import PassRows, SequencePass, SequenceRows
 
@@ -79,6 +80,9 @@ class Recorder:
         self._model: nn.Module | None = None
         self._ring: IdRing | None = None
         self._told_config = False
+        # One thread, so that what is written comes in order; the model goes on meanwhile.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="recorder")
+        self._written: Future[None] | None = None
         self._pending = self._next_request = 0
         self._zero_ns = self._flushed_ns = time.perf_counter_ns()
 
@@ -186,6 +190,7 @@ class Recorder:
         """Stop recording with a warning; the model goes on."""
         self.failure = why
         self._detach()
+        self._writer.shutdown()
         warnings.warn(f"recording stopped after {self.num_steps} steps: {why}", stacklevel=4)
 
     def _take(self) -> None:
@@ -239,33 +244,52 @@ class Recorder:
         )
         self._marks = None
         self._pending += rows.num_rows
+        if self._written is not None and self._written.done():
+            self._settle()
         late = time.perf_counter_ns() - self._flushed_ns > self._flush_s * 1e9
         if late or self._pending > self._ring_rows // 2:
-            self._drain()
+            self._drain(flush=late)
         if late:
-            self._appender.flush()
             self._flushed_ns = time.perf_counter_ns()
 
-    def _drain(self) -> None:
-        """Bring to the host what passes have chosen."""
+    def flush(self) -> None:
+        """Write what was recorded so far and wait for it: a crash after this call costs nothing from before it."""
+        self._guarded(self._flush)
+
+    def _flush(self) -> None:
+        self._drain(flush=True)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait for what is being written, and raise what befell it."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def _drain(self, *, flush: bool) -> None:
+        """Hand over what passes have chosen, after the drain before: memory holds two at most."""
+        self._settle()
         if not self._passes:
             return
         passes, self._passes, self._pending = self._passes, [], 0
-        notes = (*self._notes, *([TIMES_SAID] if self._times else []))
         num_experts = self._layers[0].spec.num_experts if is_ours(self._layers[0]) else self._layers[0].num_experts
-        trace = trace_of(
-            passes,
-            ids_of(passes, self._ring),
-            num_experts=num_experts,
-            domains=self._domains,
-            segments=self._segments,
-            provenance=provenance_of(self.model, self._device, notes),
-            times=self._times,
-        )
-        self._appender.append(trace)
+        notes = (*self._notes, *([TIMES_SAID] if self._times else []))
+        facts = {
+            "num_experts": num_experts,
+            "domains": tuple(self._domains),
+            "segments": tuple(self._segments),
+            "provenance": provenance_of(self.model, self._device, notes),
+            "times": self._times,
+        }
+        self._written = self._writer.submit(self._write, passes, ids_of(passes, self._ring), facts, flush)
+
+    def _write(self, passes: list[RecordedPass], ids: IdsOnTheWay, facts: dict[str, Any], flush: bool) -> None:
+        self._appender.append(trace_of(passes, ids.wait(), **facts))
         if not self._told_config:
             self._told_config = True
             self._write_config()
+        if flush:
+            self._appender.flush()
 
     def _write_config(self) -> None:
         if config := config_of(self._model, self._layers):
@@ -292,8 +316,13 @@ class Recorder:
             TraceError: the recording had stopped, or cannot be written; what was flushed is kept.
         """
         self._detach()
+        try:
+            if self.failure is None:
+                self._drain(flush=False)
+                self._settle()
+        finally:
+            self._writer.shutdown()
         if self.failure is None:
-            self._drain()
             self._appender.close(notes=notes)
             return
         kept = self._appender.path

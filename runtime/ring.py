@@ -3,11 +3,8 @@
 Shape letters: T tokens of a pass, N rows of the ring, L MoE layers, K top-k.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from ..traces.schema import Ints
 
 
 class IdRing:
@@ -27,14 +24,13 @@ class IdRing:
         self._ids_NLK.index_copy_(0, row_T, ids_TLK.int())
         self._next.add_(num_tokens)
 
-    def fetch(self, count: int) -> Ints:
-        """Return the next `count` rows that were put and not fetched [count, L, K], waiting for the device.
+    def fetch(self, count: int) -> Tensor:
+        """Return a copy of the next `count` rows that were put and not fetched [count, L, K]; nothing waits.
 
         There may be no more than the ring holds.
         """
         assert count <= self.num_rows
         begin = self._fetched % self.num_rows
         head = self._ids_NLK[begin : begin + count]
-        rows = torch.cat([head, self._ids_NLK[: count - len(head)]])
         self._fetched += count
-        return np.asarray(rows.cpu())
+        return torch.cat([head, self._ids_NLK[: count - len(head)]])
