@@ -34,7 +34,7 @@ from .runs import RunFolder, provenance, to_json
 
 Arm = Callable[[], AbstractContextManager[Any]]
 PLAIN, RECORDED = "default", "default, recorded"
-BLOCK_PASSES, LEAST_BLOCKS, WARM_UP = 2, 12, 4
+BLOCK_PASSES, LEAST_BLOCKS, WARM_UP = 3, 12, 4
 
 
 def build(name: str, num_layers: int, device: str, **sizes: int) -> Any:
@@ -113,7 +113,7 @@ def rounds(
 def recording_cost(model: Any, batch: int, blocks: int, path: Path) -> dict[str, Any]:
     """Return what recording adds to forward passes of one token a sequence: passes with and without it, in turn.
 
-    Each block is two passes of either kind, and the ratio of their times is paired block by block, so that the host's
+    Each block is three passes of either kind, after one more, and the ratio of their times is paired block by block, so that the host's
     slower spells fall on both. A pass waits for the device; its time covers hooks and the way to disk. Collecting the
     model's own objects is left out: it takes milliseconds and comes at random.
     """
@@ -133,7 +133,7 @@ def recording_cost(model: Any, batch: int, blocks: int, path: Path) -> dict[str,
         for block in range(-WARM_UP, blocks):
             for name in (PLAIN, RECORDED) if block % 2 == 0 else (RECORDED, PLAIN):
                 with recorder.attached(model) if name == RECORDED else nullcontext():
-                    found_ms = [timed() for _ in range(BLOCK_PASSES)]
+                    _, *found_ms = [timed() for _ in range(1 + BLOCK_PASSES)]
                 # The first blocks warm up.
                 took_ms[name] += found_ms if block >= 0 else []
     blocks_ms = {name: np.reshape(ms, (blocks, BLOCK_PASSES)).sum(axis=1).tolist() for name, ms in took_ms.items()}
