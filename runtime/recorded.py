@@ -26,7 +26,7 @@ Chosen = tuple[Tensor, Tensor | None]
 """Expert ids [T, K] of a layer, and their weights where the ids may not stand by falling weight."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class RecordedPass:
     """One pass, still on the device."""
 

@@ -10,7 +10,7 @@ Shape letters: T tokens of a pass, L MoE layers, K top-k.
 import json
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -114,7 +114,7 @@ class Recorder:
             else:
                 # A hook on every layer would take a good part of what recording may cost.
                 self._forwards[layer] = module.__dict__.get("forward")
-                module.forward = partial(self._tapped, layer, module.forward)
+                module.forward = self._tapped(layer, module.forward)
             if self._times:
                 self._handles.append(module.register_forward_pre_hook(partial(self._mark, 2 * layer)))
                 self._handles.append(module.register_forward_hook(partial(self._mark, 2 * layer + 1)))
@@ -155,17 +155,25 @@ class Recorder:
     def _begin(self, rows: PassRows | SequencePass | None) -> None:
         self._chosen_L = [None] * len(self._layers)
         self._start_ns = time.perf_counter_ns()
-        self._marks = Marks(self._device, len(self._layers)) if self._times and not self._captures() else None
+        self._captured = self._captures()
+        self._marks = Marks(self._device, len(self._layers)) if self._times and not self._captured else None
         self._given, self._rows = rows, None
 
     def _mark(self, place: int, *_: object) -> None:
         if self._marks is not None:
             self._marks.mark(place)
 
-    def _tapped(self, layer: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a layer, keeping the ids and weights that it is given, which are looked at when the pass ends."""
-        self._chosen_L[layer] = tuple([*args, *kwargs.values()][1:3])
-        return forward(*args, **kwargs)
+    def _tapped(self, layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a layer's call that keeps the ids and weights that it is given; they are looked at after many passes.
+
+        A pass is launched by Python that has left the caches when the next comes, so a line here costs microseconds.
+        """
+
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            self._chosen_L[layer] = (args if not kwargs else (*args, *kwargs.values()))[1:3]
+            return forward(*args, **kwargs)
+
+        return tapped
 
     def _own_layer(self, layer: int, ids_TK: Tensor) -> None:
         # The next layer writes its ids there.
@@ -194,12 +202,14 @@ class Recorder:
         warnings.warn(f"recording stopped after {self.num_steps} steps: {why}", stacklevel=4)
 
     def _take(self) -> None:
-        missing = [layer for layer, chosen in enumerate(self._chosen_L) if chosen is None]
-        if missing:
+        if None in self._chosen_L:
+            missing = [layer for layer, chosen in enumerate(self._chosen_L) if chosen is None]
             raise TraceError(f"layers {missing} did not run in a pass; record a model that runs all its MoE layers")
-        chosen_L = [self._checked(layer, chosen) for layer, chosen in enumerate(self._chosen_L)]
+        chosen_L: list[Any] = self._chosen_L
+        if self._ring is None or self._captured:
+            self._check(chosen_L)
         num_tokens, top_k = chosen_L[0][0].shape
-        if self._captures():
+        if self._captured:
             self._put(chosen_L, num_tokens)
             return
         if self._ring is None:
@@ -211,13 +221,12 @@ class Recorder:
             self._next_request += 1
         self._counted(rows, self._start_ns, chosen_L)
 
-    def _checked(self, layer: int, chosen: Any) -> Chosen:
-        ids, weights = chosen if len(chosen) == 2 else (None, None)
-        if getattr(ids, "ndim", 0) != 2 or (weights is not None and ids.shape != getattr(weights, "shape", None)):
-            raise TraceError(
-                f"{type(self._layers[layer]).__name__} is not called with expert ids [tokens, k]; it cannot be recorded"
-            )
-        return ids, weights
+    def _check(self, chosen_L: Sequence[Any]) -> None:
+        for layer, chosen in zip(self._layers, chosen_L, strict=True):
+            ids, weights = chosen if len(chosen) == 2 else (None, None)
+            if getattr(ids, "ndim", 0) != 2 or (weights is not None and ids.shape != getattr(weights, "shape", None)):
+                name = type(layer).__name__
+                raise TraceError(f"{name} is not called with expert ids [tokens, k]; it cannot be recorded")
 
     def _put(self, chosen_L: list[Chosen], num_tokens: int) -> None:
         """Let each replay put what it chooses into the ring."""
@@ -272,6 +281,9 @@ class Recorder:
         if not self._passes:
             return
         passes, self._passes, self._pending = self._passes, [], 0
+        for one in passes:
+            if one.chosen_L is not None:
+                self._check(one.chosen_L)
         num_experts = self._layers[0].spec.num_experts if is_ours(self._layers[0]) else self._layers[0].num_experts
         notes = (*self._notes, *([TIMES_SAID] if self._times else []))
         facts = {

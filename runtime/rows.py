@@ -83,9 +83,11 @@ class SequenceRows:
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> SequencePass | None:
         """Return the rows of a pass; None when its arguments hold no sequences."""
-        tokens = next(
-            (t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]) if t is not None), None
-        )
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        if tokens is None and args:
+            tokens = args[0]
         if getattr(tokens, "ndim", 0) < 2:
             return None
         num_sequences, length = tokens.shape[:2]
