@@ -113,9 +113,9 @@ def rounds(
 def recording_cost(model: Any, batch: int, blocks: int, path: Path) -> dict[str, Any]:
     """Return what recording adds to forward passes of one token a sequence: passes with and without it, in turn.
 
-    Each block is three passes of either kind, after one more, and the ratio of their times is paired block by block, so that the host's
-    slower spells fall on both. A pass waits for the device; its time covers hooks and the way to disk. Collecting the
-    model's own objects is left out: it takes milliseconds and comes at random.
+    Each block is three passes of either kind, after one more, and the ratio of their times is paired block by block, so
+    that the host's slower spells fall on both. A pass waits for the device; its time covers hooks and the way to disk.
+    Collecting the model's own objects is left out: it takes milliseconds and comes at random.
     """
     took_ms: dict[str, list[float]] = {PLAIN: [], RECORDED: []}
     tokens_BS = torch.randint(0, model.config.vocab_size, (batch, 1), device=model.device)

@@ -27,7 +27,18 @@ from ..traces.store import PARTS
 from ..traces.trace import UNKNOWN
 from .hf import experts_of
 from .marks import Marks
-from .recorded import Chosen, IdsOnTheWay, RecordedPass, chosen_of, config_of, ids_of, is_ours, name_of, provenance_of, trace_of
+from .recorded import (
+    Chosen,
+    IdsOnTheWay,
+    RecordedPass,
+    chosen_of,
+    config_of,
+    ids_of,
+    is_ours,
+    name_of,
+    provenance_of,
+    trace_of,
+)
 from .ring import IdRing
 from .rows import PassRows, SequencePass, SequenceRows
 
