@@ -24,6 +24,7 @@ def from_profile(folder: Path, *, seed: int, say: Callable[[str], object]) -> De
         ValueError: the folder holds no profile, or one with too few points, or of an unknown device.
     """
     rows, manifest = read_profile(folder)
+    last = manifest["runs"][-1]
     name = DEVICES.get(manifest["device"])
     if name is None:
         raise ValueError(f"nothing is known of {manifest['device']!r}; profiles can be of {', '.join(DEVICES)}")
@@ -33,8 +34,8 @@ def from_profile(folder: Path, *, seed: int, say: Callable[[str], object]) -> De
         say(f"{len(layers) - len(kept)} of {len(layers)} points were measured under throttling and are dropped")
     known = [measured_of(row) for row in kept if not row["held_out"]]
     held_out = [measured_of(row) for row in kept if row["held_out"]]
-    about = {"profile": manifest["commit"], "profiled": manifest["seeds"]}
-    return calibrate(known, device=name, machine=machine_of(manifest), held_out=held_out, seed=seed, about=about)
+    about = {"profile": sorted({run["commit"] for run in manifest["runs"]}), "profiled": last["seeds"]}
+    return calibrate(known, device=name, machine=machine_of(last), held_out=held_out, seed=seed, about=about)
 
 
 def read_profile(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

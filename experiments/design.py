@@ -25,6 +25,13 @@ SHAPES = {
 }  # fmt: skip
 """d_model, d_ff, experts, top-k of the layers to profile."""
 TOKENS = (16, 128, 1024, 4096)
+LATER_SHAPES = {
+    "2880x2880-E32": (2880, 2880, 32, 4), "2048x1408-E64": (2048, 1408, 64, 6), "512x1024-E8": (512, 1024, 8, 2),
+    "3072x8192-E16": (3072, 8192, 16, 1), "1536x3072-E24": (1536, 3072, 24, 3), "1024x512-E32": (1024, 512, 32, 4),
+    "5120x2048-E40": (5120, 2048, 40, 2), "6144x4096-E8": (6144, 4096, 8, 4),
+}  # fmt: skip
+"""Added, with what of them is held out, once the first had been measured and before these were."""
+LATER_TOKENS = (32, 256, 2048)
 SKEWS = ("uniform", "zipf")
 SM_RANGES = ((8, 32), (40, 64), (72, 96), (104, 120))
 """Ranges of a split's first slice, SMs, both ends included."""
@@ -36,13 +43,16 @@ def drawn(seed: int) -> dict[str, Any]:
     models = rng.permutation(MODELS).tolist()
     shapes = rng.permutation(list(SHAPES)).tolist()
     skewed = [[int(tokens), SKEWS[int(rng.integers(2))]] for tokens in sorted(rng.permutation(TOKENS)[:2].tolist())]
+    split_sms = list(SM_RANGES[int(rng.integers(len(SM_RANGES)))])
+    later = rng.permutation(list(LATER_SHAPES)).tolist()
     return {
         "seed": seed,
         "folds": [sorted(models[:3]), sorted(models[3:])],
         "held_out": {
             "shapes": sorted(shapes[:2]),
+            "later_shapes": sorted(later[:3]),
             "loads": skewed,
-            "split_sms": list(SM_RANGES[int(rng.integers(len(SM_RANGES)))]),
+            "split_sms": split_sms,
         },
     }
 
@@ -68,7 +78,7 @@ class Load:
     @property
     def spec(self) -> MoeSpec:
         """Return the layer."""
-        d_model, d_ff, num_experts, top_k = SHAPES[self.shape]
+        d_model, d_ff, num_experts, top_k = (SHAPES | LATER_SHAPES)[self.shape]
         return MoeSpec(
             name=self.shape, num_layers=1, num_experts=num_experts, top_k=top_k, d_model=d_model, d_ff=(d_ff,),
             kind="swiglu",
@@ -78,12 +88,13 @@ class Load:
     def held_out(self) -> bool:
         """Return whether no model may be fitted to it."""
         held = DESIGN["held_out"]
-        return self.shape in held["shapes"] or [self.tokens, self.skew] in held["loads"]
+        return self.shape in held["shapes"] + held["later_shapes"] or [self.tokens, self.skew] in held["loads"]
 
 
 def loads() -> Iterator[Load]:
     """Yield the loads, those of a shape side by side."""
-    for shape, tokens, skew in itertools.product(SHAPES, TOKENS, SKEWS):
+    first, later = ((SHAPES, TOKENS), (LATER_SHAPES, LATER_TOKENS))
+    for shape, tokens, skew in itertools.chain(itertools.product(*first, SKEWS), itertools.product(*later, SKEWS)):
         yield Load(shape=shape, tokens=tokens, skew=skew)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..policies.contract import DeviceSpec
 from ..policies.data import load_device
 from ..policies.residual import NAMES, Residual
+from ..policies.tiles import TileConstants
 from ..sim.calibrate import CEILINGS, Measured, believed, check_enough, fit_belief, fit_truth, halves, judge
 from .runs import to_json, whole
 
@@ -113,6 +114,7 @@ def load(path: Path) -> DeviceModel:
     if claimed != _checksum(value):
         raise ValueError(f"{path} does not match its checksum: it was changed; calibrate again rather than edit it")
     truth = {f.name: _tupled(value["truth"][f.name]) for f in fields(Residual)}
+    truth["constants"] = TileConstants(**{name: _tupled(v) for name, v in value["truth"]["constants"].items()})
     kept = {f.name: _tupled(value[f.name]) for f in fields(DeviceModel) if f.name != "truth"}
     return DeviceModel(**kept, truth=Residual(**truth))
 

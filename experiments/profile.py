@@ -26,7 +26,7 @@ from ..runtime.timer import Captured, burst_size, capture, interleave
 from .bench import DEVICES
 from .bench_arms import Batch, batch_of, num_sets
 from .bench_contenders import device_name
-from .bench_rows import device_manifest, in_us, read_rows, refuse_other_machine, write_parquet
+from .bench_rows import claim, device_manifest, in_us, read_rows, write_parquet
 from .design import Load, loads, split_held_out
 from .errors import StoppedError
 from .pair_gpu import HARMLESS
@@ -249,12 +249,9 @@ def run_profile(
     device = load_device(DEVICES[device_name()])
     variants = load_variants(device.compute_capability)
     mechanisms = frozenset(MECHANISMS) - {"mig"}
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         with EnergyMeter(0) as meter:
-            manifest = {**device_manifest(meter, commit), "rounds": rounds}
-            refuse_other_machine(folder, manifest)
-            (folder / "manifest.json").write_text(to_json(manifest) + "\n", encoding="utf-8")
+            claim(folder, {**device_manifest(meter, commit), "rounds": rounds})
             setup = Setup(
                 device=device, model=next(loads()).spec, variants=variants, mechanisms=mechanisms, control=Control(),
                 seed=0,

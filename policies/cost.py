@@ -43,7 +43,7 @@ class CostModel:
     detail: Literal["tiles", "roofline"] = "tiles"
     constants: TileConstants = field(default_factory=TileConstants)
     residual: Residual | None = None
-    """Of detail "tiles" alone."""
+    """Of detail "tiles" alone; it brings its own constants."""
     _shares: dict[SliceLayout, Shares] = field(
         default_factory=dict[SliceLayout, Shares], init=False, repr=False, compare=False
     )
@@ -68,7 +68,8 @@ class CostModel:
         """Return a layout as this model sees it."""
         if layout not in self._shares:
             tiles = {v.name: v for v in self.variants}
-            self._shares[layout] = Shares(layout, tiles, self.device, self.model, self.constants)
+            constants = self.residual.constants if self.residual else self.constants
+            self._shares[layout] = Shares(layout, tiles, self.device, self.model, constants)
         return self._shares[layout]
 
     def perturbed(self, seed: int) -> "CostModel":

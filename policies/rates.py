@@ -1,7 +1,8 @@
 """How fast stretches of kernels progress beside each other.
 
 Alone, a segment runs at speed 1. Beside others, each resource that is asked for more than it has is divided max-min
-fairly, weighted by CTAs in flight: a slice that asks for less than its fair part gets all it asks for.
+fairly, weighted by CTAs in flight: a slice that asks for less than its fair part gets all it asks for. Where limits
+blunt each other, requests to memory wait longer the more of them there are instead.
 """
 
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ def _overloads(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) 
     if not shares.own_memory:
         if l2 > 1.0:
             over.append(([one.l2 for one in segments], 1.0))
-        if dram > (cap := shares.read_cap(mask)):
+        if not shares.constants.overlap and dram > (cap := shares.read_cap(mask)):
             over.append(([one.dram for one in segments], cap))
     return over
 
@@ -89,12 +90,48 @@ def rates(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> li
     `ids` are their slices.
     """
     over = _overloads(ids, segments, shares)
+    soft = shares.constants.overlap and not shares.own_memory
+    memory = memory_speeds(ids, [one.dram for one in segments], shares) if soft else None
     if not over:
-        return None
+        return memory
     weights = [shares.reach_S[i] for i in ids]
-    if len(ids) == 2:
-        return _pair(over, weights[0], weights[1])
-    speeds = [1.0] * len(ids)
+    speeds = _pair(over, *weights) if len(ids) == 2 else _shared(over, weights)
+    return speeds if memory is None else [min(a, b) for a, b in zip(speeds, memory, strict=True)]
+
+
+ROUNDS = 3
+"""Until the requests in flight, which depend on the speeds, have settled to a part in a thousand."""
+
+
+def memory_speeds(ids: Sequence[int], dram: Sequence[float], shares: Shares) -> list[float] | None:
+    """Return the speeds at which slices run while they read beside each other; `dram` bytes per ns alone, at speed 1.
+
+    A request takes as long as all requests in flight take at the rate that the memory gives them together (Little). A
+    slice whose memory takes a part m of its time alone, and whose requests take x times as long, takes
+    (1 - m^p + (m x)^p)^(1/p) times as long, as limits blunt each other within a wave.
+    """
+    reach, latency, overlap = (
+        [shares.reach_S[i] for i in ids],
+        [shares.latency_S[i] for i in ids],
+        shares.constants.overlap,
+    )
+    part = [min(1.0, d / shares.read_per_ns_S[i]) for i, d in zip(ids, dram, strict=True)]
+    if sum(m > 0.0 for m in part) < 2:
+        return None
+    waiting, speeds = part, [1.0] * len(ids)
+    for _ in range(ROUNDS):
+        in_flight = sum([w * r for w, r in zip(waiting, reach, strict=True)])
+        together = [in_flight + (1.0 - w) * r for w, r in zip(waiting, reach, strict=True)]
+        longer = [max(1.0, r / shares.read(r) / own) for r, own in zip(together, latency, strict=True)]
+        speeds = [
+            (1.0 - m ** (1 / overlap) + (m * x) ** (1 / overlap)) ** -overlap for m, x in zip(part, longer, strict=True)
+        ]
+        waiting = [min(1.0, m * x * y) for m, x, y in zip(part, longer, speeds, strict=True)]
+    return speeds
+
+
+def _shared(over: list[Load], weights: Sequence[float]) -> list[float]:
+    speeds = [1.0] * len(weights)
     for demands, capacity in over:
         asked = [d * y for d, y in zip(demands, speeds, strict=True)]
         level = water_level(asked, weights, capacity)

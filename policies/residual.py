@@ -7,12 +7,13 @@ Shape letters: L MoE layers, S slices, P products, F features.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ..traces.schema import F64
 from .shares import Shares
+from .tiles import TileConstants
 
 FEATURES = (
     "log2 ns", "memory share", "wait share", "DRAM share", "matrix share", "L2 share", "log2 part of SMs",
@@ -84,6 +85,8 @@ class Residual:
     bar: float
     """Half of the 90 % interval of log(measured / predicted) in the middle of what was measured."""
     flags: Row = (0.0,) * len(FLAGS)
+    constants: TileConstants = field(default_factory=TileConstants)
+    """Of the physics that it corrects."""
 
     def factors_LS(self, sums: F64, shares: Shares) -> F64:
         """Return the factor on each slice's kernels; 1 for idle slices.

@@ -12,7 +12,6 @@ import numpy as np
 from ..traces.schema import F64, Ints
 from .shares import Shares
 from .stepwork import OtherL, head_ns, hop_ns, tail_ns
-from .tiles import read_bytes_per_ns
 
 
 def roofs_ns(counts_LE: Ints, owner_LE: Ints, other_L: OtherL, shares: Shares) -> F64:
@@ -43,7 +42,7 @@ def roofs_ns(counts_LE: Ints, owner_LE: Ints, other_L: OtherL, shares: Shares) -
                 flops_L[layer] += work.flops
     layer_L = np.maximum(slice_LS.max(axis=1), flops_L / shares.flops_per_ns)
     if not shares.own_memory:
-        together = read_bytes_per_ns(shares.device, sum(shares.reach_S))
+        together = shares.read(sum(shares.reach_S))
         layer_L = np.maximum(layer_L, np.maximum(dram_L / together, l2_L / shares.l2_bytes_per_ns))
     if shares.pooled:
         layer_L = np.maximum(layer_L, pipe_L / shares.device.sm_count)

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..traces.schema import F64, MoeSpec
+from ..traces.schema import DTYPE_BYTES, F64, MoeSpec
 from .contract import EXCLUSIVE, DeviceSpec, SliceLayout, TileVariant
 from .layouts import fits_together
 from .mig import profile_of
@@ -29,7 +29,7 @@ class Shares:
         constants: TileConstants,
     ) -> None:
         self.device, self.model, self.slices = device, model, layout.slices
-        self._constants = constants
+        self.constants = constants
         self.tiles_S = [(variants[one.up], variants[one.down]) for one in self.slices]
         self.tables = tables_of(self.tiles_S, model, device, constants)
         self.demands = Demands(self.tables)
@@ -37,7 +37,7 @@ class Shares:
         """Whether all slices run on the same SMs."""
         self.own_memory = bool(layout.mig)
         """Whether each slice owns its part of DRAM and L2."""
-        self.flops_per_ns = matrix_rate_per_s(device, model.dtype) / 1e9
+        self.flops_per_ns = matrix_rate_per_s(device, model.dtype) / 1e9 * constants.matrix_part
         """Of the whole device in a burst."""
         self.l2_bytes_per_ns = device.l2_bytes_per_clk * device.clock_mhz / 1e3
         """Of the whole device at the burst clock."""
@@ -47,9 +47,7 @@ class Shares:
         """L2 bytes per ns that each slice gets alone."""
         self.sms_S = np.array([one.sm_count for one in self.slices])
         self.ctas_S = np.array([min(one.num_ctas, one.sm_count * one.ctas_per_sm) for one in self.slices])
-        self.reach_S: list[float] = [
-            self._reach(ctas, one.sm_count) for ctas, one in zip(self.ctas_S.tolist(), self.slices, strict=True)
-        ]
+        self.reach_S: list[float] = [self._reach(s, ctas) for s, ctas in enumerate(self.ctas_S.tolist())]
         """The single CTAs that each slice's CTAs in flight are worth: its weight wherever requests compete."""
         front = next((s for s, one in enumerate(self.slices) if one.instance == 0), None)
         self.front_part = 1.0 if front is None else self.slices[front].sm_count / device.sm_count
@@ -58,10 +56,20 @@ class Shares:
         self._read_caps: dict[int, float] = {}
         self._fits: dict[tuple[int, int], bool] = {}
 
-    def _reach(self, ctas: int, sms: int) -> float:
-        """Return the single CTAs on the read curve that `ctas` spread over `sms` are worth."""
-        active = min(ctas, sms)
-        return active * cta_gain(self.device, self._constants, ctas / active) if active else 0.0
+    def _reach(self, s: int, ctas: int) -> float:
+        """Return the single CTAs on the read curve that `ctas` of a slice are worth, spread over its SMs."""
+        up, active = self.tiles_S[s][0], min(ctas, self.slices[s].sm_count)
+        flight_bytes = (up.num_stages - 1) * up.block_n * up.block_k * DTYPE_BYTES[self.model.dtype]
+        return active * cta_gain(self.device, self.constants, ctas / active, flight_bytes) if active else 0.0
+
+    def read(self, reach: float) -> float:
+        """Return the DRAM bytes per ns that so much reach gives together."""
+        return read_bytes_per_ns(self.device, reach) * self.constants.read_part
+
+    @cached_property
+    def latency_S(self) -> list[float]:
+        """Return the reach over the rate that each slice has alone: how long a request of its takes."""
+        return [reach / self.read(reach) if reach else 0.0 for reach in self.reach_S]
 
     @cached_property
     def queues(self) -> bool:
@@ -79,7 +87,7 @@ class Shares:
         cap = self._read_caps.get(mask)
         if cap is None:
             reach = sum(reach for i, reach in enumerate(self.reach_S) if mask >> i & 1)
-            cap = self._read_caps[mask] = read_bytes_per_ns(self.device, reach)
+            cap = self._read_caps[mask] = self.read(reach)
         return cap
 
     def admits(self, mask: int, newcomer: int) -> bool:
@@ -98,11 +106,15 @@ class Shares:
         """Return DRAM bytes per ns of each slice [S, C + 1] by its active CTAs."""
         table = np.ones((len(self.slices), int(self.ctas_S.max()) + 1))
         for s, most in enumerate(self.ctas_S.tolist()):
-            limit = self._memory_part_S[s] * read_bytes_per_ns(self.device, self.device.read_curve_ctas[-1])
+            limit = self._memory_part_S[s] * self.read(self.device.read_curve_ctas[-1])
             for ctas in range(1, most + 1):
-                reach = self._reach(ctas, self.slices[s].sm_count)
-                table[s, ctas] = min(read_bytes_per_ns(self.device, reach), limit)
+                table[s, ctas] = min(self.read(self._reach(s, ctas)), limit)
         return table
+
+    @cached_property
+    def read_per_ns_S(self) -> list[float]:
+        """Return DRAM bytes per ns of each slice with all its CTAs in flight."""
+        return [self.read_per_ns(s) for s in range(len(self.slices))]
 
     def read_per_ns(self, slice_id: int) -> float:
         """Return DRAM bytes per ns of a slice with all its CTAs in flight."""

@@ -50,7 +50,9 @@ def head_ns(rows: int, other: tuple[OtherWork, ...], shares: Shares, clock: floa
     for work in other:
         if work.slice_id is None:
             ns += device.graph_node_ns + front_ns(work.hbm_bytes, work.flops / clock, shares)
-    logit_and_id_bytes = rows // model.top_k * model.num_experts * 4 + rows * 8
+    logits = rows // model.top_k * model.num_experts
+    ns += logits * shares.constants.logit_ns
+    logit_and_id_bytes = logits * 4 + rows * 8
     fork_ns = device.fork_join_ns * (len(shares.slices) - 1)
     return round(ns + front_ns(logit_and_id_bytes, 0, shares) + NODES * device.graph_node_ns + fork_ns)
 
@@ -147,7 +149,7 @@ class StepWork:
         return fluid
 
     def _chain(self, layer: int, s: int, kernels: list[list[Segment]], clock: float) -> list[Segment]:
-        node = gap(self.shares.device.graph_node_ns)
+        node, ramp = gap(self.shares.device.graph_node_ns), gap(self.shares.constants.ramp_ns)
         chain: list[Segment] = []
         if self._remote_rows_SL[s] and (rows := self._remote_rows_SL[s][layer]):
             chain.append(gap(hop_ns(rows, self.shares)))
@@ -157,7 +159,7 @@ class StepWork:
         for p, segments in enumerate(kernels):
             if p:
                 chain.append(node)
-            chain += segments
+            chain += [*segments, ramp] if segments and ramp.solo_ns else segments
             if not segments and self._plan.steal:
                 chain.append(Segment(EMPTY_NS, 0.0, 0.0, 0.0, 0.0, p))
         return chain

@@ -27,15 +27,35 @@ MOST_REMEMBERED = 1 << 15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileConstants:
-    """What the model needs beside the device's figures, each with its error. None comes from an expert kernel."""
+    """What the model needs beside the device's figures, each with its error. None comes from an expert kernel.
+
+    A calibrated truth has others, fitted to a profile: `sim.calibrate`.
+    """
 
     fill_ns: float = 700.0
-    """From a tile's first load to its first multiplication: about one DRAM access (published latencies on H100 are
-    500 to 800 ns)."""
+    """Of a tile, in which its CTA multiplies nothing: from its first load to its first multiplication, about one DRAM
+    access (published latencies on H100 are 500 to 800 ns), and what a profile finds beside it."""
+    cell_ns: float = 0.0
+    """Likewise, for each cell of a tile: activation, conversion and the way to memory beside the port's part."""
     l2_port_bytes_per_clk: float = 64.0
     """Per SM; long-standing width of the port between an SM and L2 (microbenchmarks since Volta)."""
     warp_mma_flops_per_clk: float = 2540.0
     """Per SM, of warp-level instructions; 62 % of the warpgroup rate on H100 (published microbenchmark)."""
+    read_part: float = 1.0
+    """Of the device's read curve, that products of experts reach."""
+    matrix_part: float = 1.0
+    """Of the device's matrix rates, likewise."""
+    stream_ns: float = 0.0
+    """In which the weights that a CTA has in flight arrive, memory idle; 0: as the device's read curve has it."""
+    overlap: float = 0.0
+    """How far apart two limits must lie to hide one another: both together take (a^p + b^p)^(1/p), p = 1 / overlap. At
+    0 the longer one alone counts."""
+    ramp_ns: float = 0.0
+    """Of a product's kernel: from its launch to full work, and from the first idle SM to its end."""
+    logit_ns: float = 0.0
+    """Of routing, for each logit beyond what the read curve says."""
+    tile_factors: tuple[tuple[str, float], ...] = ()
+    """(tile, how much longer a step of it along K takes than its slowest part says): what its instructions cost."""
     rel_errors: tuple[tuple[str, float], ...] = (
         ("fill_ns", 0.3),
         ("l2_port_bytes_per_clk", 0.1),
@@ -83,10 +103,10 @@ def _clocks_per_step(variant: TileVariant, device: DeviceSpec, constants: TileCo
     else:
         read_bytes = _warp_reads_bytes(variant, a_bytes, b_bytes)
         peak = min(peak, constants.warp_mma_flops_per_clk)
-    mma = 2 * variant.block_m * variant.block_n * variant.block_k / peak
+    mma = 2 * variant.block_m * variant.block_n * variant.block_k / (peak * constants.matrix_part)
     smem = (read_bytes + a_bytes + b_bytes) / device.smem_bytes_per_clk
     port = (a_bytes + b_bytes) / constants.l2_port_bytes_per_clk
-    return max(mma, smem, port)
+    return max(mma, smem, port) * dict(constants.tile_factors).get(variant.name, 1.0)
 
 
 def tile_cost(
@@ -99,7 +119,7 @@ def tile_cost(
     stored = variant.block_m * variant.block_n * DTYPE_BYTES[dtype] * product.out_dim / product.n_dim
     return TileCost(
         pipe_ns=k_padded / variant.block_k * slowest * 1e3 / device.clock_mhz,
-        wait_ns=constants.fill_ns + stored / port_bytes_per_ns,
+        wait_ns=constants.fill_ns + constants.cell_ns * variant.block_m * variant.block_n + stored / port_bytes_per_ns,
         flops=2.0 * variant.block_m * variant.block_n * k_padded,
     )
 
@@ -204,14 +224,16 @@ def read_bytes_per_ns(device: DeviceSpec, ctas: float) -> float:
     return (y0 + (ys[right] - y0) * (ctas - x0) / (xs[right] - x0)) / 1e9
 
 
-def cta_gain(device: DeviceSpec, constants: TileConstants, ctas_per_sm: float) -> float:
-    """Return how many single CTAs an SM with several is worth to the read curve.
+def cta_gain(device: DeviceSpec, constants: TileConstants, ctas_per_sm: float, flight_bytes: float) -> float:
+    """Return how many single CTAs of the read curve an SM is worth whose CTAs each have so many bytes in flight.
 
-    One CTA is bound by its bytes in flight, many by the SM's port: the latency of a request is that of an idle memory
-    plus the time its SM's own requests take through the port.
+    Few CTAs are bound by their bytes in flight, many by the SM's port: the latency of a request is that of an idle
+    memory plus the time its SM's own requests take through the port.
     """
     one = device.read_curve_bytes_per_s[0] / device.read_curve_ctas[0] / 1e9
     port = constants.l2_port_bytes_per_clk * device.clock_mhz / 1e3
+    if constants.stream_ns:
+        return 1 / (constants.stream_ns / (ctas_per_sm * flight_bytes) + 1 / port) / one
     if ctas_per_sm <= 1 or one >= port:
         return min(ctas_per_sm, 1.0)
     flight = 1 / (1 / one - 1 / port)

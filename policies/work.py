@@ -103,8 +103,15 @@ def _waves(
     device_W = np.maximum(l2 / shares.l2_per_ns_S[slice_W], flops / shares.flops_per_ns)
     fields_7W[0] = np.maximum(np.where(lone_W, tile_W, stacked_W), device_W - fixed_W)
     fields_7W[2] = dram / shares.read_per_ns_SC[slice_W, tiles_W]
+    fields_7W[:3] *= _blunted(fields_7W[0] + fixed_W, fields_7W[2], shares.constants.overlap)
     fields_7W[3:] = columns[[0, 3, 2, 4]]
     return group_G, first_G, fields_7W
+
+
+def _blunted(a_W: F64, b_W: F64, overlap: float) -> F64:
+    """Return how much longer than the longer of two limits it takes until both are met."""
+    longer_W = np.maximum(a_W, b_W)
+    return (1.0 + (np.minimum(a_W, b_W) / longer_W) ** (1 / overlap)) ** overlap if overlap else np.ones_like(a_W)
 
 
 def _between(queue: _Queue, end_W: I64) -> F64:
