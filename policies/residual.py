@@ -1,15 +1,19 @@
 """What measurement adds to the physics: a factor on the time of a slice's kernels, learned from a few of their figures.
 
-A residual is a ridge regression of log(measured / modelled) on figures that the physics gives. It is bounded by the
-roofline, knows the range that it was measured in, widens its error bar away from there, and refuses far outside.
+A residual is a Gaussian process: log(measured / modelled) of what was measured near by, over figures that the physics
+gives. It is bounded by the roofline, tends to the physics away from what was measured, widens its error bar there, and
+refuses far outside.
 
-Shape letters: L MoE layers, S slices, P products, F features.
+Shape letters: L MoE layers, S slices, P products, F features, N measurements, X places asked for, R waves of a draw.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import minimize
 
 from ..traces.schema import F64
 from .shares import Shares
@@ -67,7 +71,7 @@ def least_factor_LS(sums: F64, shares: Shares) -> F64:
     return np.maximum(asked_LS7[..., 6] / read_per_ns, asked_LS7[..., 5] / shares.flops_per_ns) / solo_LS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Residual:
     """A fitted residual; a value. Features are centred and scaled before use."""
 
@@ -76,17 +80,23 @@ class Residual:
     low: Row
     high: Row
     """Least and greatest of each feature where it was measured."""
-    weights: Row
-    """The intercept first."""
-    covariance: tuple[Row, ...]
-    """Of the weights, for noise of 1."""
+    lengths: Row
+    """Over which each feature matters, in scales."""
+    amplitude: float
+    """Standard deviation of the log factor over all that could have been measured."""
     noise: float
-    """Standard deviation of log(measured / predicted) where it was fitted."""
+    """Of log(measured / predicted) where it was fitted, likewise."""
+    points: tuple[Row, ...]
+    """Features of the measurements."""
+    log_ratios: Row
+    """log(measured / modelled) of each."""
     bar: float
     """Half of the 90 % interval of log(measured / predicted) in the middle of what was measured."""
     flags: Row = (0.0,) * len(FLAGS)
     constants: TileConstants = field(default_factory=TileConstants)
     """Of the physics that it corrects."""
+    draw: int | None = None
+    """Seed of one draw of its error; None: what is most likely."""
 
     def factors_LS(self, sums: F64, shares: Shares) -> F64:
         """Return the factor on each slice's kernels; 1 for idle slices.
@@ -100,29 +110,64 @@ class Residual:
         factor_LS = np.exp(self.log_factor(x_LSF))
         return np.where(busy_LS, np.maximum(factor_LS, least_factor_LS(sums, shares)), 1.0)
 
+    def log_factor(self, x_XF: F64) -> F64:
+        """Return the log of the factor at some features [..., F]; outside the measured range as at its edge."""
+        z_XF = self._placed(x_XF)
+        found_X = self._kernel(z_XF) @ self._weights_N
+        return found_X if self.draw is None else found_X + self._wave(z_XF)
+
     def widening(self, x_XF: F64) -> F64:
         """Return how much wider the error bar is at some features [..., F] than in the middle of what was measured."""
-        z_XF = self._design(x_XF)
-        leverage = np.einsum("...f,fg,...g->...", z_XF, np.array(self.covariance), z_XF)
-        return np.sqrt(1.0 + leverage) * (1.0 + np.linalg.norm(self._beyond(x_XF), axis=-1))
+        k_XN = self._kernel(self._placed(x_XF))
+        known_X = np.einsum("...n,n...->...", k_XN, cho_solve(self._chol, np.moveaxis(k_XN, -1, 0)))
+        unknown_X = np.maximum(0.0, self.amplitude**2 - known_X)
+        return np.sqrt(1.0 + unknown_X / self.noise**2) * (1.0 + np.linalg.norm(self._beyond(x_XF), axis=-1))
 
     def drawn(self, seed: int) -> "Residual":
-        """Return one draw of the weights' error."""
-        normal = np.random.default_rng([seed, 0x5E51D]).standard_normal(len(self.weights))
-        shift = self.noise * np.linalg.cholesky(np.array(self.covariance)) @ normal
-        return replace(self, weights=tuple((np.array(self.weights) + shift).tolist()))
+        """Return one draw of the factor, as likely as the measurements leave it."""
+        return replace(self, draw=seed)
+
+    @cached_property
+    def _points_NF(self) -> F64:
+        return self._placed(np.array(self.points))
+
+    @cached_property
+    def _chol(self) -> tuple[F64, bool]:
+        k_NN = _kernel(self._points_NF, self._points_NF, self.amplitude)
+        return cho_factor(k_NN + self.noise**2 * np.eye(len(k_NN)))
+
+    @cached_property
+    def _weights_N(self) -> F64:
+        log_ratio_N = np.array(self.log_ratios)
+        if self.draw is not None:
+            # A draw before anything was measured, plus what the measurements correct of it (Matheron).
+            noise_N = np.random.default_rng([self.draw, 0x5E51D]).standard_normal(len(log_ratio_N))
+            log_ratio_N = log_ratio_N - self._wave(self._points_NF) - self.noise * noise_N
+        return cho_solve(self._chol, log_ratio_N)
+
+    @cached_property
+    def _waves(self) -> tuple[F64, F64]:
+        """Return frequencies [F, R] and phases [R] whose waves add up to a draw of the process (random features)."""
+        rng = np.random.default_rng([self.draw or 0, 0xF0])
+        return rng.standard_normal((len(self.mean), WAVES)), rng.uniform(0.0, 2 * np.pi, WAVES)
+
+    def _wave(self, z_XF: F64) -> F64:
+        frequency_FR, phase_R = self._waves
+        return self.amplitude * np.sqrt(2 / WAVES) * np.cos(z_XF @ frequency_FR + phase_R).sum(axis=-1)
+
+    def _kernel(self, z_XF: F64) -> F64:
+        return _kernel(z_XF, self._points_NF, self.amplitude)
 
     def _with_flags(self, x_LSF: F64) -> F64:
         flags = np.broadcast_to(self.flags, (*x_LSF.shape[:-1], len(FLAGS)))
         return np.concatenate([x_LSF, flags], axis=-1)
 
-    def _design(self, x_XF: F64) -> F64:
-        z_XF = (x_XF - self.mean) / self.scale
-        return np.concatenate([np.ones((*z_XF.shape[:-1], 1)), z_XF], axis=-1)
+    def _placed(self, x_XF: F64) -> F64:
+        return (np.clip(x_XF, self.low, self.high) - self.mean) / self._lengths_F
 
-    def log_factor(self, x_XF: F64) -> F64:
-        """Return the log of the factor at some features [..., F]; outside the measured range as at its edge."""
-        return self._design(np.clip(x_XF, self.low, self.high)) @ np.array(self.weights)
+    @cached_property
+    def _lengths_F(self) -> F64:
+        return np.array(self.scale) * self.lengths
 
     def _beyond(self, x_XF: F64) -> F64:
         """Return how far each feature lies outside the measured range, in scales."""
@@ -139,22 +184,56 @@ class Residual:
         )
 
 
-def fit(x_NF: F64, log_ratio_N: F64, *, ridge: float = 1.0) -> Residual:
+def _kernel(a_XF: F64, b_NF: F64, amplitude: float) -> F64:
+    """Return the covariance of the log factor at two sets of places, in lengths."""
+    squares = np.square(a_XF).sum(axis=-1)[..., None] + np.square(b_NF).sum(axis=-1) - 2 * (a_XF @ b_NF.T)
+    return amplitude**2 * np.exp(-0.5 * np.maximum(squares, 0.0))
+
+
+WAVES = 256
+"""Of a draw."""
+LENGTHS, AMPLITUDE, NOISE = (4.5, 1.0), 0.08, 0.02
+"""What is expected: of lengths, with the standard deviation of their log, and where the search begins."""
+LEAST_NOISE = 0.003
+MOST_SOUGHT = 250
+"""Measurements that lengths are sought from; all are kept."""
+
+
+def fit(x_NF: F64, log_ratio_N: F64, like: Residual | None = None) -> Residual:
     """Fit a residual to features and log(measured / modelled) of some measurements; its bar is in-sample.
 
-    `ridge` is the strength of the pull to no effect, in measurements.
+    Lengths, amplitude and noise are the most likely ones, or those of another fit.
     """
     mean, scale = x_NF.mean(axis=0), np.maximum(x_NF.std(axis=0), LEAST_SCALE)
-    z_NF = np.concatenate([np.ones((len(x_NF), 1)), (x_NF - mean) / scale], axis=1)
-    # The intercept is pulled too little to matter, so that the matrix stays invertible.
-    pull = np.diag([1e-3] + [ridge] * x_NF.shape[1])
-    covariance = np.linalg.inv(z_NF.T @ z_NF + pull)
-    weights = covariance @ z_NF.T @ log_ratio_N
-    noise = float(np.sqrt(np.mean((log_ratio_N - z_NF @ weights) ** 2)))
+    if like is None:
+        lengths, amplitude, noise = _sought((x_NF - mean) / scale, log_ratio_N)
+    else:
+        lengths, amplitude, noise = like.lengths, like.amplitude, like.noise
     return Residual(
-        mean=_row(mean), scale=_row(scale), low=_row(x_NF.min(axis=0)), high=_row(x_NF.max(axis=0)),
-        weights=_row(weights), covariance=tuple(_row(one) for one in covariance), noise=noise, bar=1.645 * noise,
+        mean=_row(mean), scale=_row(scale), low=_row(x_NF.min(axis=0)), high=_row(x_NF.max(axis=0)), lengths=lengths,
+        amplitude=amplitude, noise=noise, points=tuple(_row(one) for one in x_NF), log_ratios=_row(log_ratio_N),
+        bar=1.645 * noise,
     )  # fmt: skip
+
+
+def _sought(z_NF: F64, log_ratio_N: F64) -> tuple[Row, float, float]:
+    """Return the most likely lengths, amplitude and noise (type II maximum likelihood)."""
+    taken = np.unique(np.linspace(0, len(z_NF) - 1, min(MOST_SOUGHT, len(z_NF))).astype(int))
+    z_NF, log_ratio_N = z_NF[taken], log_ratio_N[taken]
+    expected, spread = LENGTHS
+
+    def surprise(logs: F64) -> float:
+        *log_lengths, log_amplitude, log_noise = logs
+        at_NF = z_NF / np.exp(log_lengths)
+        k_NN = _kernel(at_NF, at_NF, float(np.exp(log_amplitude)))
+        chol, lower = cho_factor(k_NN + (np.exp(2 * log_noise) + LEAST_NOISE**2) * np.eye(len(at_NF)))
+        misfit = 0.5 * log_ratio_N @ cho_solve((chol, lower), log_ratio_N) + np.log(np.diag(chol)).sum()
+        return float(misfit + 0.5 * np.square((np.array(log_lengths) - np.log(expected)) / spread).sum())
+
+    start = np.log([*[expected] * z_NF.shape[1], AMPLITUDE, NOISE])
+    bounds = [(-1.5, 5.0)] * z_NF.shape[1] + [(-5.0, 0.0), (-7.0, -1.0)]
+    found = np.exp(minimize(surprise, start, method="L-BFGS-B", bounds=bounds, options={"maxiter": 25}).x)
+    return _row(found[:-2]), float(found[-2]), float(np.hypot(found[-1], LEAST_NOISE))
 
 
 def _row(values: Sequence[float] | F64) -> Row:

@@ -1,6 +1,7 @@
 """From measured kernels to the simulator's truth and a policy's belief; not how they are measured, or kept on disk.
 
-The truth is physics, its constants fitted, times a residual. A belief is the roofline with fitted ceilings: other measurements, another form.
+The truth is physics, some of its constants fitted, times a residual. A belief is the roofline with fitted ceilings:
+other measurements, another form.
 
 Shape letters: N measurements, F features, L layers (here: draws of the counts), S slices.
 """
@@ -93,8 +94,8 @@ def halves(rows: Sequence[Measured], seed: int) -> tuple[list[Measured], list[Me
 
 
 FREE: dict[str, tuple[float, float]] = {
-    "fill_ns": (1500.0, 0.7), "cell_ns": (0.05, 0.7), "read_part": (0.95, 0.1), "matrix_part": (0.95, 0.1), "stream_ns": (500.0, 0.7),
-    "overlap": (0.25, 0.7), "ramp_ns": (3000.0, 0.7), "logit_ns": (0.005, 0.7),
+    "fill_ns": (1500.0, 0.7), "cell_ns": (0.05, 0.7), "read_part": (0.95, 0.1), "matrix_part": (0.95, 0.1),
+    "stream_ns": (500.0, 0.7), "overlap": (0.25, 0.7), "ramp_ns": (3000.0, 0.7), "logit_ns": (0.005, 0.7),
 }  # fmt: skip
 """Constants of the physics that a profile settles: where each is expected, and the standard deviation of its log."""
 TILE_FACTOR = (1.0, 0.15)
@@ -135,7 +136,7 @@ def fit_truth(rows: Sequence[Measured], device: DeviceSpec) -> Residual:
     off: list[float] = []
     for fold in range(min(5, len(cells))):
         out_N = fold_N == fold
-        part = fit(x_NF[~out_N], ratio_N[~out_N])
+        part = fit(x_NF[~out_N], ratio_N[~out_N], like=residual)
         off += (np.abs(ratio_N[out_N] - part.log_factor(x_NF[out_N])) / part.widening(x_NF[out_N])).tolist()
     return replace(residual, bar=float(np.quantile(off, 0.9)), constants=constants)
 
