@@ -28,10 +28,9 @@ def from_profile(folder: Path, *, seed: int, say: Callable[[str], object]) -> De
     name = DEVICES.get(manifest["device"])
     if name is None:
         raise ValueError(f"nothing is known of {manifest['device']!r}; profiles can be of {', '.join(DEVICES)}")
-    layers = [row for row in rows if row["group"] == "layers" and row["status"] == "ok"]
-    kept = [row for row in layers if not row["throttled"]]
-    if len(kept) < len(layers):
-        say(f"{len(layers) - len(kept)} of {len(layers)} points were measured under throttling and are dropped")
+    kept, dropped = usable(rows)
+    if dropped:
+        say(f"{dropped} of {dropped + len(kept)} points were measured under throttling and are dropped")
     known = [measured_of(row) for row in kept if not row["held_out"]]
     held_out = [measured_of(row) for row in kept if row["held_out"]]
     about = {"profile": sorted({run["commit"] for run in manifest["runs"]}), "profiled": last["seeds"]}
@@ -46,9 +45,21 @@ def read_profile(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return pq.read_table(folder / "rows.parquet").to_pylist(), manifest
 
 
+def usable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows of layers that were timed, and how many more the device throttled."""
+    layers = [row for row in rows if row["group"] == "layers" and row["status"] == "ok"]
+    kept = [row for row in layers if not row["throttled"]]
+    return kept, len(layers) - len(kept)
+
+
+def load_of(row: dict[str, Any]) -> Load:
+    """Return the load that a row of a profiled layer is of."""
+    return Load(shape=row["shape"], tokens=row["tokens"], skew=row["skew"])
+
+
 def measured_of(row: dict[str, Any]) -> Measured:
     """Return a row of a profiled layer as a measurement."""
-    load = Load(shape=row["shape"], tokens=row["tokens"], skew=row["skew"])
+    load = load_of(row)
     slices = tuple(Slice(**one) for one in json.loads(row["slices"]))
     rule = ByTokens(bounds=tuple(row["bounds"]), slice_ids=tuple(range(len(slices))))
     return Measured(

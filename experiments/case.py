@@ -110,7 +110,8 @@ def _calibrated(world: World, path: Path) -> tuple[World, str]:
     found.check_device(world.device.name)
     held = found.held_out
     said = f"device model {path.name}: error {held['mape']:.1%} on {held['points']:.0f} points held out"
-    return replace(world, residual=found.truth, believed=found.believed), said
+    device = replace(world.device, status="calibrated")
+    return replace(world, device=device, residual=found.truth, believed=found.believed), said
 
 
 def work_beside(text: str) -> OtherWork:

@@ -57,7 +57,7 @@ def fidelity(
         from .fidelity_plots import draw, write
 
         write(out, rows, summary)
-        for path in draw(out, rows):
+        for path in draw(out, rows["profile"]):
             typer.echo(str(path), err=as_json)
     if as_json:
         print_json(summary)

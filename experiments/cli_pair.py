@@ -6,7 +6,21 @@ from typing import Annotated, Literal
 import typer
 
 from .cli_lists import print_json
-from .cli_options import DEVICE, RUNS, AsJson, Device, Model, NoReport, Out, Segment, Settings, Steps, Trace, given
+from .cli_options import (
+    DEVICE,
+    RUNS,
+    AsJson,
+    Device,
+    DeviceModel,
+    Model,
+    NoReport,
+    Out,
+    Segment,
+    Settings,
+    Steps,
+    Trace,
+    given,
+)
 
 
 def pair(
@@ -17,6 +31,7 @@ def pair(
     ] = None,
     where: Annotated[Literal["host", "gpu"], typer.Option("--on", help="host: no GPU timing.")] = "host",
     device: Device = DEVICE,
+    device_model: DeviceModel = None,
     model: Model = None,
     segment: Segment = None,
     steps: Steps = None,

@@ -74,12 +74,18 @@ class CostModel:
 
     def perturbed(self, seed: int) -> "CostModel":
         """Return the model under one draw of all its errors; the same seed draws the same for every policy."""
-        return replace(
-            self,
-            device=perturb(self.device, seed),
-            constants=_drawn(self.constants, seed),
-            residual=self.residual and self.residual.drawn(seed),
-        )
+        device = perturb(self.device, seed)
+        if self.residual is None:
+            return replace(self, device=device, constants=_drawn(self.constants, seed))
+        kept = {name: getattr(self.device, name) for name in CORRECTED}
+        return replace(self, device=replace(device, **kept), residual=self.residual.drawn(seed))
+
+
+CORRECTED = (
+    "read_curve_bytes_per_s", "mma_flops_per_clk", "matrix_flops_per_s", "fp32_flops_per_s", "l2_bytes_per_clk",
+    "smem_bytes_per_clk", "clock_mhz",
+)  # fmt: skip
+"""Figures of a device whose errors a residual takes up: its own error is what is left of them."""
 
 
 Erring = TypeVar("Erring", DeviceSpec, TileConstants)

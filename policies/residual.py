@@ -71,7 +71,7 @@ def least_factor_LS(sums: F64, shares: Shares) -> F64:
     return np.maximum(asked_LS7[..., 6] / read_per_ns, asked_LS7[..., 5] / shares.flops_per_ns) / solo_LS
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Residual:
     """A fitted residual; a value. Features are centred and scaled before use."""
 

@@ -22,6 +22,7 @@ from ..traces.schema import F64, I32, MoeSpec
 
 LEAST_POINTS = 40
 LEAST_CELLS = 6
+FOLDS = 5
 LEAST_CHAIN = 0.2
 """Of a measured time that must be left for kernels where the modelled fixed costs exceed it."""
 PUBLISHED = TileConstants()
@@ -48,7 +49,8 @@ class Measured:
         self, device: DeviceSpec, residual: Residual | None = None, constants: TileConstants = PUBLISHED
     ) -> CostModel:
         """Return the model of this launch; a residual brings its own constants."""
-        residual = residual and replace(residual, flags=self.flags)
+        if residual and residual.flags != self.flags:
+            residual = replace(residual, flags=self.flags)
         return CostModel(
             device=device, model=self.model, variants=self.variants, residual=residual, constants=constants
         )
@@ -132,9 +134,9 @@ def fit_truth(rows: Sequence[Measured], device: DeviceSpec) -> Residual:
     constants = fit_constants(rows, device)
     x_NF, ratio_N = _points(rows, device, constants)
     residual, cells = fit(x_NF, ratio_N), sorted({row.cell for row in rows})
-    fold_N = np.array([cells.index(row.cell) % 5 for row in rows])
+    fold_N = np.array([cells.index(row.cell) % FOLDS for row in rows])
     off: list[float] = []
-    for fold in range(min(5, len(cells))):
+    for fold in range(min(FOLDS, len(cells))):
         out_N = fold_N == fold
         part = fit(x_NF[~out_N], ratio_N[~out_N], like=residual)
         off += (np.abs(ratio_N[out_N] - part.log_factor(x_NF[out_N])) / part.widening(x_NF[out_N])).tolist()
@@ -176,7 +178,7 @@ def fit_belief(rows: Sequence[Measured], device: DeviceSpec) -> tuple[float, ...
 
     def off(log_factors: F64) -> float:
         found = believed(device, np.exp(log_factors).tolist())
-        errors = [np.log(_roofline_ns(row, found) / row.ns) for row in whole]
+        errors = [np.log(roofline_ns(row, found) / row.ns) for row in whole]
         return float(np.mean(np.square(errors)) + 0.01 * np.mean(np.square(log_factors)))
 
     found = minimize(
@@ -186,7 +188,8 @@ def fit_belief(rows: Sequence[Measured], device: DeviceSpec) -> tuple[float, ...
     return tuple(float(one) for one in np.exp(found.x))
 
 
-def _roofline_ns(row: Measured, device: DeviceSpec) -> float:
+def roofline_ns(row: Measured, device: DeviceSpec) -> float:
+    """Return what a policy would believe of a layer."""
     cost = CostModel(device=device, model=row.model, variants=row.variants, detail="roofline")
     return max(1.0, cost.step_ns(row.plan, row.counts_LE) / len(row.counts_LE))
 
