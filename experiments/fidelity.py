@@ -85,7 +85,7 @@ def _profiled(row: Row, device: DeviceSpec) -> Record:
 
 
 def between_runs(folder: Path) -> Row:
-    """Return how far a later run of some of the profile, on another day's machine or clock, lies from the first."""
+    """Return how far a later run of some of the profile lies from the first."""
     rows = [usable(read_profile(one)[0])[0] for one in (folder, folder / "again")]
     first, later = ({(row["part"], row["arm"]): row["us_q50"] for row in mine} for mine in rows)
     off = [abs(us / first[at] - 1) for at, us in later.items()]

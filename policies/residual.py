@@ -13,7 +13,6 @@ from functools import cached_property
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
-from scipy.optimize import minimize
 
 from ..traces.schema import F64
 from .shares import Shares
@@ -218,6 +217,9 @@ def fit(x_NF: F64, log_ratio_N: F64, like: Residual | None = None) -> Residual:
 
 def _sought(z_NF: F64, log_ratio_N: F64) -> tuple[Row, float, float]:
     """Return the most likely lengths, amplitude and noise (type II maximum likelihood)."""
+    # It takes longer to import than a small simulation takes.
+    from scipy.optimize import minimize
+
     taken = np.unique(np.linspace(0, len(z_NF) - 1, min(MOST_SOUGHT, len(z_NF))).astype(int))
     z_NF, log_ratio_N = z_NF[taken], log_ratio_N[taken]
     expected, spread = LENGTHS

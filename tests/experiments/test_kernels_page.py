@@ -1,18 +1,18 @@
-"""The pages about kernels, speed, slices and generation are what their committed files say."""
+"""The pages about kernels, speed, slices, generation and fidelity are what their committed files say."""
 
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from expertslice.experiments import generate_page, kernels_page, slices_page, speed_page
+from expertslice.experiments import fidelity_page, generate_page, kernels_page, slices_page, speed_page
 from expertslice.experiments.kernels_page import page_of
 from expertslice.traces.models import load_model
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("page", [kernels_page, speed_page, slices_page, generate_page])
+@pytest.mark.parametrize("page", [kernels_page, speed_page, slices_page, generate_page, fidelity_page])
 def test_a_page_is_generated_from_its_results(page):
     name = page.__name__.rpartition(".")[2].removesuffix("_page")
     shown = page.facts(DOCS / "results" / name)
