@@ -17,16 +17,23 @@ from expertslice.policies.tiles import TileConstants
 from expertslice.traces.schema import MoeSpec
 
 DEVICE = load_device("h100-sxm5-80gb")
+HARD, SOFT = TileConstants(), TileConstants(overlap=0.3, stream_ns=300.0, read_part=0.95)
 MODEL = MoeSpec(name="m", num_layers=1, num_experts=8, top_k=2, d_model=512, d_ff=(1024,))
 
 
-def shares(*tiles: str, mechanism: str = "sm_budget", sms: int = 132, priorities: tuple[int, ...] = ()) -> Shares:
+def shares(
+    *tiles: str,
+    mechanism: str = "sm_budget",
+    sms: int = 132,
+    priorities: tuple[int, ...] = (),
+    constants: TileConstants = HARD,
+) -> Shares:
     slices = tuple(
         replace(uniform_slice(mechanism, sms, tile), stream_priority=priorities[i] if priorities else 0)
         for i, tile in enumerate(tiles)
     )
     variants = {v.name: v for v in (HOT, COLD, WIDE)}
-    return Shares(SliceLayout(slices=slices), variants, DEVICE, MODEL, TileConstants())
+    return Shares(SliceLayout(slices=slices), variants, DEVICE, MODEL, constants)
 
 
 def stream(solo_ns: float, per_ns: float, kernel: int = 0) -> Segment:
@@ -127,3 +134,30 @@ def test_slices_that_end_together_steal_nothing_from_each_other():
     one = stream(10.0, 0.0)
     fluid = Fluid(both, lambda *_: Theft(one, 10.0, 1.0))
     assert fluid.run([[one], [one]]) == 10
+
+
+@given(
+    parts=st.lists(st.floats(0.0, 1.0), min_size=2, max_size=3),
+    sms=st.sampled_from((8, 16, 40)),
+    more=st.floats(0.0, 0.5),
+)
+def test_reads_that_wait_for_one_another_never_exceed_the_memory_and_never_gain_from_more_beside_them(parts, sms, more):
+    tiles = (COLD.name, HOT.name, WIDE.name)[: len(parts)]
+    beside = shares(*tiles, mechanism="green_context", sms=sms, constants=SOFT)
+    ids, most = range(len(parts)), beside.read_per_ns_S
+    asked = [part * own for part, own in zip(parts, most, strict=True)]
+    speeds = rates(ids, [stream(1.0, ask) for ask in asked], beside) or [1.0] * len(parts)
+    assert all(0 < speed <= 1 for speed in speeds)
+    moved = sum(ask * speed for ask, speed in zip(asked, speeds, strict=True))
+    assert moved <= beside.read(sum(beside.reach_S)) * 1.01
+    asked[0] = min(1.0, parts[0] + more) * most[0]
+    then = rates(ids, [stream(1.0, ask) for ask in asked], beside) or [1.0] * len(parts)
+    assert all(after <= before + 1e-3 for before, after in zip(speeds[1:], then[1:], strict=True))
+
+
+def test_two_that_only_read_take_twice_as_long_where_each_alone_reaches_the_limit():
+    both = shares(WIDE.name, WIDE.name, constants=SOFT)
+    one = stream(100_000.0, both.read_per_ns_S[0])
+    assert Fluid(both).run([[one], [one]]) == pytest.approx(200_000, rel=0.01)
+    assert rates([0], [one], both) is None
+    assert rates([0, 1], [one, Segment(1.0, 0.0, 0.0, 0.0, 0.0, 0)], both) is None

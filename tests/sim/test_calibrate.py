@@ -12,6 +12,7 @@ from expertslice.policies.cost import CostModel
 from expertslice.policies.data import load_device, load_variants
 from expertslice.policies.layouts import uniform_slice
 from expertslice.policies.residual import NAMES, fit, least_factor_LS
+from expertslice.policies.tiles import TileConstants
 from expertslice.policies.work import segment_sums
 from expertslice.sim.calibrate import (
     CEILINGS,
@@ -19,6 +20,7 @@ from expertslice.sim.calibrate import (
     believed,
     check_enough,
     fit_belief,
+    fit_constants,
     fit_truth,
     halves,
     judge,
@@ -133,3 +135,37 @@ def test_a_belief_is_of_another_form_and_never_faster_than_its_ceilings(slow_row
 def test_too_few_points_are_refused(slow_rows):
     with pytest.raises(ValueError, match=r"6 usable points of 1 loads; calibration takes 40 of 6 or more"):
         check_enough(slow_rows[:6])
+
+
+def test_a_residual_says_what_was_measured_there_nothing_far_away_and_draws_spread_as_its_bar_does():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(120, len(NAMES)))
+    ratio = 0.2 * np.sin(x[:, 0]) + 0.1
+    truth = fit(x, ratio)
+    assert np.abs(truth.log_factor(x) - ratio).max() < 0.05
+    between = rng.normal(size=(200, len(NAMES))) * 0.7
+    error = truth.log_factor(between) - (0.2 * np.sin(between[:, 0]) + 0.1)
+    assert np.std(error) < 0.5 * np.std(ratio)
+    near, wide = (
+        truth.widening(x[:1]),
+        truth.widening(np.full((1, len(NAMES)), 1.5) * np.sign(rng.normal(size=len(NAMES)))),
+    )
+    assert wide > near >= 1
+    drawn = np.array([truth.drawn(seed).log_factor(between[:50]) for seed in range(200)])
+    expected = truth.noise * np.sqrt(
+        np.square(truth.widening(between[:50]) / (1 + np.linalg.norm(truth._beyond(between[:50]), axis=-1))) - 1
+    )
+    assert np.median(drawn.std(axis=0) / np.maximum(expected, 1e-9)) == pytest.approx(1.0, abs=0.3)
+
+
+def test_constants_of_a_device_are_found_again():
+    kept = TileConstants(
+        fill_ns=2500.0, cell_ns=0.05, read_part=0.9, matrix_part=0.9, stream_ns=300.0, overlap=0.3, ramp_ns=5000.0,
+        logit_ns=0.006,
+    )  # fmt: skip
+    rows = [replace(row, ns=row.predicted_ns(H100, constants=kept)) for row in rows_of(lambda *_: 1.0)]
+    found = fit_constants(rows, H100)
+    off = [abs(row.predicted_ns(H100, constants=found) / row.ns - 1) for row in rows]
+    assert np.mean(off) < 0.02
+    assert abs(found.read_part / kept.read_part - 1) < 0.05
+    assert abs(found.ramp_ns / kept.ramp_ns - 1) < 0.3
