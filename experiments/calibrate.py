@@ -47,7 +47,7 @@ def read_profile(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def usable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
     """Return the rows of layers that were timed, and how many more the device throttled."""
-    layers = [row for row in rows if row["group"] == "layers" and row["status"] == "ok"]
+    layers = [row for row in rows if row["group"] in ("layers", "tiles") and row["status"] == "ok"]
     kept = [row for row in layers if not row["throttled"]]
     return kept, len(layers) - len(kept)
 

@@ -50,6 +50,9 @@ Row = dict[str, Any]
 Groups = Iterator[tuple[str, Callable[[], list[Row]]]]
 
 
+WaysOf = Callable[[Setup, Sequence[int]], "list[Way]"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
     """One plan of a load."""
@@ -83,6 +86,19 @@ def ways(setup: Setup, counts_E: Sequence[int]) -> list[Way]:
     for n in FIRST_SMS:
         apart = uniform_slice("green_context", n, cold), uniform_slice("green_context", most - n, hot)
         found.append(_way(f"green {n}+{most - n} {cold} {hot} <{bound}", *apart, bound=bound))
+    return found
+
+
+def ways_of_tiles(setup: Setup, counts_E: Sequence[int]) -> list[Way]:
+    """Return whole launches, and half of the device, for every tile that plans may name and `ways` does not know."""
+    del counts_E
+    sms, found = setup.device.sm_count, list[Way]()
+    for one in setup.variants:
+        if one.name in TILES:
+            continue
+        most = max_ctas_per_sm(one, setup.device)
+        found += [_way(f"shared {one.name} x{n}", uniform_slice("shared", sms, one.name, n)) for n in sorted({1, most})]
+        found.append(_way(f"green 64 {one.name}", uniform_slice("green_context", 64, one.name)))
     return found
 
 
@@ -134,7 +150,9 @@ def layer_step(batch: Batch, ws: "Workspace", plan: Plan, setup: Setup, streams:
     return step
 
 
-def measure_load(load: Load, batch: Batch, setup: Setup, streams: Streams, rounds: int) -> list[Row]:
+def measure_load(
+    load: Load, batch: Batch, setup: Setup, streams: Streams, rounds: int, ways_of: WaysOf = ways
+) -> list[Row]:
     """Return a row for every way of a load, timed in turn; what the device cannot hold has a reason instead."""
     from ..kernels.workspace import Workspace
 
@@ -142,7 +160,7 @@ def measure_load(load: Load, batch: Batch, setup: Setup, streams: Streams, round
     counts_PE = [np.bincount(ids.ravel(), minlength=batch.spec.num_experts).tolist() for ids in ids_PTK]
     ws = Workspace.allocate(batch.spec, load.tokens, batch.x_TD.device)
     rows, arms, expected = list[Row](), list[Any](), list[Any]()
-    for way in ways(setup, counts_PE[0]):
+    for way in ways_of(setup, counts_PE[0]):
         row = _about(load, way, counts_PE)
         row |= _attempt(partial(layer_step, batch, ws, way.plan, setup, streams), way, setup, expected)
         if step := row.pop("step", None):
@@ -199,7 +217,7 @@ def groups(setup: Setup, meter: EnergyMeter, streams: Streams, rounds: int) -> G
     compiled = cache(partial(compile_ahead, setup))
     for load in loads():
 
-        def measure(load: Load = load) -> list[Row]:
+        def measure(ways_of: WaysOf, load: Load = load) -> list[Row]:
             compiled()
             spec = load.spec
             if load.shape not in held:
@@ -210,9 +228,11 @@ def groups(setup: Setup, meter: EnergyMeter, streams: Streams, rounds: int) -> G
             wanted = num_sets(spec, load.tokens)
             sets += [random_weights(spec, "cuda", seed) for seed in range(len(sets), wanted)]
             batch = batch_of(spec, load.tokens, load.skew, sets[:wanted])
-            return measure_load(load, batch, replace(setup, model=spec), streams, rounds)
+            return measure_load(load, batch, replace(setup, model=spec), streams, rounds, ways_of)
 
-        yield f"layers {load.name}", measure
+        yield f"layers {load.name}", partial(measure, ways)
+        if load.skew == "uniform":
+            yield f"tiles {load.name}", partial(measure, ways_of_tiles)
     yield "power", partial(power, setup.device, meter)
 
 
@@ -220,8 +240,8 @@ def compile_ahead(setup: Setup) -> None:
     """Compile on all cores what the loads run: a tile's kernels serve all of them, routing is of experts and tokens."""
     from ..runtime.layers import launch_of
 
-    launches = [launch_of(one_slice_plan(SliceLayout(slices=(uniform_slice("shared", 1, tile),))), setup)
-                for tile in TILES]  # fmt: skip
+    launches = [launch_of(one_slice_plan(SliceLayout(slices=(uniform_slice("shared", 1, one.name),))), setup)
+                for one in setup.variants]  # fmt: skip
     found = list(loads())
     precompile_launches([
         *((found[0].spec, found[0].tokens, launch) for launch in launches),

@@ -15,7 +15,7 @@ from expertslice.experiments.bench_rows import refuse_other_machine, write_parqu
 from expertslice.experiments.calibrate import measured_of, read_profile, usable
 from expertslice.experiments.cli import run
 from expertslice.experiments.fidelity_records import drawn_counts_LE, of_layer
-from expertslice.experiments.profile import measure_groups, ways
+from expertslice.experiments.profile import TILES, measure_groups, ways, ways_of_tiles
 from expertslice.policies.contract import Setup, SliceLayout
 from expertslice.policies.cost import CostModel
 from expertslice.policies.data import load_device, load_variants
@@ -138,11 +138,14 @@ def test_every_way_of_a_profile_is_a_legal_plan():
     for load in design.loads():
         setup = Setup(device=H100, model=load.spec, variants=load_variants())
         counts_E = drawn_counts_LE(load.spec, load.tokens, load.skew)[0].tolist()
-        found = ways(setup, counts_E)
-        for way in found:
+        found, others = ways(setup, counts_E), ways_of_tiles(setup, counts_E)
+        for way in (*found, *others):
             validate(way.plan, setup)
-        assert len({way.name for way in found}) == len(found)
+        assert len({way.name for way in (*found, *others)}) == len(found) + len(others)
         assert any(way.held_out for way in found)
+        assert {one.up for way in others for one in way.plan.layout.slices} == {
+            one.name for one in load_variants() if one.name not in TILES
+        }
 
 
 def test_a_profile_gives_a_model_that_says_how_far_off_it_is(profile, model_path, capsys):
