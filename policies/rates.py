@@ -110,23 +110,19 @@ def memory_speeds(ids: Sequence[int], dram: Sequence[float], shares: Shares) -> 
     slice whose memory takes a part m of its time alone, and whose requests take x times as long, takes
     (1 - m^p + (m x)^p)^(1/p) times as long, as limits blunt each other within a wave.
     """
-    reach, latency, overlap = (
-        [shares.reach_S[i] for i in ids],
-        [shares.latency_S[i] for i in ids],
-        shares.constants.overlap,
-    )
     part = [min(1.0, d / shares.read_per_ns_S[i]) for i, d in zip(ids, dram, strict=True)]
     if sum(m > 0.0 for m in part) < 2:
         return None
+    reach, latency = [shares.reach_S[i] for i in ids], [shares.latency_S[i] for i in ids]
+    overlap, power = shares.constants.overlap, 1 / shares.constants.overlap
+    hidden = [1.0 - m**power for m in part]
     waiting, speeds = part, [1.0] * len(ids)
     for _ in range(ROUNDS):
         in_flight = sum([w * r for w, r in zip(waiting, reach, strict=True)])
         together = [in_flight + (1.0 - w) * r for w, r in zip(waiting, reach, strict=True)]
-        longer = [max(1.0, r / shares.read(r) / own) for r, own in zip(together, latency, strict=True)]
-        speeds = [
-            (1.0 - m ** (1 / overlap) + (m * x) ** (1 / overlap)) ** -overlap for m, x in zip(part, longer, strict=True)
-        ]
-        waiting = [min(1.0, m * x * y) for m, x, y in zip(part, longer, speeds, strict=True)]
+        stalled = [m * max(1.0, r / shares.read(r) / own) for m, r, own in zip(part, together, latency, strict=True)]
+        speeds = [(h + t**power) ** -overlap for h, t in zip(hidden, stalled, strict=True)]
+        waiting = [min(1.0, t * y) for t, y in zip(stalled, speeds, strict=True)]
     return speeds
 
 

@@ -149,7 +149,8 @@ class StepWork:
         return fluid
 
     def _chain(self, layer: int, s: int, kernels: list[list[Segment]], clock: float) -> list[Segment]:
-        node, ramp = gap(self.shares.device.graph_node_ns), gap(self.shares.constants.ramp_ns)
+        device, ramp_ns = self.shares.device, self.shares.constants.ramp_ns
+        node = gap(device.graph_node_ns)
         chain: list[Segment] = []
         if self._remote_rows_SL[s] and (rows := self._remote_rows_SL[s][layer]):
             chain.append(gap(hop_ns(rows, self.shares)))
@@ -157,11 +158,12 @@ class StepWork:
             if work.on_slice(len(self.shares.slices)) == s:
                 chain += [self._beside(work, s, len(kernels), clock), node]
         for p, segments in enumerate(kernels):
-            if p:
-                chain.append(node)
-            chain += [*segments, ramp] if segments and ramp.solo_ns else segments
+            chain += segments
             if not segments and self._plan.steal:
                 chain.append(Segment(EMPTY_NS, 0.0, 0.0, 0.0, 0.0, p))
+            after_ns = (device.graph_node_ns if p + 1 < len(kernels) else 0.0) + (ramp_ns if segments else 0.0)
+            if after_ns:
+                chain.append(gap(after_ns))
         return chain
 
     def _beside(self, work: OtherWork, s: int, kernel: int, clock: float) -> Segment:
