@@ -111,18 +111,22 @@ def memory_speeds(ids: Sequence[int], dram: Sequence[float], shares: Shares) -> 
     (1 - m^p + (m x)^p)^(1/p) times as long, as limits blunt each other within a wave.
     """
     part = [min(1.0, d / shares.read_per_ns_S[i]) for i, d in zip(ids, dram, strict=True)]
-    if sum(m > 0.0 for m in part) < 2:
+    if part.count(0.0) > len(part) - 2:
         return None
-    reach, latency = [shares.reach_S[i] for i in ids], [shares.latency_S[i] for i in ids]
     overlap, power = shares.constants.overlap, 1 / shares.constants.overlap
     hidden = [1.0 - m**power for m in part]
-    waiting, speeds = part, [1.0] * len(ids)
+    waiting, speeds = part.copy(), [1.0] * len(ids)
+    # By index: lists over zips cost twice as much.
     for _ in range(ROUNDS):
-        in_flight = sum([w * r for w, r in zip(waiting, reach, strict=True)])
-        together = [in_flight + (1.0 - w) * r for w, r in zip(waiting, reach, strict=True)]
-        stalled = [m * max(1.0, r / shares.read(r) / own) for m, r, own in zip(part, together, latency, strict=True)]
-        speeds = [(h + t**power) ** -overlap for h, t in zip(hidden, stalled, strict=True)]
-        waiting = [min(1.0, t * y) for t, y in zip(stalled, speeds, strict=True)]
+        in_flight = 0.0
+        for k, i in enumerate(ids):
+            in_flight += waiting[k] * shares.reach_S[i]
+        for k, i in enumerate(ids):
+            together = in_flight + (1.0 - waiting[k]) * shares.reach_S[i]
+            longer = together / shares.read(together) / shares.latency_S[i]
+            stalled = part[k] * longer if longer > 1.0 else part[k]
+            speed = speeds[k] = (hidden[k] + stalled**power) ** -overlap
+            waiting[k] = min(1.0, stalled * speed)
     return speeds
 
 
