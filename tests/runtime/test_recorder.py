@@ -276,6 +276,53 @@ def test_a_full_disk_stops_the_recording_and_not_the_model(tmp_path, monkeypatch
     assert open_trace(path).num_steps == 1
 
 
+class Changing(nn.Module):
+    """Experts that are called otherwise from the second pass on: the first layer, or another."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layers = nn.ModuleList([TinyExperts() for _ in range(2)])
+        self.layer, self.passes = layer, 0
+
+    def forward(self, x_TD):
+        self.passes += 1
+        ids_TK = torch.zeros(len(x_TD), 1, dtype=torch.long)
+        for layer, experts in enumerate(self.layers):
+            x_TD = experts(x_TD, *((ids_TK,) if self.passes > 1 and layer == self.layer else (ids_TK, ids_TK * 1.0)))
+        return x_TD
+
+
+class TinyExperts(nn.Module):
+    num_experts = 4
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_TD, ids_TK, weights_TK=None):
+        return x_TD
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_model_that_changes_how_it_calls_its_experts_stops_the_recording_and_not_the_model(tmp_path, layer):
+    model = Changing(layer)
+    recorder = Recorder(tmp_path / "t.parquet")
+    recorder.attach(model)
+    model(torch.randn(4, 16))
+    recorder.flush()
+
+    def go_on():
+        model(torch.randn(4, 16))
+        recorder.flush()
+
+    with pytest.warns(UserWarning, match=r"recording stopped after 1 steps: TinyExperts is not called with expert ids"):
+        go_on()
+    assert model(torch.randn(4, 16)).shape == (4, 16)
+    with pytest.raises(TraceError, match="recording stopped"):
+        recorder.close()
+    assert open_trace(tmp_path / "t.parquet").num_steps == 1
+
+
 def test_two_recorders_two_models_and_models_without_experts_are_refused(tmp_path):
     path = tmp_path / "t.parquet"
     with Recorder(path) as recorder:
