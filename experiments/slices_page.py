@@ -15,7 +15,7 @@ from .kernels_page import page_of
 from .plotting import PALETTE, Sketch, axes, finish, styled
 
 Row = dict[str, Any]
-GAIN, SMS = "gain", 132
+GAIN, SMS, IN_TURN = "gain", 132, "one after the other"
 KINDS = (("green", "SM sets"), ("bounded", "bounded grids"), ("co-resident", "sharing SMs"), ("", "controls"))
 
 
@@ -101,13 +101,21 @@ def _frontier(rows: Sequence[Row]) -> Sketch:
                 continue
             points = [(dense_tflops(row), row["decode_us_q99"]) for row in some]
             ax.plot(*zip(*points, strict=True), "osD^"[i], ms=4, color=PALETTE[i], label=label)
-            for row, point in zip(some, points, strict=True):
-                ax.annotate(row["arm"].removeprefix(kind), point, fontsize=6, xytext=(2, 2), textcoords="offset points")
+            # The rest lie on one another.
+            told = [
+                row["arm"].split()[-1] if kind == "green" else "in turn" if row["arm"] == IN_TURN else ""
+                for row in some
+            ]
+            for text, point in zip(told, points, strict=True):
+                ax.annotate(text, point, fontsize=6, xytext=(2, 2), textcoords="offset points")
         ax.set(title=name)
     figure.supxlabel("TFLOP/s of the dense product over the whole step", fontsize=9)
     figure.supylabel("µs until the decode part is done, 99th percentile", fontsize=9)
     all_axes.flat[0].legend()
-    caption = "Numbers are the decode part's SMs: down and to the right is better, and no split is best at both."
+    caption = (
+        "Numbers are the decode part's SMs, in turn is one part after the other: down and to the right is better, and no "
+        "split is best at both."
+    )
     return figure, "frontier", "Decode beside a dense product", caption
 
 
