@@ -113,8 +113,8 @@ def _frontier(rows: Sequence[Row]) -> Sketch:
     figure.supylabel("µs until the decode part is done, 99th percentile", fontsize=9)
     all_axes.flat[0].legend()
     caption = (
-        "Numbers are the decode part's SMs, in turn is one part after the other: down and to the right is better, and no "
-        "split is best at both."
+        "Numbers are the decode part's SMs, in turn is one part after the other: down and to the right is better, and "
+        "no split is best at both."
     )
     return figure, "frontier", "Decode beside a dense product", caption
 
