@@ -14,7 +14,7 @@ from ..policies.tiles import TileConstants
 from ..sim.calibrate import CEILINGS, Measured, believed, check_enough, fit_belief, fit_truth, halves, judge
 from .runs import to_json, whole
 
-FORMAT = "expertslice.device-model/1"
+FORMAT = "expertslice.device-model/2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ def save(path: Path, model: DeviceModel) -> None:
     value = {"format": FORMAT, "features": NAMES, "ceilings": CEILINGS, **asdict(model)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as part:
-        part.write_text(to_json({**value, "checksum": _checksum(value)}) + "\n", encoding="utf-8")
+        part.write_text(to_json({**value, "checksum": _checksum(value)}, indent=None) + "\n", encoding="utf-8")
 
 
 def load(path: Path) -> DeviceModel:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from .bench_rows import write_parquet
-from .plotting import INK, PALETTE, axes, finish, styled
+from .plotting import INK, PALETTE, Sketch, axes, finish, styled
 from .runs import provenance, to_json
 
 Row = dict[str, Any]
-Sketch = tuple[Any, str, str, str]
 MEMORY_BOUND = 64
 """Tokens up to which any split is as good as another."""
 

@@ -52,8 +52,6 @@ def run_trace(options: RunOptions, say: Callable[[str], object]) -> tuple[dict[s
         StoppedError: the user stopped it; records up to then are kept.
     """
     case = prepare_to_run(options, options.where)
-    if options.device_model is not None and options.where == "gpu":
-        _check_machine(options.device_model)
     setup = case.world.setup()
     steps = partial(steps_of, case)
     about = {
@@ -101,6 +99,8 @@ def prepare_to_run(options: Options, where: Where) -> Case:
     case = prepare(replace(options, mechanisms=mechanisms))
     if foreseeing := [name for name, policy in case.policies.items() if policy.foresees]:
         raise ValueError(f"policy {foreseeing[0]} foresees steps, which only the simulator offers; use `whatif` for it")
+    if options.device_model is not None and where == "gpu":
+        _check_machine(options.device_model)
     return case
 
 
@@ -111,7 +111,7 @@ def _check_machine(device_model_path: Path) -> None:
     from .bench_rows import device_manifest, machine_of
     from .cli_gpu import require_gpu
 
-    require_gpu("run --on gpu")
+    require_gpu("a device model on a GPU")
     with EnergyMeter(0) as meter:
         device_model.load(device_model_path).check_machine(machine_of(device_manifest(meter, None)))
 

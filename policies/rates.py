@@ -100,7 +100,7 @@ def rates(ids: Sequence[int], segments: Sequence[Segment], shares: Shares) -> li
 
 
 ROUNDS = 3
-"""Until the requests in flight, which depend on the speeds, have settled to a part in a thousand."""
+"""Until requests in flight, which depend on the speeds, have settled: to 1.4 % of a speed in the worst case seen."""
 
 
 def memory_speeds(ids: Sequence[int], dram: Sequence[float], shares: Shares) -> list[float] | None:

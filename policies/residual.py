@@ -16,7 +16,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from ..traces.schema import F64
 from .shares import Shares
-from .tiles import TileConstants
+from .tiles import TileConstants, matrix_rate_per_s
 
 FEATURES = (
     "log2 ns", "memory share", "wait share", "DRAM share", "matrix share", "L2 share", "log2 part of SMs",
@@ -67,7 +67,8 @@ def least_factor_LS(sums: F64, shares: Shares) -> F64:
     solo_LS = np.maximum(chain_ns_LSP2(sums).sum(axis=(2, 3)), 1.0)
     asked_LS7 = sums.sum(axis=(2, 3))
     read_per_ns = max(shares.device.read_curve_bytes_per_s) / 1e9
-    return np.maximum(asked_LS7[..., 6] / read_per_ns, asked_LS7[..., 5] / shares.flops_per_ns) / solo_LS
+    flops_per_ns = matrix_rate_per_s(shares.device, shares.model.dtype) / 1e9
+    return np.maximum(asked_LS7[..., 6] / read_per_ns, asked_LS7[..., 5] / flops_per_ns) / solo_LS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ class Residual:
 
     @cached_property
     def _chol(self) -> tuple[F64, bool]:
-        k_NN = _kernel(self._points_NF, self._points_NF, self.amplitude)
+        k_NN = self._kernel(self._points_NF)
         return cho_factor(k_NN + self.noise**2 * np.eye(len(k_NN)))
 
     @cached_property

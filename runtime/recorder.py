@@ -343,6 +343,8 @@ class Recorder:
             if self.failure is None:
                 self._drain(flush=False)
                 self._settle()
+        except (TraceError, OSError) as error:
+            self.failure = str(error)
         finally:
             self._writer.shutdown()
         if self.failure is None:

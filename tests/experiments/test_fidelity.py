@@ -11,11 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from expertslice.experiments import design, device_model, fidelity
+from expertslice.experiments import run as runner
 from expertslice.experiments.bench_rows import refuse_other_machine, write_parquet
 from expertslice.experiments.calibrate import measured_of, read_profile, usable
 from expertslice.experiments.cli import run
 from expertslice.experiments.fidelity_records import drawn_counts_LE, of_layer
+from expertslice.experiments.pair import PairOptions
 from expertslice.experiments.profile import TILES, measure_groups, ways, ways_of_tiles
+from expertslice.experiments.run import RunOptions
 from expertslice.policies.contract import Setup, SliceLayout
 from expertslice.policies.cost import CostModel
 from expertslice.policies.data import load_device, load_variants
@@ -166,6 +169,9 @@ def test_a_model_changed_by_hand_is_refused(model_path, tmp_path, capsys):
     changed.write_text(model_path.read_text().replace('"seed": 0', '"seed": 1'))
     assert run(["whatif", "--device-model", str(changed), "--steps", "4"]) == 2
     assert "does not match its checksum" in capsys.readouterr().err
+    changed.write_text(model_path.read_text().replace(device_model.FORMAT, "expertslice.device-model/1"))
+    assert run(["whatif", "--device-model", str(changed), "--steps", "4"]) == 2
+    assert "is a device model of another version of this package; calibrate again" in capsys.readouterr().err
     changed.write_text("[]")
     assert run(["whatif", "--device-model", str(changed), "--steps", "4"]) == 2
     assert "is no device model" in capsys.readouterr().err
@@ -179,6 +185,17 @@ def test_another_device_driver_or_version_is_a_loud_mismatch(model_path, capsys)
     for what in model.machine:
         with pytest.raises(ValueError, match=rf"was measured with {what} .* and this machine has 'other'"):
             model.check_machine({**model.machine, what: "other"})
+
+
+def test_a_device_model_is_held_against_the_gpu_at_hand_by_all_that_runs_on_it(model_path, monkeypatch):
+    def other(path):
+        raise ValueError(f"{path.name} is of another machine")
+
+    monkeypatch.setattr(runner, "_check_machine", other)
+    for options in (RunOptions(device_model=model_path), PairOptions(device_model=model_path, policies=("static",))):
+        assert runner.prepare_to_run(options, "host").world.residual is not None
+        with pytest.raises(ValueError, match=r"model.json is of another machine"):
+            runner.prepare_to_run(options, "gpu")
 
 
 def test_a_query_far_outside_is_refused_and_says_what_to_profile(model_path):

@@ -276,6 +276,25 @@ def test_a_full_disk_stops_the_recording_and_not_the_model(tmp_path, monkeypatch
     assert open_trace(path).num_steps == 1
 
 
+def test_a_disk_that_fills_while_the_last_passes_are_written_loses_none_of_those_before(tmp_path, monkeypatch):
+    from expertslice.traces import append
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    model, path = Own(), tmp_path / "t.parquet"
+    recorder = Recorder(path)
+    recorder.attach(model)
+    model(torch.randn(4, 16))
+    recorder.flush()
+    model(torch.randn(4, 16))
+    monkeypatch.setattr(append, "check_trace", full)
+    with pytest.raises(TraceError, match=r"recording stopped: .*No space left on device.*; .*t.parquet keeps the rest"):
+        recorder.close()
+    assert open_trace(path).num_steps == 1
+    assert "partial" in read(path).provenance.notes
+
+
 class Changing(nn.Module):
     """Experts that are called otherwise from the second pass on: the first layer, or another."""
 
